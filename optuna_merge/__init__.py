@@ -1,0 +1,1 @@
+"""Evolutionary merging of language models as an Optuna study."""

@@ -1,0 +1,88 @@
+"""The errors that optuna-merge raises on purpose.
+
+    OptunaMergeError
+    ├── ConfigError          a study file: every problem found in it, one line each
+    ├── RecipeError          a recipe that cannot be read, or does not fit the models
+    ├── CheckpointError      a model reference or a file of weights
+    ├── MethodError          a merge method or one of its parameters
+    ├── MergeError           merging one trial
+    │   └── NonFiniteMergeError    NaN or infinity in the result: fails that trial only
+    ├── TaskError            an eval task, its metrics or its documents
+    ├── EngineError          the engine that scores
+    ├── StudyError           a study or its storage
+    │   ├── StudyMismatchError     the study was made from other inputs
+    │   └── StudyLockedError       another process runs it
+    ├── ExportError          writing a merged model or a recipe
+    └── DataError            preparing the documents of an eval task
+
+A message reads ``<where>: <name> must be <rule>, got <value>; <what to do>``. The command line prints it as
+one line and exits with 1; anything else that escapes is a defect of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class OptunaMergeError(Exception):
+    """Base class of every error raised on purpose."""
+
+
+class ConfigError(OptunaMergeError):
+    """A study file that cannot be used.
+
+    Attributes:
+        problems: One line for each problem, all that were found.
+    """
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class RecipeError(OptunaMergeError):
+    """A recipe that cannot be read, or does not fit the models."""
+
+
+class CheckpointError(OptunaMergeError):
+    """A model reference that leads nowhere, or weights that cannot be read."""
+
+
+class MethodError(OptunaMergeError):
+    """A merge method that is unknown, or a parameter outside its range."""
+
+
+class MergeError(OptunaMergeError):
+    """A merge that could not be carried out."""
+
+
+class NonFiniteMergeError(MergeError):
+    """A merged tensor holds NaN or infinity; the trial fails, the study goes on."""
+
+
+class TaskError(OptunaMergeError):
+    """An eval task that cannot be loaded, built or scored."""
+
+
+class EngineError(OptunaMergeError):
+    """The engine could not load weights or answer requests."""
+
+
+class StudyError(OptunaMergeError):
+    """A study or its storage cannot be used."""
+
+
+class StudyMismatchError(StudyError):
+    """The storage holds a study whose scores mean something else."""
+
+
+class StudyLockedError(StudyError):
+    """Another process is running the study."""
+
+
+class ExportError(OptunaMergeError):
+    """A merged model or a recipe could not be written."""
+
+
+class DataError(OptunaMergeError):
+    """The documents of an eval task could not be prepared."""

@@ -1,0 +1,1 @@
+"""Eval tasks and the engines that answer their requests. Nothing here knows of Optuna."""

@@ -1,0 +1,89 @@
+"""Tensor names: which layer a tensor belongs to, or which end of the model. Strings only, no architecture table.
+
+A decoder's tensor names hold the index of the layer as a path component of its own (``model.layers.3.mlp...``,
+``transformer.h.3.attn...``, ``gpt_neox.layers.3...``). What stands before the index is the layer stack. A tensor
+outside the stack is an embedding if its name says so, and otherwise belongs to the head (final norm, output
+projection).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from optuna_merge.errors import CheckpointError
+from optuna_merge.recipe import Role
+
+_EMBEDDING = re.compile(r"emb(?!ed_out)|\bw[tp]e\b")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model a tensor is: its role, and its layer if the role is ``"layer"``."""
+
+    role: Role
+    layer: int | None = None
+
+
+def find_layer_stack(names: Iterable[str], n_layers: int | None = None) -> str:
+    """The prefix of the tensor names of the layers, such as ``"model.layers."``.
+
+    Args:
+        names: Every tensor name of a checkpoint, in any order.
+        n_layers: Number of layers if known; tells a decoder from an encoder beside it.
+
+    Raises:
+        CheckpointError: If no prefix, or more than one, is followed by the indices 0 to n - 1.
+    """
+    indices: dict[str, set[int]] = {}
+    for name in names:
+        prefix, index = _split(name)
+        if index is not None:
+            indices.setdefault(prefix, set()).add(index)
+    stacks = [
+        prefix
+        for prefix, found in sorted(indices.items())
+        if found == set(range(len(found))) and (n_layers is None or len(found) == n_layers)
+    ]
+    if len(stacks) == 1:
+        return stacks[0]
+    seen = {prefix: len(found) for prefix, found in sorted(indices.items())}
+    wanted = "one stack of layers" if n_layers is None else f"one stack of {n_layers} layers"
+    raise CheckpointError(f"tensor names must hold {wanted}, found {seen or 'no layer index'}; is this a decoder?")
+
+
+def place_of(name: str, stack: str) -> Place:
+    """Where the tensor ``name`` is in a model whose layers are named ``stack`` + index."""
+    prefix, index = _split(name)
+    if index is not None and prefix == stack:
+        return Place("layer", index)
+    return Place("embedding" if _EMBEDDING.search(name) else "head")
+
+
+def layer_groups(n_layers: int, granularity: int) -> list[tuple[int, int]]:
+    """Cut the layers into consecutive groups.
+
+    Args:
+        n_layers: Number of layers, at least 1.
+        granularity: Layers in a group; 0 means all in one. The last group may be short.
+
+    Returns:
+        Half-open ranges that cover [0, ``n_layers``) in order.
+    """
+    step = granularity or n_layers
+    return [(start, min(start + step, n_layers)) for start in range(0, n_layers, step)]
+
+
+def group_name(layers: tuple[int, int], n_layers: int) -> str:
+    """``layers_04_07`` for the half-open range (4, 8): inclusive, padded so that names sort by depth."""
+    width = max(2, len(str(n_layers - 1)))
+    return f"layers_{layers[0]:0{width}d}_{layers[1] - 1:0{width}d}"
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    parts: Sequence[str] = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:position]) + ("." if position else ""), int(part)
+    return "", None
