@@ -1,0 +1,624 @@
+"""The study file: YAML text to a frozen ``StudyConfig``, or every problem in it at once.
+
+Knows what the keys mean and which values go together. Does not open a model, a task or a storage: what can only be
+seen there is checked where it is opened. A mergekit-evolve file is a study file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+
+from optuna_merge.errors import ConfigError, MethodError
+from optuna_merge.methods import MergeMethod, find_method
+from optuna_merge.recipe import Dtype
+
+KNOWN_BENCHMARKS = tuple(
+    """
+    agieval ai2_arc aime anli arc arithmetic asdiv bbh belebele bigbench blimp boolq ceval cmmlu commonsense_qa
+    copa coqa drop eq_bench fld glue global_mmlu gpqa gsm8k gsm_plus headqa hellaswag hendrycks humaneval ifeval
+    kmmlu lambada leaderboard livebench logiqa math_word_problems mathqa mbpp mc_taco medmcqa medqa mgsm
+    minerva_math mmlu musr mutual nq_open openbookqa piqa pubmedqa qasper race sciq simpleqa social_iqa squad
+    super_glue swag toxigen triviaqa truthfulqa wikitext winogrande wsc xcopa xnli
+    """.split()
+)
+"""Benchmarks whose own tasks are no objective: a merge searched on them has been fitted to the test."""
+
+_List = Strict(False)  # a YAML list is a Python list; the frozen config holds tuples
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Range(_Section):
+    """The range of a searched method parameter; or, with ``low == high``, its constant.
+
+    Attributes:
+        low, high: Both included.
+        start: Where the search begins; None: the method's default.
+    """
+
+    low: float
+    high: float
+    start: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float | list | tuple | Mapping):
+            raise ValueError("a number (constant), [low, high] or {low: ..., high: ..., start: ...}")
+        if isinstance(value, int | float):
+            return {"low": float(value), "high": float(value)}
+        if isinstance(value, list | tuple):
+            if len(value) != 2:
+                raise ValueError("a list of two numbers, [low, high]")
+            return {"low": value[0], "high": value[1]}
+        return dict(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> Range:
+        if self.low > self.high:
+            raise ValueError("a range whose low is not above its high")
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise ValueError("a range whose start lies inside it")
+        return self
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether there is nothing to search."""
+        return self.low == self.high
+
+
+class GenomeConfig(_Section):
+    """What is merged: the keys of mergekit-evolve's ``genome``.
+
+    Attributes:
+        models: References of the sources: folders (relative to the study file) or hub names, ``@revision`` allowed.
+        merge_method: A name in ``optuna_merge.methods.METHODS``.
+        base_model: Reference of the common ancestor.
+        tokenizer_source: ``base``, ``union`` or one of the models, where vocabularies differ.
+        layer_granularity: Layers in a layer group; 0: one group. Need not divide the depth.
+        allow_negative_weights: Lets the default range of ``weight`` go below 0.
+        normalize: Divide by the sum of weights; None: the method's default.
+        smooth: Interpolate the groups' values across depth instead of stepping.
+        filters: Parts of tensor names; each gets parameters of its own, the remaining tensors too.
+    """
+
+    models: Annotated[tuple[str, ...], _List, Field(min_length=1)]
+    merge_method: str
+    base_model: str | None = None
+    tokenizer_source: str | None = None
+    layer_granularity: int = Field(0, ge=0)
+    allow_negative_weights: bool = False
+    normalize: bool | None = None
+    smooth: bool = False
+    filters: Annotated[tuple[str, ...], _List] = ()
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return () if value is None else value
+
+
+class TaskConfig(_Section):
+    """One eval task, or group of them, in the objective.
+
+    Attributes:
+        name: As lm-eval knows it.
+        weight: Its part in the objective, which is the sum of weight x metric; negative: minimise the metric.
+        metric: ``metric,filter`` as in lm-eval's results.
+        metadata: Handed to the task's own ``custom_dataset`` function.
+    """
+
+    name: str = Field(min_length=1)
+    weight: float = 1.0
+    metric: str = "acc,none"
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_only(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class SamplerConfig(_Section):
+    """Which Optuna sampler draws the weights.
+
+    Attributes:
+        name: ``cmaes`` or ``random``.
+        popsize: Trials in a generation of CMA-ES; None: 4 + floor(3 ln dimensions).
+        sigma0: First step as a fraction of each range, the same for all; None: ``search.prior``.
+    """
+
+    name: Literal["cmaes", "random"] = "cmaes"
+    popsize: int | None = Field(None, ge=3)
+    sigma0: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_only(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class PrunerConfig(_Section):
+    """Which Optuna pruner ends a trial before all documents are scored.
+
+    Attributes:
+        name: ``wilcoxon`` or ``none``.
+        p_threshold: For ``wilcoxon``: a trial is stopped when it is worse than the best one at this level.
+        n_startup_steps: Chunks that every trial is scored on.
+    """
+
+    name: Literal["wilcoxon", "none"] = "wilcoxon"
+    p_threshold: float = Field(0.1, gt=0, lt=1)
+    n_startup_steps: int = Field(4, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_only(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class StudyOptions(_Section):
+    """The Optuna study.
+
+    Attributes:
+        name: Name in the storage; empty: the study file's name.
+        n_trials: Trials in total, baselines included; a second run continues up to it.
+        seed: Decides every draw, split and mask of the study.
+        sampler, pruner: By name, or with options.
+        storage: Optuna storage URL; None: an SQLite file in ``storage_path``.
+        timeout: Seconds after which no further trial begins.
+        n_chunks: Into how many parts the documents of one evaluation are cut; None: by their number.
+    """
+
+    name: str = ""
+    n_trials: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    sampler: SamplerConfig = SamplerConfig()
+    pruner: PrunerConfig = PrunerConfig()
+    storage: str | None = None
+    timeout: float | None = Field(None, gt=0)
+    n_chunks: int | None = Field(None, ge=1)
+
+
+class EngineConfig(_Section):
+    """What answers the eval tasks' requests.
+
+    Attributes:
+        backend: ``hf`` (transformers) or ``vllm``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        dtype: Of the merged model while it is scored, and when exported; ``auto``: the base model's.
+        batch_size: Sequences of the longest kind in one forward pass; ``auto``: by memory.
+        trust_remote_code: Run Python code that a model folder brings along.
+    """
+
+    backend: Literal["hf", "vllm"] = "hf"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+    trust_remote_code: bool = False
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("auto, cpu, cuda or cuda:<index>")
+        return value
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _batch_size(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError("auto or a whole number of at least 1")
+        return value
+
+
+class PriorConfig(_Section):
+    """First standard deviations of the weights, in units of weight.
+
+    The first step of CMA-ES is drawn from the sum of three parts: one common to all weights, one for each model,
+    one for each single weight.
+    """
+
+    common: float = Field(0.2, ge=0)
+    model: float = Field(0.15, ge=0)
+    weight: float = Field(0.12, gt=0)
+
+
+class SearchConfig(_Section):
+    """What is searched.
+
+    Attributes:
+        ranges: Method parameter to its range or constant.
+        embed_group: ``shared``: embeddings go with the first layer group, final norm and head with the last;
+            ``own``: they are groups of their own.
+        prior: First standard deviations of the weights.
+    """
+
+    ranges: Mapping[str, Range] = Field(default_factory=dict)
+    embed_group: Literal["shared", "own"] = "shared"
+    prior: PriorConfig = PriorConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        own = {key: value[key] for key in ("embed_group", "prior") if key in value}
+        return {**own, "ranges": {str(key): item for key, item in value.items() if key not in own}}
+
+
+class HoldoutConfig(_Section):
+    """What only the final report scores.
+
+    Attributes:
+        fraction: Of each task's documents, in (0, 1); None if ``tasks`` are given.
+        tasks: Other eval tasks, all of whose documents are held out.
+    """
+
+    fraction: float | None = Field(None, gt=0, lt=1)
+    tasks: Annotated[tuple[TaskConfig, ...], _List] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return {"tasks": value}
+        if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
+            raise ValueError("a fraction between 0 and 1, or a list of tasks")
+        return {"fraction": float(value)} if isinstance(value, int | float) else value
+
+
+class StudyConfig(_Section):
+    """A study file, read and found possible.
+
+    Attributes:
+        path: The study file.
+        limit: Documents for each task, or the fraction of them if below 1; None: all.
+        num_fewshot: Examples in each prompt; None: as the task says.
+        shuffle: Shuffle each task's documents (seeded) before ``limit``.
+        random_init: Start at a random point instead of the best uniform merge.
+        apply_chat_template: None: if the tokenizer has one.
+        fewshot_as_multiturn: Few-shot examples as turns of a conversation.
+        storage_path: Folder for everything that the study writes.
+        task_search_path: Folders with eval tasks of one's own.
+        holdout: What only the final report scores; None: nothing is held out.
+        allow_benchmark_tasks: Let a known benchmark's own task be the objective.
+        allow_unsafe_code: Let tasks run code that the model generates.
+    """
+
+    path: Path
+    genome: GenomeConfig
+    tasks: Annotated[tuple[TaskConfig, ...], _List, Field(min_length=1)]
+    limit: float | None = Field(None, gt=0)
+    num_fewshot: int | None = Field(None, ge=0)
+    shuffle: bool = False
+    random_init: bool = False
+    apply_chat_template: bool | None = None
+    fewshot_as_multiturn: bool | None = None
+    study: StudyOptions = StudyOptions()
+    engine: EngineConfig = EngineConfig()
+    search: SearchConfig = SearchConfig()
+    storage_path: Path
+    task_search_path: Annotated[tuple[Path, ...], _List] = ()
+    holdout: HoldoutConfig | None = None
+    allow_benchmark_tasks: bool = False
+    allow_unsafe_code: bool = False
+
+    @property
+    def method(self) -> MergeMethod:
+        """The declaration of the merge method."""
+        return find_method(self.genome.merge_method)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """References of the models that get weights: a base among them has a task vector of zero and gets none."""
+        if self.method.base != "required":
+            return self.genome.models
+        return tuple(model for model in self.genome.models if model != self.genome.base_model)
+
+    @property
+    def dtype(self) -> Dtype | None:
+        """The dtype asked for; None: the base model's."""
+        return None if self.engine.dtype == "auto" else self.engine.dtype
+
+
+def load_study(path: Path | str, overrides: Mapping[str, Any] | None = None) -> StudyConfig:
+    """Read a study file.
+
+    Args:
+        path: A YAML file; relative paths in it are relative to its folder.
+        overrides: Dotted key to value, such as ``{"study.n_trials": 20}``; they replace what the file says, and
+            relative paths among them are relative to the file too.
+
+    Raises:
+        ConfigError: With one line for each problem of the file.
+    """
+    path = Path(path)
+    data, problems, lines = _parse_yaml(path)
+    for key, value in (overrides or {}).items():
+        _set(data, key.split("."), value)
+    problems += _unknown_spellings(data)
+    config, wrong = _validate(data, path)
+    problems += wrong
+    if config is not None:
+        problems += list(_contradictions(config))
+    if problems or config is None:
+        raise ConfigError([_locate(path, lines, problem) for problem in dict.fromkeys(problems)])
+    return config
+
+
+def _validate(data: dict[str, Any], path: Path) -> tuple[StudyConfig | None, list[str]]:
+    """The config and the wrong values. Wrong optional values are left out, so that the rest can be checked too."""
+    try:
+        return StudyConfig.model_validate(_with_paths(data, path)), []
+    except pydantic.ValidationError as exc:
+        errors = exc.errors(include_url=False)
+    for error in errors:
+        _drop(data, _keys(error["loc"]))
+    problems = [_describe(error) for error in errors]
+    try:
+        return StudyConfig.model_validate(_with_paths(data, path)), problems
+    except pydantic.ValidationError:
+        return None, problems
+
+
+def _drop(data: Any, keys: list[int | str]) -> None:
+    """Remove the deepest mapping key on the way to a wrong value."""
+    owner: dict[Any, Any] | None = None
+    last: int | str = ""
+    for key in keys:
+        if isinstance(data, dict):
+            owner, last = data, key
+        elif not (isinstance(data, list) and isinstance(key, int) and key < len(data)):
+            break
+        data = data.get(key) if isinstance(data, dict) else data[key]
+    if owner is not None:
+        owner.pop(last, None)
+
+
+def _parse_yaml(path: Path) -> tuple[dict[str, Any], list[str], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError as exc:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a study file"
+        raise ConfigError(f"{path}: study file must exist; {hint}") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: study file must be readable text, got {exc}; check the path") from exc
+    except yaml.YAMLError as exc:
+        reason = " ".join(str(exc).split())
+        raise ConfigError(f"{path}: study file must be YAML, got {reason}; correct that line") from exc
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: study file must be a mapping of keys, got {type(data).__name__}; see studies/quickstart.yaml"
+        )
+    lines: dict[str, int] = {}
+    problems = [] if node is None else list(_walk(node, "", lines))
+    return data, problems, lines
+
+
+def _walk(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator[str]:
+    """Note the line of every key; yield the keys that occur twice, of which YAML would keep the last."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}.{key.value}" if prefix else str(key.value)
+            if name in lines:
+                yield f"{name} must be given once, got it again; remove one of the two"
+            lines[name] = key.start_mark.line + 1
+            yield from _walk(value, name, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            name = f"{prefix}[{index}]"
+            lines[name] = value.start_mark.line + 1
+            yield from _walk(value, name, lines)
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = data.get(key)
+        if isinstance(inner, str):  # the short form of a sampler or pruner
+            inner = {"name": inner}
+        data[key] = inner if isinstance(inner, dict) else {}
+        data = data[key]
+    data[keys[-1]] = value
+
+
+def _with_paths(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Fill in what depends on where the file is."""
+    folder = path.resolve().parent
+    result = {key: value for key, value in data.items() if key != "path"}
+    study = data.get("study") or {}
+    if isinstance(study, dict) and not study.get("name"):
+        result["study"] = study = {**study, "name": path.stem}
+    name = study.get("name", path.stem) if isinstance(study, dict) else path.stem
+    storage = data.get("storage_path")
+    storage = f"{name}_study" if storage is None else storage
+    result["storage_path"] = folder / Path(storage).expanduser() if isinstance(storage, str | Path) else storage
+    search = data.get("task_search_path")
+    search = [] if search is None else [search] if isinstance(search, str | Path) else search
+    if isinstance(search, list | tuple):
+        search = [folder / Path(item).expanduser() if isinstance(item, str | Path) else item for item in search]
+    result["task_search_path"] = search
+    result["path"] = path
+    for section in ("engine", "search"):
+        if section in result and result[section] is None:
+            del result[section]
+    return result
+
+
+_RULES = {
+    "missing": ("given", "add it"),
+    "int_type": ("a whole number", "write it without quotes or fraction"),
+    "int_from_float": ("a whole number", "write it without fraction"),
+    "float_type": ("a number", "write it without quotes; YAML wants 1.0e-3 where others write 1e-3"),
+    "bool_type": ("true or false", "write true or false"),
+    "string_type": ("text", "put it in quotes"),
+    "tuple_type": ("a list", "write [a, b] or one item a line after '- '"),
+    "dict_type": ("a mapping of keys", "indent the keys below it"),
+    "mapping_type": ("a mapping of keys", "indent the keys below it"),
+    "model_type": ("a mapping of keys", "indent the keys below it"),
+    "path_type": ("a path", "put it in quotes"),
+    "finite_number": ("finite", "give a finite number"),
+    "too_short": ("a list with at least {min_length} item", "add one"),
+    "string_too_short": ("a name", "fill it in"),
+    "greater_than": ("greater than {gt}", "raise it"),
+    "greater_than_equal": ("at least {ge}", "raise it"),
+    "less_than": ("less than {lt}", "lower it"),
+    "less_than_equal": ("at most {le}", "lower it"),
+    "literal_error": ("{expected}", "choose one of them"),
+}
+
+
+def _describe(error: Any) -> str:
+    """Our line for one of pydantic's errors."""
+    location = _dotted(error["loc"])
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return f"{location} must be {context['error']}, got {_short(error['input'])}; correct it"
+    if kind not in _RULES:
+        return f"{location}: {error['msg']}, got {_short(error['input'])}; correct it"
+    rule, fix = _RULES[kind]
+    got = "nothing" if kind == "missing" else _short(error["input"])
+    return f"{location} must be {rule.format(**context)}, got {got}; {fix}"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in _keys(location):
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _keys(location: tuple[int | str, ...]) -> list[int | str]:
+    """The keys in the file: without our own nesting of ``search`` and ``holdout``."""
+    keys = [part for part in location if part not in ("ranges", "fraction")]
+    return [key for index, key in enumerate(keys) if not (key == "tasks" and index == 1 and keys[0] == "holdout")]
+
+
+def _unknown_spellings(data: dict[str, Any]) -> list[str]:
+    """Remove the keys that no section has, each with a line that names the nearest."""
+    problems: list[str] = []
+
+    def check(section: Any, known: type[BaseModel], where: str) -> None:
+        if not isinstance(section, dict):
+            return
+        names = [name for name in known.model_fields if name not in ("path", "ranges")]
+        for key in [key for key in section if key not in names]:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(names))}"
+            problems.append(f"{where}{key} must be a known key, got {str(key)!r}; {fix}")
+            del section[key]
+
+    check(data, StudyConfig, "")
+    sections: dict[str, type[BaseModel]] = {"genome": GenomeConfig, "study": StudyOptions, "engine": EngineConfig}
+    for name, known in sections.items():
+        check(data.get(name), known, f"{name}.")
+    study, search = data.get("study"), data.get("search")
+    if isinstance(study, dict):
+        check(study.get("sampler"), SamplerConfig, "study.sampler.")
+        check(study.get("pruner"), PrunerConfig, "study.pruner.")
+    if isinstance(search, dict):
+        check(search.get("prior"), PriorConfig, "search.prior.")
+        for key, value in search.items():
+            if key not in ("prior", "embed_group"):
+                check(value, Range, f"search.{key}.")
+    for name in ("tasks", "holdout"):
+        for index, task in enumerate(data[name]) if isinstance(data.get(name), list) else ():
+            check(task, TaskConfig, f"{name}[{index}].")
+    return problems
+
+
+def _contradictions(config: StudyConfig) -> Iterator[str]:
+    """What each value allows but their combination does not."""
+    genome = config.genome
+    for field, values in (("genome.models", genome.models), ("tasks", [task.name for task in config.tasks])):
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                yield f"{field}[{index}] must be different from the others, got {value!r} again; remove one"
+    yield from _task_problems(config)
+    try:
+        method = config.method
+    except MethodError as exc:
+        yield f"genome.merge_method must be a merge method, got {genome.merge_method!r}; {exc}"
+        return
+    if method.base == "required" and genome.base_model is None:
+        yield f"genome.base_model must be given for {method.name}, got nothing; name the model that all were tuned from"
+    if method.base == "none" and genome.base_model is not None:
+        yield f"genome.base_model must be absent for {method.name}, got {genome.base_model!r}; remove it"
+    least, most = method.n_models
+    n_models = len(config.sources)
+    if n_models < least or (most is not None and n_models > most):
+        wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
+        yield f"genome.models must name {wanted} models for {method.name}, got {n_models}; add or remove some"
+    if genome.normalize is not None and "normalize" not in dict(method.switches):
+        yield f"genome.normalize must be absent for {method.name}, got {genome.normalize}; remove it"
+    known = {parameter.name: parameter for parameter in method.parameters}
+    for name, interval in config.search.ranges.items():
+        parameter = known.get(name)
+        if parameter is None:
+            near = difflib.get_close_matches(name, [*known, "embed_group", "prior"], n=1)
+            fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join([*known, 'embed_group', 'prior'])}"
+            yield f"search.{name} must be a parameter of {method.name}, got {name!r}; {fix}"
+            continue
+        if not parameter.low <= interval.low <= interval.high <= parameter.high:
+            yield (
+                f"search.{name} must be in [{parameter.low:g}, {parameter.high:g}], got"
+                f" [{interval.low:g}, {interval.high:g}]; {name} is the {parameter.meaning}"
+            )
+        if name == "weight" and interval.low < 0 and not genome.allow_negative_weights:
+            fix = "raise it or set genome.allow_negative_weights: true"
+            yield f"search.weight.low must be at least 0, got {interval.low:g}; {fix}"
+
+
+def _task_problems(config: StudyConfig) -> Iterator[str]:
+    if all(task.weight == 0 for task in config.tasks):
+        yield "tasks must be a list with a weight other than 0, got only 0; give one a weight"
+    if not config.allow_benchmark_tasks:
+        for index, task in enumerate(config.tasks):
+            if is_benchmark(task.name):
+                yield (
+                    f"tasks[{index}].name must be no known benchmark's own task, got {task.name!r}; a merge searched on"
+                    " a benchmark has been fitted to it: use other documents, or set allow_benchmark_tasks: true"
+                )
+    searched = {task.name for task in config.tasks}
+    for index, task in enumerate(config.holdout.tasks if config.holdout else ()):
+        if task.name in searched:
+            yield f"holdout[{index}].name must be none of tasks, got {task.name!r}; use a fraction instead"
+    for index, folder in enumerate(config.task_search_path):
+        if not folder.is_dir():
+            yield f"task_search_path[{index}] must be a folder, got {folder}; paths are relative to the study file"
+
+
+def is_benchmark(task: str) -> bool:
+    """Whether an eval task's name is that of a known benchmark; ``..._train`` never is."""
+    if task.endswith("_train"):
+        return False
+    return any(task == name or task.startswith((f"{name}_", f"{name}-")) for name in KNOWN_BENCHMARKS)
+
+
+def _locate(path: Path, lines: dict[str, int], problem: str) -> str:
+    """Put the file, and the line if the problem's key or a part of its path has one, before a problem."""
+    key = re.split(r"[ :]", problem, maxsplit=1)[0]
+    while key and key not in lines:
+        key = re.sub(r"(\[\d+\]|\.?[^.\[\]]*)$", "", key) if re.search(r"[.\[]", key) else ""
+    return f"{path}:{lines[key]}: {problem}" if key else f"{path}: {problem}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,157 @@
+"""Which point of the search space a trial tries: Optuna's CMA-ES made repeatable, and the other samplers by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import cmaes
+import numpy as np
+import optuna
+from optuna._transform import _SearchSpaceTransform
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import CmaEsSampler, RandomSampler
+from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+PAIRED_ESTIMATE = "paired_estimate"
+"""User attribute of a pruned trial: the value that it would probably have had. The sampler learns from it."""
+
+_EDGE = 1.5
+"""The mean starts at least this many standard deviations inside the bounds: cmaes redraws what falls outside and then
+clips it, and started at a bound 45 % of the coordinates sat on it."""
+
+Start = Mapping[str, float] | Callable[[optuna.Study], Mapping[str, float]]
+
+
+class StableCmaEsSampler(CmaEsSampler):
+    """CMA-ES whose draws depend on nothing but the seed, the trial's number and the trials before it.
+
+    Departures from ``optuna.samplers.CmaEsSampler``:
+
+    - the search space is given, so that the first trial is drawn by CMA-ES too and every worker uses one space;
+    - the random state of a draw is keyed by (seed, trial number): a study that was killed and resumed draws what
+      an uninterrupted one would have drawn;
+    - a PRUNED trial with a ``paired_estimate`` user attribute counts with that value; without it, it is ignored;
+    - enqueued trials keep their fixed parameters and no generation;
+    - the first covariance can be any.
+
+    Any study over float parameters can use it::
+
+        space = {"x": FloatDistribution(-1, 1), "y": FloatDistribution(0, 10)}
+        study = optuna.create_study(sampler=StableCmaEsSampler(space, seed=1))
+
+    Args:
+        search_space: Name to distribution of every parameter that CMA-ES draws, float and neither log nor stepped.
+        seed: In [0, 2**32).
+        start: Where the mean begins, in the parameters' units, or a function of the study that says so when the
+            first trial is drawn; None: the middle. It is moved at least 1.5 standard deviations inside the bounds.
+        covariance: First covariance with every range mapped to [0, 1], shape ``[n, n]`` in the order of
+            ``search_space``, positive definite; None: independent, a sixth of each range.
+        popsize: Trials in a generation; None: 4 + floor(3 ln n).
+
+    Raises:
+        ValueError: If a distribution or the covariance is none of these.
+    """
+
+    def __init__(
+        self,
+        search_space: Mapping[str, FloatDistribution],
+        *,
+        seed: int,
+        start: Start | None = None,
+        covariance: np.ndarray | None = None,
+        popsize: int | None = None,
+    ) -> None:
+        super().__init__(seed=seed, n_startup_trials=0, popsize=popsize, warn_independent_sampling=False)
+        for name, distribution in search_space.items():
+            if not isinstance(distribution, FloatDistribution) or distribution.log or distribution.step is not None:
+                raise ValueError(f"search_space[{name!r}] must be a plain FloatDistribution, got {distribution}")
+        n = len(search_space)
+        if covariance is None:
+            covariance = np.eye(n) / 36
+        if covariance.shape != (n, n) or (n and np.linalg.eigvalsh(covariance).min() <= 0):
+            raise ValueError(f"covariance must be positive definite of shape {(n, n)}, got shape {covariance.shape}")
+        self._fixed_space = dict(search_space)
+        self._seed = seed
+        self._start = start
+        self._covariance = covariance
+        self._study: optuna.Study | None = None
+
+    @property
+    def population_size(self) -> int:
+        """Trials in a generation."""
+        return self._popsize or 4 + int(3 * np.log(max(1, len(self._fixed_space))))
+
+    def generation_of(self, trial: FrozenTrial) -> int | None:
+        """The generation in which CMA-ES drew a trial; None if it did not."""
+        generation: int | None = trial.system_attrs.get(self._attr_key_generation)
+        return generation
+
+    def reseed_rng(self) -> None:
+        """Do nothing: there is no process-wide random state."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The given search space, whatever the study's trials look like."""
+        return {name: distribution for name, distribution in self._fixed_space.items() if not distribution.single()}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw a point, from a random state of this trial's own."""
+        if "fixed_params" in trial.system_attrs:
+            return {}
+        key = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]
+        self._cma_rng = LazyRandomState(int(key))
+        self._study = study
+        return super().sample_relative(study, trial, search_space)
+
+    def _init_optimizer(self, trans: _SearchSpaceTransform, direction: StudyDirection) -> cmaes.CMA:
+        names = list(trans._search_space)
+        order = [list(self._fixed_space).index(name) for name in names]
+        covariance = self._covariance[np.ix_(order, order)]
+        sigma = float(np.sqrt(np.diag(covariance).mean()))
+        start = self._start(self._study) if callable(self._start) and self._study is not None else self._start
+        mean = np.full(len(names), 0.5)
+        if isinstance(start, Mapping):
+            mean = trans.transform({name: start[name] for name in names})
+        margin = np.minimum(_EDGE * np.sqrt(np.diag(covariance)), 0.5)
+        return cmaes.CMA(
+            mean=np.clip(mean, margin, 1 - margin),
+            sigma=sigma,
+            cov=covariance / sigma**2,
+            bounds=trans.bounds,
+            seed=self._cma_rng.rng.randint(1, 2**31 - 2),
+            n_max_resampling=10 * len(names),
+            population_size=self._popsize,
+        )
+
+    def _get_trials(self, study: optuna.Study) -> list[FrozenTrial]:
+        trials = []
+        for trial in study._get_trials(deepcopy=False, use_cache=True):
+            if trial.state == TrialState.COMPLETE:
+                trials.append(trial)
+            elif trial.state == TrialState.PRUNED and PAIRED_ESTIMATE in trial.user_attrs:
+                told = copy.copy(trial)
+                told.value = trial.user_attrs[PAIRED_ESTIMATE]
+                trials.append(told)
+        return trials
+
+
+class StableRandomSampler(RandomSampler):
+    """Uniform draws keyed by (seed, trial number, parameter name)."""
+
+    def __init__(self, *, seed: int) -> None:
+        super().__init__(seed=seed)
+        self._seed = seed
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Draw one value."""
+        name_key = int.from_bytes(param_name.encode(), "little")
+        key = np.random.SeedSequence([self._seed, trial.number, name_key]).generate_state(1)[0]
+        self._rng = LazyRandomState(int(key))
+        return super().sample_independent(study, trial, param_name, param_distribution)
