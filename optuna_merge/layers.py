@@ -16,6 +16,7 @@ from optuna_merge.errors import CheckpointError
 from optuna_merge.recipe import Role
 
 _EMBEDDING = re.compile(r"emb(?!ed_out)|\bw[tp]e\b")
+_BUFFER = re.compile(r"\.rotary_emb\.|\.(attn|attention|self_attn)\.(masked_)?bias$|\.position_ids$")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ def place_of(name: str, stack: str) -> Place:
     if index is not None and prefix == stack:
         return Place("layer", index)
     return Place("embedding" if _EMBEDDING.search(name) else "head")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether the tensor is a constant that some checkpoints store: rotary frequencies, masks, position numbers."""
+    return bool(_BUFFER.search(f".{name}"))
 
 
 def layer_groups(n_layers: int, granularity: int) -> list[tuple[int, int]]:

@@ -1,0 +1,487 @@
+"""Checkpoints: from a model reference to lazily read tensors, and from a stream of tensors to files.
+
+Knows folders in Hugging Face's layout: safetensors in one file or in shards, ``config.json``, tokenizer files.
+Weights are mapped into memory and read when they are asked for. Knows nothing of merging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from optuna_merge.errors import CheckpointError
+from optuna_merge.layers import find_layer_stack, is_buffer
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a tokenizer may consist of."""
+
+_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_BLOCK_BYTES = 64 * 1024
+_N_BLOCKS = 64
+_N_SHOWN = 10
+_CONVERT = (
+    'convert it once: python -c "from transformers import AutoModelForCausalLM as M; import sys; '
+    "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])\" {source} {target} "
+    "(a pickle can run code when it is read: do this only for a source that you trust)"
+)
+
+
+@dataclass(frozen=True)
+class ResolvedReference:
+    """A model reference and the folder that it led to.
+
+    Attributes:
+        reference: As somebody wrote it.
+        name: The same model for any reader: an absolute path, or ``org/name@commit`` for a model of the hub.
+        path: The folder.
+        is_local: Whether it was a folder from the start, and not fetched from the hub.
+    """
+
+    reference: str
+    name: str
+    path: Path
+    is_local: bool
+
+
+def resolve(reference: str, relative_to: Path | None = None) -> ResolvedReference:
+    """Find the folder that a model reference means; fetch it from the hub if it is no folder.
+
+    Args:
+        reference: A folder (absolute, or relative to ``relative_to``), or ``org/name`` or ``org/name@revision`` on
+            the model hub. What starts with ``.``, ``/`` or ``~`` is always a folder.
+        relative_to: Folder of the file that holds the reference; None: the working directory.
+
+    Raises:
+        CheckpointError: If it is neither; the message names both readings.
+    """
+    folder = (relative_to or Path.cwd()) / Path(reference).expanduser()
+    if folder.is_dir():
+        absolute = folder.resolve()
+        return ResolvedReference(reference, str(absolute), absolute, is_local=True)
+    if reference.startswith((".", "/", "~")):
+        raise CheckpointError(f"model {reference!r} must be an existing folder, found none at {folder}")
+    return _fetch(reference, folder)
+
+
+class Checkpoint:
+    """One model's weights on disk, its configuration and its vocabulary. Opens files, loads nothing.
+
+    Attributes:
+        reference: What messages call it.
+        path: The folder.
+        config: ``config.json``; must not be changed.
+        names: Tensor names in the order of the files.
+    """
+
+    def __init__(self, path: Path, reference: str) -> None:
+        self.path = path
+        self.reference = reference
+        self.config = _read_config(path, reference)
+        self.files = _weight_files(path, reference)
+        self._home: dict[str, Any] = {}  # name -> the open file that holds it
+        for file in self.files:
+            handle = _open_safetensors(file)
+            self._home.update(dict.fromkeys(handle.offset_keys(), handle))
+        self.names: tuple[str, ...] = tuple(self._home)
+        _check_index(path, self._home, reference)
+
+    @classmethod
+    def open(cls, reference: str | ResolvedReference, relative_to: Path | None = None) -> Checkpoint:
+        """Open the checkpoint that a reference means; see :func:`resolve`.
+
+        Raises:
+            CheckpointError: If there is none, or if its files are damaged or of a kind that is not read.
+        """
+        resolved = resolve(reference, relative_to) if isinstance(reference, str) else reference
+        return cls(resolved.path, resolved.reference)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the file's header.
+
+        Raises:
+            CheckpointError: If it is one that merging does not know, such as a quantized one.
+        """
+        code = self._slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise CheckpointError(
+                f"{self.reference}: dtype of {name} must be one of {', '.join(_DTYPES)}, got {code}; "
+                "merge the unquantized model"
+            )
+        return _DTYPES[code]
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, as a live map of the file: it costs no memory of its own and must never be written to."""
+        self._slice(name)
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
+
+    @cached_property
+    def n_layers(self) -> int:
+        """Number of layers, by ``config.json`` or else by the tensor names."""
+        stated = _stated_n_layers(self.config)
+        return stated if stated is not None else self._count_layers()
+
+    @cached_property
+    def layer_stack(self) -> str:
+        """What stands before the layer index in tensor names, such as ``model.layers.``."""
+        try:
+            return find_layer_stack(self.names, _stated_n_layers(self.config))
+        except CheckpointError as exc:
+            raise CheckpointError(f"{self.reference}: {exc}") from exc
+
+    @property
+    def is_tied(self) -> bool | None:
+        """Whether ``config.json`` says that the output head is the embedding; None: it says nothing."""
+        tied = self.config.get("tie_word_embeddings")
+        return None if tied is None else bool(tied)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token to id, added tokens included; None if the folder holds no tokenizer."""
+        return _read_vocabulary(self.path, self.reference)
+
+    def content_digest(self) -> str:
+        """Hex SHA-256 that changes when the content changes, whatever the folder is called.
+
+        Covers the name and size of each weight file, its header, and 64 blocks of 64 KiB spread evenly over it (small
+        files: every byte), and every byte of the JSON and tokenizer files. A change of fewer bytes than lie between
+        two blocks can go unseen; training changes nearly all of them.
+        """
+        digest = hashlib.sha256()
+        small = {file for file in self.path.glob("*.json") if file.name != INDEX_FILE}
+        small |= {file for name in TOKENIZER_FILES if (file := self.path / name).is_file()}
+        for file in sorted(small):
+            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        for file in self.files:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            for block in _sampled_blocks(file):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._home:
+            raise CheckpointError(f"{self.reference}: has no tensor named {name}")
+        return self._home[name].get_slice(name)
+
+    def _count_layers(self) -> int:
+        stack = self.layer_stack
+        return len({name[len(stack) :].split(".")[0] for name in self.names if name.startswith(stack)})
+
+
+def compare(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = None) -> list[str]:
+    """Everything that keeps checkpoints from being merged tensor by tensor. Reads headers only.
+
+    Args:
+        checkpoints: The first is what the others are compared with: the base, if there is one.
+        tokenizer_source: If None, every model must have the same vocabulary.
+
+    Returns:
+        One line for each difference; empty: they can be merged.
+    """
+    first, *others = checkpoints
+    problems = [problem for checkpoint in checkpoints for problem in _quantized(checkpoint)]
+    for other in others:
+        if found := _compare_configs(first, other):
+            problems += found  # their tensors would all differ too, which says nothing more
+        else:
+            problems += _compare_tensors(first, other, rows_may_differ=tokenizer_source is not None)
+    if tokenizer_source is None:
+        problems += _compare_vocabularies(checkpoints)
+    return problems
+
+
+def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = None) -> None:
+    """Raise what :func:`compare` finds.
+
+    Raises:
+        CheckpointError: With one line for each of the first ten problems, and the number of the others.
+    """
+    problems = compare(checkpoints, tokenizer_source)
+    if problems:
+        more = [f"and {len(problems) - _N_SHOWN} more differences"] if len(problems) > _N_SHOWN else []
+        raise CheckpointError("\n".join(problems[:_N_SHOWN] + more))
+
+
+def write_checkpoint(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 5_000_000_000
+) -> list[Path]:
+    """Write a stream of tensors as safetensors, with an index if there is more than one file.
+
+    Args:
+        folder: An existing folder without weights.
+        tensors: Names and tensors on any device; each is kept until its shard is full, so a producer must not
+            reuse their memory.
+        max_shard_bytes: A shard is closed before a tensor that would make it larger; a single larger tensor gets
+            a shard of its own.
+
+    Returns:
+        The weight files, in order.
+    """
+    home: list[list[str]] = []  # the names in each shard
+    total_bytes = 0
+    for number, shard in enumerate(_shards(tensors, max_shard_bytes), start=1):
+        save_file(shard, folder / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
+        home.append(list(shard))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+    if not home:
+        raise CheckpointError(f"{folder}: a checkpoint must hold at least one tensor, got none")
+    files = []
+    for number in range(1, len(home) + 1):
+        name = SINGLE_FILE if len(home) == 1 else f"model-{number:05d}-of-{len(home):05d}.safetensors"
+        files.append((folder / f"shard-{number:05d}.safetensors").rename(folder / name))
+    if len(home) > 1:
+        weight_map = {name: file.name for file, names in zip(files, home, strict=True) for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _fetch(reference: str, looked_at: Path) -> ResolvedReference:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    name, _, revision = reference.partition("@")
+    try:
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_DOWNLOADED)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise CheckpointError(
+            f"model {reference!r} must be a folder or a model of the hub, but there is no folder {looked_at}, "
+            f"and the hub gave none: {reason}"
+        ) from exc
+    return ResolvedReference(reference, f"{name}@{path.name}", path, is_local=False)
+
+
+def _read_config(path: Path, reference: str) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"{reference}: must be an existing folder, found none at {path}")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{reference}: must hold a config.json, found none in {path}")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{file}: must be readable JSON, got {exc}; fetch the model again") from exc
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _weight_files(path: Path, reference: str) -> tuple[Path, ...]:
+    index = path / INDEX_FILE
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: weight_map must name the file of each tensor, got {weight_map!r}")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(f"{index}: must name existing files, missing: {', '.join(missing)}; fetch them again")
+        return tuple(files)
+    if (path / SINGLE_FILE).is_file():
+        return (path / SINGLE_FILE,)
+    if found := sorted(path.glob("*.safetensors")):
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{reference}: weights must be in {SINGLE_FILE} or listed in {INDEX_FILE}, found {names}")
+    if pickles := sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]):
+        remedy = _CONVERT.format(source=path, target=path.with_name(path.name + "-safetensors"))
+        raise CheckpointError(f"{reference}: weights must be safetensors, got the pickle {pickles[0].name}; {remedy}")
+    raise CheckpointError(f"{reference}: must hold {SINGLE_FILE} or {INDEX_FILE}, found neither in {path}")
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")  # compares the header with the size of the file
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{file}: must be a whole safetensors file, got: {exc}; fetch it again") from exc
+
+
+def _check_index(path: Path, home: Mapping[str, Any], reference: str) -> None:
+    index = path / INDEX_FILE
+    if not index.is_file():
+        return
+    listed = _read_json(index)["weight_map"]
+    if missing := [name for name in listed if name not in home]:
+        raise CheckpointError(f"{index}: {missing[0]} must be in {listed[missing[0]]}, which does not hold it")
+
+
+def _stated_n_layers(config: Mapping[str, Any]) -> int | None:
+    for section in (config.get("text_config"), config):
+        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            if isinstance(section, Mapping) and isinstance(section.get(key), int):
+                return int(section[key])
+    return None
+
+
+def _sampled_blocks(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= _BLOCK_BYTES * _N_BLOCKS:
+            yield stream.read()
+            return
+        header = stream.read(8)
+        yield header + stream.read(int.from_bytes(header, "little"))
+        for number in range(_N_BLOCKS):
+            stream.seek(number * (size - _BLOCK_BYTES) // (_N_BLOCKS - 1))
+            yield stream.read(_BLOCK_BYTES)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _quantized(checkpoint: Checkpoint) -> list[str]:
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+        return [f"{checkpoint.reference}: weights must not be quantized, got {method}; use the unquantized model"]
+    return []
+
+
+def _compare_configs(first: Checkpoint, other: Checkpoint) -> list[str]:
+    for key in ("architectures", "model_type"):
+        ours, theirs = first.config.get(key), other.config.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            return [f"{key} must match {first.reference} ({_plain(ours)}), got {_plain(theirs)} in {other.reference}"]
+    if first.n_layers != other.n_layers:
+        where = f"in {other.reference}"
+        return [f"number of layers must match {first.reference} ({first.n_layers}), got {other.n_layers} {where}"]
+    return []
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _compare_tensors(first: Checkpoint, other: Checkpoint, *, rows_may_differ: bool) -> list[str]:
+    problems = []
+    for name in first.names:
+        if name in other:
+            problems += _compare_tensor(name, first, other, rows_may_differ=rows_may_differ)
+        elif not is_buffer(name):
+            problems.append(f"{name}: must be in every model, is in {first.reference} but not in {other.reference}")
+    problems += [
+        f"{name}: must be in every model, is in {other.reference} but not in {first.reference}"
+        for name in other.names
+        if name not in first and not is_buffer(name)
+    ]
+    return problems
+
+
+def _compare_tensor(name: str, first: Checkpoint, other: Checkpoint, *, rows_may_differ: bool) -> list[str]:
+    ours, theirs = first.shape(name), other.shape(name)
+    if ours != theirs:
+        where = f"must match {first.reference} {list(ours)}, got {list(theirs)} in {other.reference}"
+        if not _differ_in_vocabulary(ours, theirs, first, other):
+            return [f"{name}: shape {where}"]
+        return [] if rows_may_differ else [f"{name}: vocabulary rows {where}; set tokenizer_source"]
+    if first.dtype(name).is_floating_point != other.dtype(name).is_floating_point:
+        dtypes = f"must match {first.reference} {first.dtype(name)}, got {other.dtype(name)} in {other.reference}"
+        return [f"{name}: dtype {dtypes}"]
+    return []
+
+
+def _differ_in_vocabulary(ours: tuple[int, ...], theirs: tuple[int, ...], first: Checkpoint, other: Checkpoint) -> bool:
+    sizes = (_vocab_size(first.config), _vocab_size(other.config))
+    return bool(ours and theirs) and ours[1:] == theirs[1:] and (ours[0], theirs[0]) == sizes
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
+    for section in (config.get("text_config"), config):
+        if isinstance(section, Mapping) and isinstance(section.get("vocab_size"), int):
+            return int(section["vocab_size"])
+    return None
+
+
+def _compare_vocabularies(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    known = [(checkpoint, vocabulary) for checkpoint in checkpoints if (vocabulary := checkpoint.vocabulary())]
+    if not known:
+        return []
+    (first, ours), *others = known
+    problems = []
+    for other, theirs in others:
+        different = sorted(
+            (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+            key=lambda token: (min(ours.get(token, 1 << 62), theirs.get(token, 1 << 62)), token),
+        )
+        if different:
+            shown = ", ".join(f"{t!r} ({ours.get(t, 'none')} and {theirs.get(t, 'none')})" for t in different[:3])
+            problems.append(
+                f"vocabulary of {other.reference} must equal that of {first.reference}, {len(different)} tokens have "
+                f"another id: {shown}{', ...' if len(different) > 3 else ''}; set tokenizer_source"
+            )
+    return problems
+
+
+def _read_vocabulary(path: Path, reference: str) -> dict[str, int] | None:
+    fast = path / "tokenizer.json"
+    if fast.is_file():
+        content = _read_json(fast)
+        vocab = content["model"].get("vocab", {})
+        tokens = dict(vocab) if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
+        return tokens | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    if not any((path / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return dict(AutoTokenizer.from_pretrained(path).get_vocab())
+    except (OSError, ValueError, ImportError) as exc:
+        raise CheckpointError(f"{reference}: tokenizer must be loadable, got: {exc}") from exc

@@ -1,0 +1,213 @@
+"""The merge: a recipe and checkpoints in, a stream of merged tensors out.
+
+Reads each source byte once, holds one merged tensor and a few float32 buffers of bounded size, and rounds each element
+once. Results depend on the recipe and the checkpoints alone: not on chunk size, threads or shards. Whether a
+result is finite is the business of whoever scores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from optuna_merge.checkpoint import Checkpoint, ResolvedReference, check_compatible
+from optuna_merge.errors import MergeError, MethodError
+from optuna_merge.layers import Place, is_buffer, place_of
+from optuna_merge.methods import MergeMethod, find_method
+from optuna_merge.methods.function import MergeFunction, MergeInput
+from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
+
+Destination = Callable[[str], Tensor | None]
+"""Tensor name to the memory that its merged tensor is written into, or None for a new tensor."""
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # the CPU's buffers stay in its cache
+
+
+class Merger:
+    """Open checkpoints, ready to be merged by any number of recipes.
+
+    Attributes:
+        checkpoints: Model reference, as recipes spell it, to its checkpoint.
+        device: Where merged tensors are computed and live.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        *,
+        device: str | torch.device = "cpu",
+        tokenizer_source: str | None = None,
+        chunk_elements: int | None = None,
+    ) -> None:
+        """Check that the checkpoints go together.
+
+        Args:
+            checkpoints: Reference to checkpoint; the first is the one that the others are compared with, and whose
+                tensor order the stream has: the base, if there is one.
+            device: ``cpu``, ``cuda`` or ``cuda:<i>``.
+            tokenizer_source: As in the recipes; None: all models have one vocabulary.
+            chunk_elements: Elements merged at a time; None: by device.
+
+        Raises:
+            CheckpointError: If they differ in names, shapes, architecture or vocabulary.
+        """
+        self.checkpoints = dict(checkpoints)
+        self.device = torch.device(device)
+        self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
+        self._buffers: dict[str, Tensor] = {}
+        if tokenizer_source is not None:
+            raise MergeError(f"tokenizer_source must be absent, got {tokenizer_source!r}: it is not supported yet")
+        check_compatible(list(self.checkpoints.values()))
+
+    @classmethod
+    def open(
+        cls,
+        references: Sequence[str | ResolvedReference],
+        *,
+        relative_to: Path | None = None,
+        device: str | torch.device = "cpu",
+        tokenizer_source: str | None = None,
+    ) -> Merger:
+        """Open checkpoints by reference: the base, if there is one, first.
+
+        Recipes call them as they are called here; a :class:`ResolvedReference` by its ``name``.
+        """
+        checkpoints = {
+            reference if isinstance(reference, str) else reference.name: Checkpoint.open(reference, relative_to)
+            for reference in references
+        }
+        return cls(checkpoints, device=device, tokenizer_source=tokenizer_source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the merged tensors, in the order of the stream."""
+        return tuple(name for name in self._first.names if all(name in c for c in self.checkpoints.values()))
+
+    def merge(self, recipe: Recipe, out: Destination | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Merge one tensor after the other.
+
+        Args:
+            recipe: Its references must be among ``checkpoints``.
+            out: Where results are written, for instance into a resident model. A destination must be contiguous, on
+                ``device``, of the tensor's shape and of ``recipe.dtype``.
+
+        Yields:
+            Name and merged tensor, each once: the destination of ``out``, or a new tensor that nothing else
+            refers to. Tensors that are not of a floating dtype, and constants such as rotary frequencies, are
+            copied from the base or the first model. Stopping early leaves nothing open.
+
+        Raises:
+            MergeError: If the recipe does not fit the checkpoints, or a method fails; the message names the tensor.
+        """
+        plan = _Plan.make(recipe, self.checkpoints)
+        for name in self.names:
+            destination = None if out is None else out(name)
+            yield name, self._merge_tensor(plan, name, destination)
+
+    @property
+    def _first(self) -> Checkpoint:
+        return next(iter(self.checkpoints.values()))
+
+    def _merge_tensor(self, plan: _Plan, name: str, destination: Tensor | None) -> Tensor:
+        template = plan.template
+        dtype = getattr(torch, plan.recipe.dtype) if template.dtype(name).is_floating_point else template.dtype(name)
+        result = destination
+        if result is None:
+            result = torch.empty(template.shape(name), dtype=dtype, device=self.device)
+        else:
+            _check_destination(name, result, template.shape(name), dtype, self.device)
+        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
+            return result.copy_(template.get(name))
+        inputs = self._inputs(plan, name)
+        try:
+            plan.function(inputs, result)
+        except (MethodError, RuntimeError, ArithmeticError, ValueError) as exc:
+            raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
+        return result
+
+    def _inputs(self, plan: _Plan, name: str) -> MergeInput:
+        assert plan.method is not None
+        recipe = plan.recipe
+        place = place_of(name, plan.template.layer_stack)
+        shared, per_model = _parameters(plan.method, recipe, name, place)
+        used = [i for i, model in enumerate(recipe.models) if plan.base is None or model != recipe.base_model]
+        return MergeInput(
+            name=name,
+            base=None if plan.base is None else plan.base.get(name),
+            models=tuple(plan.models[i].get(name) for i in used),
+            per_model={parameter: tuple(values[i] for i in used) for parameter, values in per_model.items()},
+            shared=shared,
+            switches={switch: bool(recipe.options.get(switch, default)) for switch, default in plan.method.switches},
+            seed=recipe.seed,
+            device=self.device,
+            chunk_elements=self._chunk_elements,
+            buffers=self._buffers,
+        )
+
+
+class _Plan:
+    """A recipe whose names have become objects."""
+
+    def __init__(self, recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None) -> None:
+        self.recipe = recipe
+        self.models = models
+        self.template = base or models[0]
+        self.method = None if recipe.method == PASSTHROUGH else find_method(recipe.method)
+        self.base = None if self.method is None or self.method.base == "none" else base
+        self.function: MergeFunction = _no_function if self.method is None else self.method.load()
+
+    @classmethod
+    def make(cls, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> _Plan:
+        if unknown := [reference for reference in recipe.references if reference not in checkpoints]:
+            raise MergeError(f"recipe: models must be among {sorted(checkpoints)}, got {unknown[0]!r}")
+        models = [checkpoints[model] for model in recipe.models]
+        plan = cls(recipe, models, None if recipe.base_model is None else checkpoints[recipe.base_model])
+        if plan.template.n_layers != recipe.n_layers:
+            raise MergeError(
+                f"recipe: n_layers must be {plan.template.n_layers} as in the models, got {recipe.n_layers}"
+            )
+        if plan.method is not None:
+            _check_models(plan.method, recipe)
+        return plan
+
+
+def _no_function(inputs: MergeInput, out: Tensor) -> None:
+    raise AssertionError("passthrough has no arithmetic")
+
+
+def _check_models(method: MergeMethod, recipe: Recipe) -> None:
+    if method.base == "required" and recipe.base_model is None:
+        raise MergeError(f"recipe: {method.name} must have a base_model, got none")
+    least, greatest = method.n_models
+    n_models = len([model for model in recipe.models if model != recipe.base_model or method.base != "required"])
+    if n_models < least or (greatest is not None and n_models > greatest):
+        rule = f"at least {least}" if greatest is None else f"{least} to {greatest}"
+        raise MergeError(f"recipe: {method.name} must have {rule} models besides the base, got {n_models}")
+
+
+def _check_destination(
+    name: str, destination: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    wanted = (tuple(shape), dtype, device.type)
+    got = (tuple(destination.shape), destination.dtype, destination.device.type)
+    if wanted != got or not destination.is_contiguous():
+        raise MergeError(f"{name}: destination must be contiguous, {wanted}, got {got}")
+
+
+def _parameters(
+    method: MergeMethod, recipe: Recipe, name: str, place: Place
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+    given: ParameterSet = recipe.parameters_for(name, place.role, place.layer)
+    n_models = len(recipe.models)
+    shared: dict[str, float] = {}
+    per_model: dict[str, tuple[float, ...]] = {}
+    for parameter in method.parameters:
+        default = 1 / n_models if parameter.default is None else parameter.default
+        if parameter.per_model:
+            per_model[parameter.name] = given.per_model.get(parameter.name, (default,) * n_models)
+        else:
+            shared[parameter.name] = given.shared.get(parameter.name, default)
+    return shared, per_model

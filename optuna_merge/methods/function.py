@@ -1,0 +1,117 @@
+"""What a merge method's tensor function is given, and what it must do.
+
+A function merges one tensor. It sees the tensor whole, in the dtype of each file, or in float32 pieces of bounded
+size; it writes the result piece by piece, and each element is rounded once. Knows nothing of files and recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergeInput:
+    """One tensor of every model, and the numbers that apply to it.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        base: The base model's, any shape; None if the method has no base.
+        models: The sources', in the order of the recipe, of the same shape; may be maps of files: never written to.
+        per_model: Method parameter to one value for each of ``models``.
+        shared: Method parameter to its value.
+        switches: Such as ``normalize``.
+        seed: Seeds random masks.
+        device: Where the arithmetic is done and the result lives.
+        chunk_elements: Greatest number of elements in a piece. Changes speed and memory, never a result.
+        buffers: Float32 memory that pieces of consecutive tensors share.
+    """
+
+    name: str
+    base: Tensor | None
+    models: tuple[Tensor, ...]
+    per_model: Mapping[str, tuple[float, ...]]
+    shared: Mapping[str, float]
+    switches: Mapping[str, bool]
+    seed: int
+    device: torch.device
+    chunk_elements: int
+    buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The tensor in flat pieces, in order. A piece is valid until the next one."""
+        tensors = self.models if self.base is None else (self.base, *self.models)
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        n_elements = flat[0].numel()
+        for start in range(0, n_elements, self.chunk_elements):
+            yield Chunk(self, flat, slice(start, min(start + self.chunk_elements, n_elements)))
+
+    def scratch(self, name: str, n_elements: int) -> Tensor:
+        """Uninitialised float32 memory, shape ``[n_elements]``, the same for every call with ``name``."""
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < n_elements or buffer.device != self.device:
+            buffer = self.buffers[name] = torch.empty(n_elements, dtype=torch.float32, device=self.device)
+        return buffer[:n_elements]
+
+
+class Chunk:
+    """A flat piece of a :class:`MergeInput`: float32, on its device.
+
+    Attributes:
+        span: Which elements of the flat tensor.
+    """
+
+    def __init__(self, inputs: MergeInput, flat: list[Tensor], span: slice) -> None:
+        self.inputs = inputs
+        self.span = span
+        self._flat = flat
+
+    @cached_property
+    def base(self) -> Tensor:
+        """The base's elements, shape ``[n]``; read only."""
+        return self._load(0, "base")
+
+    def model(self, index: int) -> Tensor:
+        """A source's elements, shape ``[n]``; read only, valid until the next call for any source."""
+        return self._load(index + (self.inputs.base is not None), "model")
+
+    def task_vector(self, index: int) -> Tensor:
+        """A source minus the base, shape ``[n]``; writable, valid until the next call for any source."""
+        out = self.scratch("task_vector")
+        return torch.sub(self.model(index), self.base, out=out)
+
+    def scratch(self, name: str) -> Tensor:
+        """Uninitialised memory, shape ``[n]``, shared by all pieces."""
+        return self.inputs.scratch(name, self.span.stop - self.span.start)
+
+    def zeros(self, name: str) -> Tensor:
+        """:meth:`scratch`, filled with zeros."""
+        return self.scratch(name).zero_()
+
+    def _load(self, position: int, name: str) -> Tensor:
+        stored = self._flat[position][self.span]
+        if stored.dtype == torch.float32 and stored.device == self.inputs.device:
+            return stored
+        return self.scratch(name).copy_(stored)
+
+
+class MergeFunction(Protocol):
+    """The tensor function of a merge method."""
+
+    def __call__(self, inputs: MergeInput, out: Tensor) -> None:
+        """Merge one tensor.
+
+        Args:
+            inputs: What is merged; only read.
+            out: Contiguous, shape of the tensor, on ``inputs.device``, uninitialised; every element must be written,
+                computed in float32 (``out`` rounds it to its own dtype).
+
+        Raises:
+            MethodError: If a parameter is outside its range.
+        """
+        ...
