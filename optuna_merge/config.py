@@ -197,6 +197,7 @@ class EngineConfig(_Section):
     Attributes:
         backend: ``hf`` (transformers) or ``vllm``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
+        merge_device: Where tensors are merged; ``auto``: on ``device``.
         dtype: Of the merged model while it is scored, and when exported; ``auto``: the base model's.
         batch_size: Sequences of the longest kind in one forward pass; ``auto``: by memory.
         trust_remote_code: Run Python code that a model folder brings along.
@@ -204,11 +205,12 @@ class EngineConfig(_Section):
 
     backend: Literal["hf", "vllm"] = "hf"
     device: str = "auto"
+    merge_device: str = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: int | Literal["auto"] = "auto"
     trust_remote_code: bool = False
 
-    @field_validator("device")
+    @field_validator("device", "merge_device")
     @classmethod
     def _device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):

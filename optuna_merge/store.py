@@ -106,7 +106,7 @@ def open_storage(url: str) -> BaseStorage:
     Raises:
         StudyError: If it cannot be opened or written.
     """
-    file = _local_file(url)
+    file = local_file(url)
     try:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +119,9 @@ def open_storage(url: str) -> BaseStorage:
             _write_ahead(storage.engine)
         return storage
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ValueError) as exc:
-        raise StudyError(f"storage {url} must be readable and writable, got {_reason(exc)}; see storage_path") from exc
+        raise StudyError(f"storage {url} must be readable and writable, got {reason(exc)}; see storage_path") from exc
     except (ImportError, RuntimeError) as exc:
-        raise StudyError(f"storage {url} must be a storage that Optuna can open, got {_reason(exc)}") from exc
+        raise StudyError(f"storage {url} must be a storage that Optuna can open, got {reason(exc)}") from exc
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def run_lock(url: str, study_name: str) -> Iterator[None]:
     Raises:
         StudyLockedError: If another process holds it; the message names it.
     """
-    file = _local_file(url)
+    file = local_file(url)
     if file is None:
         yield
         return
@@ -143,7 +143,7 @@ def run_lock(url: str, study_name: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("a+", encoding="utf-8")
     except OSError as exc:
-        raise StudyError(f"{path}: lock must be writable, got {_reason(exc)}; choose another storage_path") from exc
+        raise StudyError(f"{path}: lock must be writable, got {reason(exc)}; choose another storage_path") from exc
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,10 +212,10 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
         study.set_user_attr(FINGERPRINT, now)
         return
     lines = [
-        f"study {name!r} was created with {key}={_shown(then.get(key))}, now it is {_shown(now.get(key))};"
+        f"study {name!r} was created with {key}={_shown(then.get(key))}, now it is {_shown(now[key])};"
         f" use a new study name or restore {_shown(then.get(key))}"
-        for key in dict.fromkeys([*then, *now])
-        if then.get(key) != now.get(key)
+        for key in now
+        if then.get(key) != now[key]
     ]
     if lines:
         raise StudyMismatchError("\n".join(lines))
@@ -248,7 +248,7 @@ class DocumentScores:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as exc:
-            raise StudyError(f"{path}: scores must be writable, got {_reason(exc)}; make room and run again") from exc
+            raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
 
     def begin(self, trial_number: int, digest: str, n_reported: int) -> list[str]:
         """Open the file of a trial for ``append``: keep the lines of the chunks that it reported, drop the rest.
@@ -273,12 +273,12 @@ class DocumentScores:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{line}\n" for line in [digest, *kept]), encoding="utf-8")
         except OSError as exc:
-            raise StudyError(f"{path}: scores must be writable, got {_reason(exc)}; make room and run again") from exc
+            raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
         return kept
 
 
-def _local_file(url: str) -> Path | None:
-    """The file of an SQLite or journal URL."""
+def local_file(url: str) -> Path | None:
+    """The file behind an SQLite or journal URL; None for a database server."""
     if url.startswith("journal://"):
         return Path(url.removeprefix("journal://")).expanduser().absolute()
     if url.startswith("sqlite:"):
@@ -316,7 +316,8 @@ def _answers(pid: int) -> bool:
     return True
 
 
-def _reason(exc: BaseException) -> str:
+def reason(exc: BaseException) -> str:
+    """The words of a storage's or the system's error, on one line."""
     cause = getattr(exc, "orig", None) or exc.__cause__ or exc
     return " ".join(str(cause).split()) or type(cause).__name__
 

@@ -1,0 +1,67 @@
+"""The command line: joins the commands, and turns expected errors into one line and an exit code.
+
+Exit codes: 0 done, 1 an expected error, 2 wrong usage, 130 interrupted. Results go to stdout, all else to stderr.
+Commands import what is heavy when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from optuna_merge.cli import check, export, prepare_data, report, run_study, status
+from optuna_merge.cli.options import INTERRUPTED
+from optuna_merge.errors import OptunaMergeError
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OptunaMergeError as exc:
+            for line in str(exc).splitlines():
+                typer.echo(f"error: {line}", err=True)
+            raise typer.Exit(1) from exc
+        except KeyboardInterrupt as exc:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from exc
+
+
+app = typer.Typer(
+    name="optuna-merge",
+    help="Search the weights of a model merge with Optuna.",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run-study")(run_study.run_study)
+app.command("check")(check.check)
+app.command("status")(status.status)
+app.command("report")(report.report)
+app.command("export")(export.export)
+app.command("prepare-data")(prepare_data.prepare_data)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("optuna-merge"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,84 @@
+"""``report``: what the study found, on the searched documents and on the holdout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from optuna_merge.cli.options import Json, StoragePath, StorageUrl, StudyFile, note, print_json, print_table
+from optuna_merge.cli.options import storage_overrides as overrides_of
+
+if TYPE_CHECKING:
+    from optuna_merge.report import HoldoutRow, Row, Summary
+
+
+def report(
+    file: StudyFile, storage_path: StoragePath = None, storage: StorageUrl = None, as_json: Json = False
+) -> None:
+    """Print one table: sources, base, uniform merges and best merge on searched and held-out documents.
+
+    Example: optuna-merge report studies/quickstart.yaml
+
+    Where the best merge has not been scored on the holdout yet, this loads the models and does it.
+    """
+    from optuna_merge.config import load_study
+    from optuna_merge.report import needs_holdout, summarize
+    from optuna_merge.study import open_study
+
+    config = load_study(file, overrides_of(storage_path, storage))
+    study = open_study(config, create=False)
+    if config.holdout is not None and needs_holdout(study, config.storage_path):
+        from optuna_merge.holdout import score_holdout
+        from optuna_merge.objective import MergeObjective
+        from optuna_merge.store import check_fingerprint
+
+        objective = MergeObjective.from_config(config)
+        check_fingerprint(study, objective.fingerprint())
+        score_holdout(study, objective, note)
+        objective.close()
+    summary = summarize(study, config.study.n_trials, config.storage_path)
+    if as_json:
+        print_json(summary.as_dict())
+    else:
+        print_summary(summary)
+
+
+def print_summary(summary: Summary) -> None:
+    """The table and what follows from it, on stdout."""
+    finished = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
+    typer.echo(
+        f"study {summary.study}: {finished} of {summary.n_trials} trials,"
+        f" {summary.n_documents} documents scored in {summary.seconds:.0f} s"
+    )
+    if not summary.rows:
+        typer.echo("no trial is complete yet")
+        return
+    tasks = list(summary.rows[0].tasks)
+    held = any(row.holdout for row in summary.rows)
+    held_tasks = list(next(row.holdout.tasks for row in summary.rows if row.holdout)) if held else []
+    header = ["searched documents", "trial", "score", *tasks]
+    print_table(header, [_searched(row, tasks) for row in summary.rows])
+    if held:
+        header = ["holdout documents", "trial", "score", *held_tasks, "best merge − this"]
+        print_table(header, [_held_out(row, row.holdout, held_tasks) for row in summary.rows if row.holdout])
+        typer.echo("± is one standard error; differences are paired by document.")
+    for number, reason in summary.failures.items():
+        typer.echo(f"trial {number} failed: {reason}")
+
+
+def _searched(row: Row, tasks: list[str]) -> list[str]:
+    figures = [_figure(row.tasks[task].value, row.tasks[task].stderr) if task in row.tasks else "" for task in tasks]
+    return [row.name, str(row.trial), f"{row.value:.4f}", *figures]
+
+
+def _held_out(row: Row, held: HoldoutRow, tasks: list[str]) -> list[str]:
+    figures = [_figure(held.tasks[task].value, held.tasks[task].stderr) for task in tasks]
+    ahead = "" if row.kind == "best" else f"{held.difference:+.4f} ± {held.difference_stderr:.4f}"
+    if row.kind != "best" and 0 < held.difference_stderr < float("inf"):
+        ahead += f" ({held.difference / held.difference_stderr:+.1f} SE)"
+    return [row.name, str(row.trial), f"{held.value:.4f}", *figures, ahead]
+
+
+def _figure(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

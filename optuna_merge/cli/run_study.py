@@ -1,0 +1,126 @@
+"""``run-study``: run a study, or go on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from optuna_merge.cli.options import (
+    INTERRUPTED,
+    Json,
+    StoragePath,
+    StorageUrl,
+    StudyFile,
+    note,
+    print_json,
+    storage_overrides,
+)
+from optuna_merge.cli.report import print_summary
+from optuna_merge.errors import EngineError, OptunaMergeError
+
+
+def run_study(
+    file: StudyFile,
+    n_trials: Annotated[
+        int | None,
+        typer.Option(
+            "--n-trials", "--max-fevals", metavar="N", help="Trials in total, baselines and earlier runs included."
+        ),
+    ] = None,
+    storage_path: StoragePath = None,
+    storage: StorageUrl = None,
+    task_search_path: Annotated[
+        list[Path] | None,
+        typer.Option("--task-search-path", metavar="DIR", help="Folder with eval tasks; may be given several times."),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:<index>.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", help="Longest sequences in one forward pass.")
+    ] = None,
+    sigma0: Annotated[
+        float | None, typer.Option("--sigma0", help="First step of CMA-ES as a fraction of each range.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--random-seed", "--seed", metavar="N", help="Decides every draw of the study.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", metavar="S", help="Seconds after which no further trial begins.")
+    ] = None,
+    merge_cuda: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge-cuda/--no-merge-cuda", help="Merge on the GPU or on the CPU; by default where is scored."
+        ),
+    ] = None,
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory/--no-in-memory", help="Merges are always made in memory.")
+    ] = True,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Score with vLLM.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that a model folder brings along.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a study, or go on with it: the same line starts and resumes.
+
+    Example: optuna-merge run-study studies/quickstart.yaml --n-trials 100
+
+    Ctrl-C stops it cleanly; the trial in flight is put back, and the next start takes it up where it was.
+    """
+    if not in_memory:
+        raise OptunaMergeError("--no-in-memory must be absent: every merge is made in memory; drop the option")
+    if wandb:
+        raise OptunaMergeError("--wandb must be absent: logging to Weights & Biases is not built yet; drop the option")
+    overrides: dict[str, Any] = storage_overrides(storage_path, storage)
+    given = {
+        "study.n_trials": n_trials,
+        "study.seed": seed,
+        "study.timeout": timeout,
+        "study.sampler.sigma0": sigma0,
+        "engine.device": device,
+        "engine.batch_size": batch_size,
+        "engine.backend": "vllm" if vllm else None,
+        "engine.trust_remote_code": trust_remote_code or None,
+        "engine.merge_device": {True: "cuda", False: "cpu", None: None}[merge_cuda],
+        "task_search_path": [path.absolute() for path in task_search_path] if task_search_path else None,
+    }
+    overrides |= {key: value for key, value in given.items() if value is not None}
+
+    from optuna_merge.config import load_study
+
+    config = load_study(file, overrides)
+    if config.engine.backend == "vllm":
+        raise EngineError("engine.backend must be hf, got vllm: the vLLM engine is not built yet; use --device instead")
+
+    from optuna_merge import study as studies
+    from optuna_merge.cli.progress import TerminalWatcher
+    from optuna_merge.holdout import score_holdout
+    from optuna_merge.objective import MergeObjective
+    from optuna_merge.report import summarize
+
+    note(f"reading models and eval tasks of {file}")
+    objective = MergeObjective.from_config(config)
+    for line in objective.describe():
+        note(line)
+    with TerminalWatcher() as watcher:
+        outcome = studies.run_study(config, objective, watcher)
+    study = studies.open_study(config, create=False)
+    if not outcome.interrupted:
+        score_holdout(study, objective, note)
+    summary = summarize(study, config.study.n_trials, config.storage_path)
+    if as_json:
+        print_json(summary.as_dict())
+    else:
+        print_summary(summary)
+        if summary.best_trial is not None:
+            typer.echo(f"recipe: {config.storage_path / studies.BEST_CONFIG}")
+            typer.echo(f"model:  optuna-merge export {file} OUT")
+    objective.close()
+    if outcome.interrupted:
+        note(f"interrupted after {outcome.n_finished} of {config.study.n_trials} trials; the same command continues")
+        raise typer.Exit(INTERRUPTED)
+    if outcome.timed_out:
+        note(f"timeout after {outcome.n_finished} of {config.study.n_trials} trials; the same command continues")

@@ -1,0 +1,36 @@
+"""``status``: how far a study is, without disturbing it."""
+
+from __future__ import annotations
+
+import typer
+
+from optuna_merge.cli.options import Json, StoragePath, StorageUrl, StudyFile, print_json, storage_overrides
+
+
+def status(
+    file: StudyFile, storage_path: StoragePath = None, storage: StorageUrl = None, as_json: Json = False
+) -> None:
+    """Say how far a study is and what leads, while it runs or afterwards. Loads no model.
+
+    Example: optuna-merge status studies/quickstart.yaml
+    """
+    from optuna_merge.config import load_study
+    from optuna_merge.report import summarize
+    from optuna_merge.study import open_study
+
+    config = load_study(file, storage_overrides(storage_path, storage))
+    summary = summarize(open_study(config, create=False), config.study.n_trials, config.storage_path)
+    if as_json:
+        print_json(summary.as_dict())
+        return
+    finished = sum(summary.states.get(state, 0) for state in ("complete", "pruned", "fail"))
+    states = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
+    typer.echo(f"study {summary.study}: {finished} of {summary.n_trials} trials ({states})")
+    baselines = [row for row in summary.rows if row.kind != "best"]
+    if baselines:
+        leader = max(baselines, key=lambda row: row.value)
+        typer.echo(f"to beat: {leader.name} {leader.value:.4f}")
+    if summary.best_trial is not None:
+        typer.echo(f"best merge: trial {summary.best_trial} {summary.best_value:.4f}")
+    for number, reason in summary.failures.items():
+        typer.echo(f"trial {number} failed: {reason}")

@@ -1,0 +1,203 @@
+"""What a study found, read from its storage: the figures behind ``status`` and ``report``. Loads no torch.
+
+Its rows are the sources, the base, the uniform merges and the best merge, each with the score on the searched documents
+and, once ``holdout.py`` has scored it, on the holdout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from optuna_merge import store
+
+HOLDOUT_FILE = "holdout.json"
+
+
+@dataclass(frozen=True)
+class TaskFigure:
+    """One metric of one model on one task; ``stderr`` is None where lm-eval estimates none."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    n_documents: int
+
+
+@dataclass(frozen=True)
+class HoldoutRow:
+    """One trial on the holdout.
+
+    Attributes:
+        trial: Its number.
+        value: Sum of weight x metric.
+        tasks: Eval task to its figure.
+        difference: The best merge's value minus this one's.
+        difference_stderr: Its standard error, paired by document.
+    """
+
+    trial: int
+    value: float
+    tasks: dict[str, TaskFigure]
+    difference: float
+    difference_stderr: float
+
+
+@dataclass(frozen=True)
+class SearchedTask:
+    """A task's metric on the searched documents."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the report: ``kind`` is ``source``, ``base``, ``uniform`` or ``best``."""
+
+    name: str
+    kind: str
+    trial: int
+    value: float
+    tasks: dict[str, SearchedTask]
+    holdout: HoldoutRow | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study at a glance.
+
+    Attributes:
+        study: Its name.
+        n_trials: How many trials it shall have.
+        states: Trial state to number of trials.
+        rows: Sources, base, uniform merges, best merge.
+        best_trial: Number of the best merge; None if none is scored yet.
+        best_value: Its score on the searched documents.
+        failures: Number and reason of each failed trial.
+        n_documents: Documents scored in all trials.
+        seconds: Spent on merging and scoring, in all trials.
+    """
+
+    study: str
+    n_trials: int
+    states: dict[str, int]
+    rows: list[Row]
+    best_trial: int | None
+    best_value: float | None
+    failures: dict[int, str]
+    n_documents: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def best_merge(study: optuna.Study) -> FrozenTrial | None:
+    """The best trial that is a merge and was scored on every document; a source as it stands is none."""
+    merges = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.user_attrs.get(store.BASELINE_KIND) not in ("source", "base")
+    ]
+    return max(merges, key=lambda trial: (trial.value or -math.inf, -trial.number), default=None)
+
+
+def summarize(study: optuna.Study, n_trials: int, storage_path: Path) -> Summary:
+    """Read a study.
+
+    Args:
+        study: The study, running or not.
+        n_trials: How many trials it shall have.
+        storage_path: Its folder, for the holdout's figures.
+    """
+    trials = study.get_trials(deepcopy=False)
+    best = best_merge(study)
+    holdout = _read_holdout(storage_path / HOLDOUT_FILE, study, best)
+    rows = [
+        _row(trial, trial.user_attrs[store.BASELINE], trial.user_attrs[store.BASELINE_KIND], holdout)
+        for kind in ("source", "base", "uniform")
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and trial.user_attrs.get(store.BASELINE_KIND) == kind
+    ]
+    if best is not None:
+        rows.append(_row(best, "best merge", "best", holdout))
+    return Summary(
+        study=study.study_name,
+        n_trials=n_trials,
+        states=dict(Counter(trial.state.name.lower() for trial in trials)),
+        rows=rows,
+        best_trial=None if best is None else best.number,
+        best_value=None if best is None else best.value,
+        failures={
+            trial.number: trial.user_attrs.get(store.FAILURE, "no reason recorded")
+            for trial in trials
+            if trial.state == TrialState.FAIL
+        },
+        n_documents=sum(trial.user_attrs.get(store.DOCUMENTS, 0) for trial in trials),
+        seconds=sum(
+            trial.user_attrs.get(key, 0.0)
+            for trial in trials
+            for key in (store.MERGE_SECONDS, store.EVALUATION_SECONDS)
+        ),
+    )
+
+
+def needs_holdout(study: optuna.Study, storage_path: Path) -> bool:
+    """Whether there is a best merge whose figures on the holdout are not there yet."""
+    best = best_merge(study)
+    return best is not None and not _read_holdout(storage_path / HOLDOUT_FILE, study, best)
+
+
+def markdown_table(summary: Summary) -> str:
+    """The report's figures as markdown, for a model card; empty before the first complete trial."""
+    if not summary.rows:
+        return ""
+    held = any(row.holdout for row in summary.rows)
+    header = ["model", "searched documents", *(["holdout documents", "best merge − this"] if held else [])]
+    lines = [f"## Results of study {summary.study}", ""]
+    lines += [f"| {' | '.join(header)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(header) - 1))}|"]
+    for row in summary.rows:
+        cells = [row.name, f"{row.value:.4f}"]
+        if held and row.holdout is None:
+            cells += ["", ""]
+        elif row.holdout is not None:
+            ahead = f"{row.holdout.difference:+.4f} ± {row.holdout.difference_stderr:.4f}"
+            cells += [f"{row.holdout.value:.4f}", "" if row.kind == "best" else ahead]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "± is one standard error, paired by document."])
+
+
+def _row(trial: FrozenTrial, name: str, kind: str, holdout: dict[int, HoldoutRow]) -> Row:
+    assert trial.value is not None
+    prefix = f"{store.SCORE} "
+    tasks = {
+        key.removeprefix(prefix): SearchedTask(
+            value, trial.user_attrs.get(f"{store.STDERR} {key.removeprefix(prefix)}")
+        )
+        for key, value in trial.user_attrs.items()
+        if key.startswith(prefix)
+    }
+    return Row(name, kind, trial.number, trial.value, tasks, holdout.get(trial.number))
+
+
+def _read_holdout(file: Path, study: optuna.Study, best: FrozenTrial | None) -> dict[int, HoldoutRow]:
+    """The rows by trial number; empty if there are none, or if they were made for another best merge."""
+    if best is None or not file.exists():
+        return {}
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if data["study"] != study.study_name or data["best_trial"] != best.number:
+        return {}
+    rows = [
+        HoldoutRow(**{**row, "tasks": {name: TaskFigure(**task) for name, task in row["tasks"].items()}})
+        for row in data["rows"]
+    ]
+    return {row.trial: row for row in rows}
