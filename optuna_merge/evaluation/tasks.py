@@ -17,7 +17,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +25,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-import datasets
-import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.api.group import Group
@@ -41,6 +38,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from optuna_merge.errors import TaskError
 from optuna_merge.evaluation.engine import Engine, Prepared, Response
+from optuna_merge.evaluation.quiet import quietly
 
 __all__ = ["ChunkResult", "Description", "EvalTask", "Score", "Scorer", "TaskDescription", "TaskScore"]
 
@@ -294,7 +292,7 @@ class Scorer:
         if limit is not None and limit <= 0:
             raise TaskError(f"limit must be above 0, got {limit}: no documents would be left; raise it or leave it out")
         loader = _Loader(task_search_path, allow_unsafe_code)
-        with _quietly(), _lm_eval_seeds():
+        with quietly(), _lm_eval_seeds():
             goals = _name_apart([loader.load(task) for task in tasks])
             holdout_goals = _name_apart([loader.load(task) for task in others])
             for leaf in _leaves([*goals, *holdout_goals]):
@@ -753,7 +751,7 @@ class _Batch:
 
     def score(self, engine: Engine) -> Documents:
         responses = iter(engine.respond(self.prepared))
-        with _quietly():
+        with quietly():
             return {
                 leaf.name: leaf.score(doc_ids, iter([next(responses) for _ in range(count)]))
                 for (leaf, doc_ids), count in zip(self.parts, self._counts, strict=True)
@@ -888,7 +886,7 @@ def _cut(engine: Engine, leaves: Sequence[_Leaf], n_chunks: int, seed: int) -> l
 
 
 def _aggregate(goals: Sequence[_Goal], documents: Documents, *, stderr: bool) -> Score:
-    with _quietly():
+    with quietly():
         tasks = {goal.key: goal.score(documents, stderr) for goal in goals}
     return Score(sum(task.weight * task.value for task in tasks.values()), tasks, documents)
 
@@ -1050,24 +1048,6 @@ def _local(traceback: TracebackType | None, function: str, name: str) -> Any:
             value = frame.f_locals[name]
         traceback = traceback.tb_next
     return value
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep lm-eval and datasets from drawing bars and telling what they do."""
-    logger = logging.getLogger("lm_eval")
-    old_level, old_bar = logger.level, lm_eval.api.task.tqdm
-    bars_were_on = not datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    setattr(lm_eval.api.task, "tqdm", lambda items, **_: items)  # noqa: B010 - mypy sees no such attribute
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(old_level)
-        setattr(lm_eval.api.task, "tqdm", old_bar)  # noqa: B010
-        if bars_were_on:
-            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
