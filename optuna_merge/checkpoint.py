@@ -382,7 +382,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
         if shard and size + tensor.nbytes > max_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.contiguous()
+        shard[name] = tensor.contiguous().cpu()
         size += tensor.nbytes
     if shard:
         yield shard

@@ -107,6 +107,10 @@ class Merger:
             destination = None if out is None else out(name)
             yield name, self._merge_tensor(plan, name, destination)
 
+    def template(self, recipe: Recipe) -> Checkpoint:
+        """The checkpoint whose configuration and tokenizer the merged model has: the base, or the first model."""
+        return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]
+
     @property
     def _first(self) -> Checkpoint:
         return next(iter(self.checkpoints.values()))

@@ -23,7 +23,7 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
     for chunk in inputs.chunks():
         total = chunk.zeros("total")
         for index, weight in enumerate(weights):
-            total += torch.mul(chunk.model(index), weight, out=chunk.scratch("term"))
+            total.add_(chunk.model(index), alpha=weight)
         if divisor is not None:
             total /= divisor
         flat[chunk.span] = total
