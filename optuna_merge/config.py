@@ -291,7 +291,7 @@ class StudyConfig(_Section):
         shuffle: Shuffle each task's documents (seeded) before ``limit``.
         random_init: Start at a random point instead of the best uniform merge.
         apply_chat_template: None: if the tokenizer has one.
-        fewshot_as_multiturn: Few-shot examples as turns of a conversation.
+        fewshot_as_multiturn: With a chat template, few-shot examples as turns of a conversation.
         storage_path: Folder for everything that the study writes.
         task_search_path: Folders with eval tasks of one's own.
         holdout: What only the final report scores; None: nothing is held out.
@@ -307,7 +307,7 @@ class StudyConfig(_Section):
     shuffle: bool = False
     random_init: bool = False
     apply_chat_template: bool | None = None
-    fewshot_as_multiturn: bool | None = None
+    fewshot_as_multiturn: bool = True
     study: StudyOptions = StudyOptions()
     engine: EngineConfig = EngineConfig()
     search: SearchConfig = SearchConfig()

@@ -346,13 +346,26 @@ def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
     """The resident engine of a study, its weights not yet loaded."""
     from optuna_merge.evaluation.hf import HFEngine
 
+    size = config.engine.batch_size
     return HFEngine(
         models.template.path,
         dtype=models.refs.dtype,
         device=config.engine.device,
-        batch_size=config.engine.batch_size,
+        batch_tokens="auto" if size == "auto" else size * _longest_sequence(config, models),
         trust_remote_code=config.engine.trust_remote_code,
     )
+
+
+def make_describing_engine(config: StudyConfig, models: StudyModels) -> Engine:
+    """An engine that renders and tokenizes requests and holds no weights."""
+    from optuna_merge.evaluation.hf import HFEngine
+
+    trust = config.engine.trust_remote_code
+    return HFEngine.tokenizer_only(models.template.path, dtype=models.refs.dtype, trust_remote_code=trust)
+
+
+def _longest_sequence(config: StudyConfig, models: StudyModels) -> int:
+    return build_scorer(config, make_describing_engine(config, models)).describe().longest
 
 
 def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
@@ -366,7 +379,7 @@ def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
         num_fewshot=config.num_fewshot,
         shuffle=config.shuffle,
         apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
         holdout=None if holdout is None else holdout.fraction or [_eval_task(task) for task in holdout.tasks],
         seed=config.study.seed,
         n_chunks=config.study.n_chunks,

@@ -1,0 +1,141 @@
+"""What a study would do: its dimensions, tasks and memory, found without loading weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from optuna_merge.checkpoint import check_compatible
+from optuna_merge.config import StudyConfig
+from optuna_merge.errors import EngineError
+from optuna_merge.evaluation.engine import Engine
+from optuna_merge.objective import StudyModels, build_scorer, make_describing_engine, make_sampler
+from optuna_merge.sampler import StableCmaEsSampler
+from optuna_merge.space import SearchSpace
+
+_HIDDEN_COPIES = 12
+"""Activations that live at once, in hidden widths of each token: attention, a gated feed-forward part and residuals."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a study file would do.
+
+    Attributes:
+        models: Labels of the sources, then the base's reference.
+        dtype: Of the merged model.
+        n_tensors, n_parameters: Of each model.
+        n_trials: Trials in all.
+        space: ``n_dimensions``, ``population``, ``n_baselines``, ``first`` and ``last`` parameter name.
+        tasks: ``name``, ``weight`` (None: only in the holdout), ``metric``, ``metrics``, ``n_searched``, ``n_holdout``.
+        n_documents, n_chunks, n_requests, longest: Of one evaluation; ``longest`` in tokens.
+        chat_template: Whether prompts go through it, and why.
+        device: Where it would run.
+        memory: Bytes: ``weights``, ``merge_buffer``, ``scoring`` and their sum ``device``; ``sources``, ``host_free``.
+        warnings: What is possible and probably not meant.
+    """
+
+    models: list[str]
+    dtype: str
+    n_tensors: int
+    n_parameters: int
+    n_trials: int
+    space: dict[str, Any]
+    tasks: list[dict[str, Any]]
+    n_documents: int
+    n_chunks: int
+    n_requests: int
+    longest: int
+    chat_template: str
+    device: str
+    memory: dict[str, int]
+    warnings: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def check_study(config: StudyConfig) -> Check:
+    """Open everything that a study file names, compare it, and count.
+
+    Raises:
+        OptunaMergeError: With one line for each thing that would keep the study from running.
+    """
+    if config.engine.backend == "vllm":
+        raise EngineError("engine.backend must be hf, got vllm: the vLLM engine is not built yet")
+    models = StudyModels.open(config)
+    check_compatible(list(models.checkpoints.values()), config.genome.tokenizer_source)
+    engine = make_describing_engine(config, models)
+    tasks = build_scorer(config, engine).describe()
+    space = SearchSpace(config, models.refs)
+    sampler = make_sampler(config, space)
+    names = list(space.distributions)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Check(
+        models=[*space.labels, *([f"base {config.genome.base_model}"] if config.genome.base_model else [])],
+        dtype=models.refs.dtype,
+        n_tensors=len(models.template.names),
+        n_parameters=sum(math.prod(models.template.shape(name)) for name in models.template.names),
+        n_trials=config.study.n_trials,
+        space={
+            "n_dimensions": len(names),
+            "population": sampler.population_size if isinstance(sampler, StableCmaEsSampler) else 1,
+            "n_baselines": len(space.baselines),
+            "first": names[0] if names else "",
+            "last": names[-1] if names else "",
+        },
+        tasks=[
+            {
+                "name": task.name,
+                "weight": task.weight if task.n_searched else None,
+                "metric": task.metric,
+                "metrics": list(task.metrics),
+                "n_searched": task.n_searched,
+                "n_holdout": task.n_holdout,
+            }
+            for task in tasks.tasks
+        ],
+        n_documents=tasks.n_documents,
+        n_chunks=tasks.n_chunks,
+        n_requests=tasks.n_requests,
+        longest=tasks.longest,
+        chat_template=tasks.chat_template_reason,
+        device=device if config.engine.device == "auto" else config.engine.device,
+        memory=_memory(models, engine),
+        warnings=_warnings(config, space),
+    )
+
+
+def _memory(models: StudyModels, engine: Engine) -> dict[str, int]:
+    """Bytes that a run takes: the resident model, one merged tensor, and one batch of activations and logits."""
+    template = models.template
+    width = getattr(torch, models.refs.dtype).itemsize
+    sizes = [math.prod(template.shape(name)) for name in template.names]
+    hidden = int(template.config.get("hidden_size") or template.config.get("n_embd") or 0)
+    inner = int(template.config.get("intermediate_size") or 4 * hidden)
+    memory = {
+        "weights": sum(sizes) * width,
+        "merge_buffer": max(sizes) * width,
+        "scoring": engine.batch_tokens * (_HIDDEN_COPIES * hidden + 3 * inner) * width,
+        "sources": sum(checkpoint.nbytes for checkpoint in models.checkpoints.values()),
+        "host_free": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    }
+    return {"device": memory["weights"] + memory["merge_buffer"] + memory["scoring"], **memory}
+
+
+def _warnings(config: StudyConfig, space: SearchSpace) -> list[str]:
+    found = []
+    if not space.distributions:
+        found.append("nothing is searched: every parameter is a constant")
+    if config.study.n_trials <= len(space.baselines):
+        found.append(f"study.n_trials is {config.study.n_trials}: the {len(space.baselines)} baselines leave no search")
+    if config.holdout is None:
+        found.append("holdout is not set: the best of many trials looks better than it is, and nothing will show it")
+    if config.genome.base_model in config.genome.models and config.genome.base_model not in config.sources:
+        found.append("genome.base_model is also among genome.models: it gets no weights, its task vector is zero")
+    return found

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from optuna_merge import store
+from optuna_merge.config import load_study
+from optuna_merge.errors import CheckpointError, NonFiniteMergeError, StudyError
+from optuna_merge.merge import Merger
+from optuna_merge.objective import MergeObjective, StudyModels, build_scorer, paired_estimate, recipe_of
+from optuna_merge.space import SearchSpace
+from optuna_merge.testing import FakeEngine
+
+OPTIMUM = {"weight_0": 1.2, "weight_1": 0.2}
+
+
+def fake_objective(path: Path, **overrides: object) -> MergeObjective:
+    """An objective whose score is best where model_0 has weight 1.2 and model_1 has 0.2 in every layer."""
+    config = load_study(path, overrides)
+    models = StudyModels.open(config)
+    merger = Merger(models.checkpoints)
+    space = SearchSpace(config, models.refs)
+    params = {name: OPTIMUM["weight_0" if "model_0" in name else "weight_1"] for name in space.distributions}
+    optimum = {name: tensor.clone() for name, tensor in merger.merge(space.decode(params))}
+    engine = FakeEngine(optimum)
+    return MergeObjective(config, models, merger, engine, build_scorer(config, engine))
+
+
+@pytest.fixture
+def objective(study_file: Callable[..., Path]) -> MergeObjective:
+    return fake_objective(study_file(gold="0"))
+
+
+def test_a_plain_optuna_user_can_optimize_it(objective: MergeObjective) -> None:
+    study = optuna.create_study(direction=objective.direction, sampler=objective.sampler(), pruner=objective.pruner())
+    objective.enqueue_baselines(study)
+    study.optimize(objective, n_trials=12)
+    names = [trial.user_attrs.get(store.BASELINE) for trial in study.trials]
+    assert names[:6] == ["uniform", "uniform x1.5", "uniform x2", "model_0", "model_1", "base"]
+    assert names[6:] == [None] * 6
+    first = study.trials[0]
+    assert first.params == objective.space.uniform(1.0)
+    assert study.trials[3].params == {}
+    assert all(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in study.trials)
+    assert first.user_attrs["score one"] + first.user_attrs["score two"] == pytest.approx(2 * first.value)
+    assert first.user_attrs["stderr one"] >= 0
+    assert first.user_attrs[store.MERGE_SECONDS] > 0
+    assert first.user_attrs[store.EVALUATION_SECONDS] > 0
+    assert first.user_attrs[store.DOCUMENTS] == objective.scorer.n_documents == 60
+
+
+def test_any_sampler_pruner_and_storage_will_do(objective: MergeObjective) -> None:
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=0), pruner=optuna.pruners.MedianPruner()
+    )
+    study.optimize(objective, n_trials=3)
+    assert len(study.trials) == 3
+    assert set(study.trials[0].params) == set(objective.space.distributions)
+
+
+def test_the_value_is_the_weighted_sum_over_all_documents(objective: MergeObjective) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(objective.space.uniform(1.0))
+    study.optimize(objective, n_trials=1)
+    trial = study.trials[0]
+    objective.load(objective.recipe(trial))
+    assert objective.scorer.score_all().value == trial.value
+    assert list(trial.intermediate_values) == list(range(objective.scorer.n_chunks))
+
+
+def test_a_merge_with_nan_fails_its_trial_and_the_study_goes_on(
+    objective: MergeObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = objective._merger.merge
+
+    def poisoned(recipe, out=None):
+        for name, tensor in honest(recipe, out):
+            yield name, tensor.fill_(math.nan) if "q_proj" in name else tensor
+
+    study = optuna.create_study(direction="maximize")
+    monkeypatch.setattr(objective._merger, "merge", poisoned)
+    study.optimize(objective, n_trials=1)
+    monkeypatch.setattr(objective._merger, "merge", honest)
+    study.optimize(objective, n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert "q_proj" in study.trials[0].user_attrs[store.FAILURE]
+
+
+def test_load_is_skipped_only_for_weights_that_are_loaded(objective: MergeObjective) -> None:
+    recipe = objective.space.baseline_recipe("uniform")
+    assert objective.load(recipe) > 0
+    assert objective.load(recipe) == 0
+    assert objective.load(objective.space.baseline_recipe("base")) > 0
+    assert objective._engine.n_loads == 2
+
+
+def test_a_refused_load_is_not_taken_for_loaded(objective: MergeObjective, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = objective.space.baseline_recipe("uniform")
+
+    def refuse(_: object) -> None:
+        raise NonFiniteMergeError("x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective._engine, "load_weights", refuse)
+        with pytest.raises(NonFiniteMergeError):
+            objective.load(recipe)
+    assert objective.load(recipe) > 0
+
+
+def test_pruned_trials_carry_the_paired_estimate(study_file: Callable[..., Path]) -> None:
+    path = study_file(gold="0", study={"n_trials": 40, "seed": 1, "n_chunks": 15}, n_documents=80, holdout=None)
+    objective = fake_objective(path)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=2))
+    study.pruner = objective.pruner()
+    study.optimize(objective, n_trials=30)
+    pruned = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
+    assert pruned
+    for trial in pruned:
+        estimate = trial.user_attrs["paired_estimate"]
+        assert estimate < study.best_value
+        assert trial.user_attrs[store.DOCUMENTS] < objective.scorer.n_documents
+        objective.load(objective.recipe(trial))
+        assert abs(objective.scorer.score_all().value - estimate) < 0.25
+    assert study.best_trial.user_attrs[store.DOCUMENTS] == objective.scorer.n_documents
+
+
+def test_the_paired_estimate_by_hand() -> None:
+    study = optuna.create_study(direction="maximize")
+    distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    best = optuna.trial.create_trial(
+        value=0.6, params={"x": 0.5}, distributions=distributions, intermediate_values={0: 0.5, 1: 0.7, 2: 0.6}
+    )
+    study.add_trial(best)
+
+    class Result:
+        def __init__(self, score: float) -> None:
+            self.score = score
+
+    assert paired_estimate(study, [Result(0.4), Result(0.5)]) == pytest.approx(0.6 - (0.1 + 0.2) / 2)
+    assert paired_estimate(study, []) is None
+    assert paired_estimate(optuna.create_study(), [Result(0.4)]) is None
+
+
+def test_baselines_are_enqueued_once(objective: MergeObjective) -> None:
+    study = optuna.create_study(direction="maximize")
+    objective.enqueue_baselines(study)
+    objective.enqueue_baselines(study)
+    assert len(study.trials) == len(objective.space.baselines) == 6
+
+
+def test_a_trial_whose_recipe_has_changed_is_not_replayed(
+    objective: MergeObjective, study_file: Callable[..., Path]
+) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective, n_trials=1)
+    other = load_study(study_file(gold="0", search={"lambda": 0.5}))
+    models = StudyModels.open(other)
+    with pytest.raises(StudyError, match=r"trial 0: recipe must be the one that was scored .* restore them"):
+        recipe_of(SearchSpace(other, models.refs), models, study.trials[0])
+
+
+def test_a_waiting_trial_has_no_recipe(objective: MergeObjective) -> None:
+    study = optuna.create_study(direction="maximize")
+    objective.enqueue_baselines(study)
+    with pytest.raises(StudyError, match=r"trial 0: must have been merged, it is waiting; see status"):
+        objective.recipe(study.trials[0])
+
+
+def test_the_fingerprint_does_not_depend_on_where_the_models_lie(
+    objective: MergeObjective, study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_models)
+    genome = {
+        "models": ["moved/model_0", "moved/model_1"],
+        "base_model": "moved/base",
+        "merge_method": "task_arithmetic",
+        "layer_granularity": 1,
+    }
+    assert fake_objective(study_file(gold="0", genome=genome)).fingerprint() == objective.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"limit": 20}, "limit"),
+        ({"search": {"weight": [0.0, 1.0]}}, "search space"),
+        ({"tasks": [{"name": "one", "weight": 0.3}, {"name": "two"}]}, "tasks"),
+        ({"holdout": 0.5}, "prompts and documents"),
+        ({"engine": {"dtype": "bfloat16"}}, "dtype"),
+        ({"study": {"seed": 4, "n_chunks": 5}}, "study.seed"),
+    ],
+)
+def test_the_fingerprint_names_what_changes_a_score(
+    objective: MergeObjective, study_file: Callable[..., Path], change: dict, key: str
+) -> None:
+    ours, theirs = objective.fingerprint(), fake_objective(study_file(gold="0", **change)).fingerprint()
+    assert ours[key] != theirs[key]
+
+
+def test_the_fingerprint_covers_the_models_content(
+    objective: MergeObjective, study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path
+) -> None:
+    genome = load_study(study_file(gold="0")).genome.model_dump(mode="json")
+    (tmp_path / "swapped").mkdir()
+    (tmp_path / "swapped" / "model_0").symlink_to(tiny_models / "model_1")
+    genome["models"] = ["swapped/model_0", str(tiny_models / "model_1")]
+    other = fake_objective(study_file(gold="0", genome=genome)).fingerprint()
+    differing = {key for key, value in objective.fingerprint().items() if other[key] != value}
+    assert differing == {"content of model_0"}
+
+
+def test_missing_models_are_named(study_file: Callable[..., Path], tiny_models: Path) -> None:
+    genome = {"models": ["./nowhere"], "base_model": str(tiny_models / "base"), "merge_method": "task_arithmetic"}
+    with pytest.raises(CheckpointError, match=r"model './nowhere' must be an existing folder, found none at "):
+        StudyModels.open(load_study(study_file(genome=genome)))
+
+
+def test_auto_dtype_is_the_base_models(study_file: Callable[..., Path]) -> None:
+    assert StudyModels.open(load_study(study_file(engine={"dtype": "auto"}))).refs.dtype == "float32"
+    assert StudyModels.open(load_study(study_file(engine={"dtype": "bfloat16"}))).refs.dtype == "bfloat16"
