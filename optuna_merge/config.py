@@ -23,11 +23,14 @@ from optuna_merge.recipe import Dtype
 
 KNOWN_BENCHMARKS = tuple(
     """
-    agieval ai2_arc aime anli arc arithmetic asdiv bbh belebele bigbench blimp boolq ceval cmmlu commonsense_qa
-    copa coqa drop eq_bench fld glue global_mmlu gpqa gsm8k gsm_plus headqa hellaswag hendrycks humaneval ifeval
-    kmmlu lambada leaderboard livebench logiqa math_word_problems mathqa mbpp mc_taco medmcqa medqa mgsm
-    minerva_math mmlu musr mutual nq_open openbookqa piqa pubmedqa qasper race sciq simpleqa social_iqa squad
-    super_glue swag toxigen triviaqa truthfulqa wikitext winogrande wsc xcopa xnli
+    agieval ai2_arc aime anli arc arithmetic asdiv babi bbh bbq belebele bigbench blimp boolq ceval cmmlu cola
+    commonsense_qa copa coqa crows_pairs drop eq_bench ethics fld global_mmlu glue gpqa gsm8k gsm_plus headqa
+    hellaswag hendrycks humaneval ifeval kmmlu lambada leaderboard livebench logiqa math_word_problems mathqa
+    mbpp mc_taco medmcqa medqa mgsm minerva_math mlqa mmlu mnli mrpc multirc musr mutual nq_open openbookqa
+    paloma piqa prost pubmedqa qa4mre qasper qnli qqp race rte sciq sglue simpleqa social_iqa squad squadv2 sst2
+    storycloze super_glue swag tinyArc tinyBenchmarks tinyGSM8k tinyHellaswag tinyMMLU tinyTruthfulQA
+    tinyWinogrande toxigen triviaqa truthfulqa tydiqa webqs wikitext winogrande wmdp wnli wsc wsc273 xcopa xnli
+    xquad xstorycloze xwinograd
     """.split()
 )
 """Benchmarks whose own tasks are no objective: a merge searched on them has been fitted to the test."""
@@ -101,12 +104,7 @@ class GenomeConfig(_Section):
     allow_negative_weights: bool = False
     normalize: bool | None = None
     smooth: bool = False
-    filters: Annotated[tuple[str, ...], _List] = ()
-
-    @field_validator("filters", mode="before")
-    @classmethod
-    def _none_is_empty(cls, value: Any) -> Any:
-        return () if value is None else value
+    filters: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _List] = ()
 
 
 class TaskConfig(_Section):
@@ -190,6 +188,13 @@ class StudyOptions(_Section):
     timeout: float | None = Field(None, gt=0)
     n_chunks: int | None = Field(None, ge=1)
 
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value in (".", "..") or re.search(r"[/\\\0]", value):
+            raise ValueError("a name that can be part of a file name")
+        return value
+
 
 class EngineConfig(_Section):
     """What answers the eval tasks' requests.
@@ -230,11 +235,16 @@ class PriorConfig(_Section):
 
     The first step of CMA-ES is drawn from the sum of three parts: one common to all weights, one for each model,
     one for each single weight.
+
+    Attributes:
+        common: Of the part that all weights share.
+        model: Of the part that the weights of one model share.
+        weight: Of each weight's own part; not 0, which would leave directions that are never searched.
     """
 
-    common: float = Field(0.2, ge=0)
-    model: float = Field(0.15, ge=0)
-    weight: float = Field(0.12, gt=0)
+    common: float = Field(0.2, ge=0, le=10)
+    model: float = Field(0.15, ge=0, le=10)
+    weight: float = Field(0.12, ge=0.001, le=10)
 
 
 class SearchConfig(_Section):
@@ -280,6 +290,12 @@ class HoldoutConfig(_Section):
             raise ValueError("a fraction between 0 and 1, or a list of tasks")
         return {"fraction": float(value)} if isinstance(value, int | float) else value
 
+    @model_validator(mode="after")
+    def _check(self) -> HoldoutConfig:
+        if (self.fraction is None) == (not self.tasks):
+            raise ValueError("either a fraction between 0 and 1 or a list of tasks")
+        return self
+
 
 class StudyConfig(_Section):
     """A study file, read and found possible.
@@ -317,6 +333,13 @@ class StudyConfig(_Section):
     allow_benchmark_tasks: bool = False
     allow_unsafe_code: bool = False
 
+    @field_validator("limit")
+    @classmethod
+    def _limit(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
+            raise ValueError("a whole number, or a fraction below 1")
+        return value
+
     @property
     def method(self) -> MergeMethod:
         """The declaration of the merge method."""
@@ -349,7 +372,7 @@ def load_study(path: Path | str, overrides: Mapping[str, Any] | None = None) -> 
     path = Path(path)
     data, problems, lines = _parse_yaml(path)
     for key, value in (overrides or {}).items():
-        _set(data, key.split("."), value)
+        problems += _set(data, key.split("."), value)
     problems += _unknown_spellings(data)
     config, wrong = _validate(data, path)
     problems += wrong
@@ -365,7 +388,12 @@ def _validate(data: dict[str, Any], path: Path) -> tuple[StudyConfig | None, lis
     try:
         return StudyConfig.model_validate(_with_paths(data, path)), []
     except pydantic.ValidationError as exc:
-        errors = exc.errors(include_url=False)
+        # A list with a wrong item is also "too short" to pydantic.
+        errors = [
+            error
+            for error in exc.errors(include_url=False)
+            if error["type"] != "too_short" or len(error["input"]) < error["ctx"]["min_length"]
+        ]
     for error in errors:
         _drop(data, _keys(error["loc"]))
     problems = [_describe(error) for error in errors]
@@ -404,11 +432,13 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], list[str], dict[str, int]]:
         reason = " ".join(str(exc).split())
         raise ConfigError(f"{path}: study file must be YAML, got {reason}; correct that line") from exc
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}: study file must be a mapping of keys, got {type(data).__name__}; see studies/quickstart.yaml"
-        )
+        got = "nothing" if data is None else _short(data)
+        raise ConfigError(f"{path}: study file must be a mapping of keys, got {got}; see studies/quickstart.yaml")
     lines: dict[str, int] = {}
-    problems = [] if node is None else list(_walk(node, "", lines))
+    try:
+        problems = [] if node is None else list(_walk(node, "", lines))
+    except RecursionError as exc:
+        raise ConfigError(f"{path}: study file must end, got an anchor within itself; write it out") from exc
     return data, problems, lines
 
 
@@ -428,21 +458,29 @@ def _walk(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator[str]:
             yield from _walk(value, name, lines)
 
 
-def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
+def _set(data: dict[str, Any], keys: list[str], value: Any) -> list[str]:
+    """Put an override in its place; the problem if the file has something else than a section there."""
+    for depth, key in enumerate(keys[:-1], start=1):
         inner = data.get(key)
-        if isinstance(inner, str):  # the short form of a sampler or pruner
+        if inner is None:
+            inner = {}
+        elif isinstance(inner, str) and key in ("sampler", "pruner"):  # their short form
             inner = {"name": inner}
-        data[key] = inner if isinstance(inner, dict) else {}
-        data = data[key]
+        elif not isinstance(inner, dict):
+            rule, fix = _RULES["model_type"]
+            return [f"{'.'.join(keys[:depth])} must be {rule}, got {_short(inner)}; {fix}"]
+        data[key] = inner
+        data = inner
     data[keys[-1]] = value
+    return []
 
 
 def _with_paths(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Fill in what depends on where the file is."""
+    """Leave out the keys without a value, and fill in what depends on where the file is."""
     folder = path.resolve().parent
+    data = _without_nulls(data)
     result = {key: value for key, value in data.items() if key != "path"}
-    study = data.get("study") or {}
+    study = data.get("study", {})
     if isinstance(study, dict) and not study.get("name"):
         result["study"] = study = {**study, "name": path.stem}
     name = study.get("name", path.stem) if isinstance(study, dict) else path.stem
@@ -455,10 +493,16 @@ def _with_paths(data: dict[str, Any], path: Path) -> dict[str, Any]:
         search = [folder / Path(item).expanduser() if isinstance(item, str | Path) else item for item in search]
     result["task_search_path"] = search
     result["path"] = path
-    for section in ("engine", "search"):
-        if section in result and result[section] is None:
-            del result[section]
     return result
+
+
+def _without_nulls(value: Any) -> Any:
+    """A key with nothing after it means its default, as if it were not there; a task's metadata are its own."""
+    if isinstance(value, dict):
+        return {
+            key: item if key == "metadata" else _without_nulls(item) for key, item in value.items() if item is not None
+        }
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 _RULES = {
@@ -472,7 +516,7 @@ _RULES = {
     "dict_type": ("a mapping of keys", "indent the keys below it"),
     "mapping_type": ("a mapping of keys", "indent the keys below it"),
     "model_type": ("a mapping of keys", "indent the keys below it"),
-    "path_type": ("a path", "put it in quotes"),
+    "is_instance_of": ("a path", "put it in quotes"),
     "finite_number": ("finite", "give a finite number"),
     "too_short": ("a list with at least {min_length} item", "add one"),
     "string_too_short": ("a name", "fill it in"),
@@ -537,8 +581,12 @@ def _unknown_spellings(data: dict[str, Any]) -> list[str]:
         for key, value in search.items():
             if key not in ("prior", "embed_group"):
                 check(value, Range, f"search.{key}.")
-    for name in ("tasks", "holdout"):
-        for index, task in enumerate(data[name]) if isinstance(data.get(name), list) else ():
+    holdout = data.get("holdout")
+    if isinstance(holdout, dict):
+        check(holdout, HoldoutConfig, "holdout.")
+        holdout = holdout.get("tasks")
+    for name, tasks in (("tasks", data.get("tasks")), ("holdout", holdout)):
+        for index, task in enumerate(tasks) if isinstance(tasks, list) else ():
             check(task, TaskConfig, f"{name}[{index}].")
     return problems
 
@@ -546,15 +594,25 @@ def _unknown_spellings(data: dict[str, Any]) -> list[str]:
 def _contradictions(config: StudyConfig) -> Iterator[str]:
     """What each value allows but their combination does not."""
     genome = config.genome
-    for field, values in (("genome.models", genome.models), ("tasks", [task.name for task in config.tasks])):
+    held_out = config.holdout.tasks if config.holdout else ()
+    for field, values in (
+        ("genome.models", genome.models),
+        ("genome.filters", genome.filters),
+        ("tasks", [task.name for task in config.tasks]),
+        ("holdout", [task.name for task in held_out]),
+    ):
         for index, value in enumerate(values):
             if value in values[:index]:
                 yield f"{field}[{index}] must be different from the others, got {value!r} again; remove one"
+    if "rest" in genome.filters:
+        where = f"genome.filters[{genome.filters.index('rest')}]"
+        yield f"{where} must be another part of a tensor name, got 'rest'; in parameter names it means what is left"
     yield from _task_problems(config)
     try:
         method = config.method
     except MethodError as exc:
-        yield f"genome.merge_method must be a merge method, got {genome.merge_method!r}; {exc}"
+        hint = str(exc).partition("; ")[2]
+        yield f"genome.merge_method must be a known merge method, got {genome.merge_method!r}; {hint}"
         return
     if method.base == "required" and genome.base_model is None:
         yield f"genome.base_model must be given for {method.name}, got nothing; name the model that all were tuned from"
@@ -613,7 +671,7 @@ def is_benchmark(task: str) -> bool:
 
 def _locate(path: Path, lines: dict[str, int], problem: str) -> str:
     """Put the file, and the line if the problem's key or a part of its path has one, before a problem."""
-    key = re.split(r"[ :]", problem, maxsplit=1)[0]
+    key = re.split(r" must |: ", problem, maxsplit=1)[0]
     while key and key not in lines:
         key = re.sub(r"(\[\d+\]|\.?[^.\[\]]*)$", "", key) if re.search(r"[.\[]", key) else ""
     return f"{path}:{lines[key]}: {problem}" if key else f"{path}: {problem}"

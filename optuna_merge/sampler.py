@@ -31,7 +31,8 @@ class StableCmaEsSampler(CmaEsSampler):
 
     Departures from ``optuna.samplers.CmaEsSampler``:
 
-    - the search space is given, so that the first trial is drawn by CMA-ES too and every worker uses one space;
+    - the search space is given, and used in the order of its names: the first trial is drawn by CMA-ES too, and every
+      worker uses one space;
     - the random state of a draw is keyed by (seed, trial number): a study that was killed and resumed draws what
       an uninterrupted one would have drawn;
     - a PRUNED trial with a ``paired_estimate`` user attribute counts with that value; without it, it is ignored;
@@ -53,7 +54,7 @@ class StableCmaEsSampler(CmaEsSampler):
         popsize: Trials in a generation; None: 4 + floor(3 ln n).
 
     Raises:
-        ValueError: If a distribution or the covariance is none of these.
+        ValueError: If an argument is none of these.
     """
 
     def __init__(
@@ -65,7 +66,17 @@ class StableCmaEsSampler(CmaEsSampler):
         covariance: np.ndarray | None = None,
         popsize: int | None = None,
     ) -> None:
-        super().__init__(seed=seed, n_startup_trials=0, popsize=popsize, warn_independent_sampling=False)
+        super().__init__(
+            seed=seed,
+            n_startup_trials=0,
+            popsize=popsize,
+            independent_sampler=StableRandomSampler(seed=seed),
+            warn_independent_sampling=False,
+        )
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        if popsize is not None and popsize < 3:
+            raise ValueError(f"popsize must be at least 3, got {popsize}")
         for name, distribution in search_space.items():
             if not isinstance(distribution, FloatDistribution) or distribution.log or distribution.step is not None:
                 raise ValueError(f"search_space[{name!r}] must be a plain FloatDistribution, got {distribution}")
@@ -83,7 +94,8 @@ class StableCmaEsSampler(CmaEsSampler):
     @property
     def population_size(self) -> int:
         """Trials in a generation."""
-        return self._popsize or 4 + int(3 * np.log(max(1, len(self._fixed_space))))
+        n = sum(not distribution.single() for distribution in self._fixed_space.values())
+        return self._popsize or 4 + int(3 * np.log(max(1, n)))
 
     def generation_of(self, trial: FrozenTrial) -> int | None:
         """The generation in which CMA-ES drew a trial; None if it did not."""
@@ -95,7 +107,9 @@ class StableCmaEsSampler(CmaEsSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The given search space, whatever the study's trials look like."""
-        return {name: distribution for name, distribution in self._fixed_space.items() if not distribution.single()}
+        return {
+            name: self._fixed_space[name] for name in sorted(self._fixed_space) if not self._fixed_space[name].single()
+        }
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -28,6 +28,7 @@ UNIFORM_TOTALS = (1.0, 1.5, 2.0)
 sum to about 2."""
 
 _ISOTROPIC_SIGMA = 1 / 6
+_OTHER_BASELINES = frozenset({"base", "uniform"})
 
 
 @dataclass(frozen=True)
@@ -318,12 +319,15 @@ class SearchSpace:
 
 
 def model_labels(references: tuple[str, ...]) -> tuple[str, ...]:
-    """Short, unique names for models: the last part of each reference, with what is before it where they clash."""
-    parts = [PurePosixPath(reference.replace("\\", "/")).parts for reference in references]
+    """Short, unique names for models: the last part of each reference, with what is before it where they clash.
+
+    None is the name of another baseline.
+    """
+    parts = [PurePosixPath(reference.replace("\\", "/").replace("@", "_")).parts or (".",) for reference in references]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["_".join(part.strip("/") for part in path[-length:]) for path in parts]
-        if len(set(labels)) == len(labels):
-            return tuple(label.replace("@", "_") for label in labels)
+        if len(set(labels)) == len(labels) and _OTHER_BASELINES.isdisjoint(labels):
+            return tuple(labels)
     return tuple(f"{path[-1]}_{index}" for index, path in enumerate(parts))
 
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import StudyError, StudyLockedError, StudyMismatchError
@@ -112,7 +113,9 @@ def open_storage(url: str) -> BaseStorage:
             file.parent.mkdir(parents=True, exist_ok=True)
         if url.startswith("journal://"):
             assert file is not None
-            return JournalStorage(JournalFileBackend(str(file)))
+            backend = JournalFileBackend(str(file))
+            _cut_torn_line(file, backend)
+            return JournalStorage(backend)
         engine_options: dict[str, Any] = {"connect_args": {"timeout": _LOCK_WAIT_S}} if file is not None else {}
         storage = RDBStorage(url, engine_kwargs=engine_options)
         if file is not None:
@@ -170,8 +173,13 @@ def requeue(study: optuna.Study, trial: FrozenTrial) -> None:
     study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
-def requeue_lost(study: optuna.Study) -> list[int]:
+def requeue_lost(study: optuna.Study, *, alone: bool = False) -> list[int]:
     """Put back the running trials whose process is gone.
+
+    Args:
+        study: The study.
+        alone: Whether nobody else can be running trials. Then those without an owner are lost too: their process
+            ended while it asked for them.
 
     Returns:
         Their numbers.
@@ -179,7 +187,7 @@ def requeue_lost(study: optuna.Study) -> list[int]:
     lost = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner = trial.system_attrs.get(OWNER)
-        if owner is not None and Owner(**owner).is_gone:
+        if alone if owner is None else Owner(**owner).is_gone:
             requeue(study, trial)
             lost.append(trial.number)
     return lost
@@ -268,7 +276,8 @@ class DocumentScores:
         kept: list[str] = []
         try:
             if n_reported and path.exists():
-                first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+                # A torn last line may end within a character; it is dropped.
+                first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
                 kept = lines[:n_reported] if first == digest else []
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{line}\n" for line in [digest, *kept]), encoding="utf-8")
@@ -278,13 +287,41 @@ class DocumentScores:
 
 
 def local_file(url: str) -> Path | None:
-    """The file behind an SQLite or journal URL; None for a database server."""
+    """The file behind an SQLite or journal URL; None for a database server.
+
+    Raises:
+        StudyError: If the URL is malformed.
+    """
     if url.startswith("journal://"):
         return Path(url.removeprefix("journal://")).expanduser().absolute()
-    if url.startswith("sqlite:"):
-        database = sqlalchemy.engine.make_url(url).database
+    if url.startswith(("sqlite:", "sqlite+")):
+        try:
+            database = sqlalchemy.engine.make_url(url).database
+        except sqlalchemy.exc.ArgumentError as exc:
+            raise StudyError(
+                f"storage must be a URL such as sqlite:///study.db, got {url}; mend study.storage"
+            ) from exc
         return Path(database).absolute() if database and database != ":memory:" else None
     return None
+
+
+def _cut_torn_line(file: Path, backend: JournalFileBackend) -> None:
+    """Drop the end of a journal that a killed writer left without a newline: the next line would be glued to it."""
+    with file.open("rb+") as journal:
+        if not _ends_torn(journal):
+            return
+        with get_lock_file(backend._lock):
+            if _ends_torn(journal):  # unless its writer was at it
+                journal.seek(0)
+                journal.truncate(journal.read().rfind(b"\n") + 1)
+
+
+def _ends_torn(journal: BinaryIO) -> bool:
+    size = journal.seek(0, os.SEEK_END)
+    if not size:
+        return False
+    journal.seek(size - 1)
+    return journal.read(1) != b"\n"
 
 
 def _write_ahead(engine: sqlalchemy.Engine) -> None:
