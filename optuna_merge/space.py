@@ -311,10 +311,10 @@ class SearchSpace:
                 _between(a, b, position - left)
                 for a, b in zip(knots[left].parameter_sets, knots[right].parameter_sets, strict=True)
             )
-            roles = (knots[0].roles if layer == 0 else ()) + (knots[-1].roles if layer == n_layers - 1 else ())
-            result.append(
-                GroupRecipe(group_name((layer, layer + 1), n_layers), (layer, layer + 1), _unique(roles), sets)
-            )
+            roles: list[Role] = []
+            roles += [role for role in knots[0].roles if role == "embedding" and layer == 0]
+            roles += [role for role in knots[-1].roles if role == "head" and layer == n_layers - 1]
+            result.append(GroupRecipe(group_name((layer, layer + 1), n_layers), (layer, layer + 1), tuple(roles), sets))
         return result + [group for group in groups if group.name == "norm_head"]
 
 
@@ -343,7 +343,3 @@ def _between(left: ParameterSet, right: ParameterSet, fraction: float) -> Parame
             for name, values in left.per_model.items()
         },
     )
-
-
-def _unique(roles: tuple[Role, ...]) -> tuple[Role, ...]:
-    return tuple(dict.fromkeys(roles))

@@ -181,7 +181,9 @@ ADDED = {
     "study: 3": ":7: study must be a mapping of keys, got 3; indent the keys below it",
     "study: []": ":7: study must be a mapping of keys, got []; indent the keys below it",
     "study:\n  n_trials: 0": ":8: study.n_trials must be at least 1, got 0; raise it",
-    "study:\n  n_trials: 1e2": ":8: study.n_trials must be a whole number, got '1e2'; write it without quotes or fraction",
+    "study:\n  n_trials: 1e2": (
+        ":8: study.n_trials must be a whole number, got '1e2'; write it without quotes or fraction"
+    ),
     "study: {seed: -1}": ":7: study.seed must be at least 0, got -1; raise it",
     "study: {seed: 4294967296}": ":7: study.seed must be less than 4294967296, got 4294967296; lower it",
     "study: {timeout: 1e-3}": (
@@ -247,7 +249,9 @@ ADDED = {
     "search: {lambda: [0, 9]}": (
         ":7: search.lambda must be in [0, 4], got [0, 9]; lambda is the scale of the summed task vector"
     ),
-    "search: {wieght: 1}": ":7: search.wieght must be a parameter of task_arithmetic, got 'wieght'; did you mean 'weight'?",
+    "search: {wieght: 1}": (
+        ":7: search.wieght must be a parameter of task_arithmetic, got 'wieght'; did you mean 'weight'?"
+    ),
     "search: {xyz: 1}": (
         ":7: search.xyz must be a parameter of task_arithmetic, got 'xyz'; known: weight, lambda, embed_group, prior"
     ),
