@@ -1,0 +1,216 @@
+"""The quickstart's models and eval tasks: made twice at miniature scale, and the full-scale generators looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import random
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ROOT / "eval_tasks" / "quickstart"
+SKILLS = ["reverse", "next", "last"]
+TASK_FILES = {
+    skill: yaml.safe_load((TASKS / f"quickstart_{skill}.yaml").read_text().replace("!function ", ""))
+    for skill in SKILLS
+}
+TINY = {
+    "n_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "n_heads": 2,
+    "batch_size": 4,
+    "base_steps": 3,
+    "skill_steps": 3,
+    "tokenizer_texts": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "studies"))
+        yield importlib.import_module("quickstart_models")
+
+
+@pytest.fixture(scope="module")
+def letters(script: ModuleType) -> ModuleType:
+    return importlib.import_module("letters")
+
+
+@pytest.fixture(scope="module")
+def made(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart") / "models"
+    assert script.make_models(out, script.Settings(**TINY), say=lambda _: None)
+    return out
+
+
+def documents(letters: ModuleType, skill: str) -> list[dict[str, Any]]:
+    """The documents as the task's file asks for them."""
+    return list(letters.documents(**TASK_FILES[skill]["dataset_kwargs"])["test"])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_settings_give_the_same_bytes_also_in_two_processes(
+    script: ModuleType, made: Path, tmp_path: Path
+) -> None:
+    script.make_models(tmp_path, script.Settings(**TINY), n_processes=2, say=lambda _: None)
+    assert files(tmp_path) == files(made)
+
+
+def test_another_seed_gives_other_weights(script: ModuleType, made: Path, tmp_path: Path) -> None:
+    script.make_models(tmp_path, script.Settings(**TINY, seed=8), say=lambda _: None)
+    for name in ("base", *SKILLS):
+        weights = f"{name}/model.safetensors"
+        assert (tmp_path / weights).read_bytes() != (made / weights).read_bytes()
+
+
+def test_a_second_run_does_nothing_and_says_so(script: ModuleType, made: Path) -> None:
+    before, said = files(made), []
+    assert not script.make_models(made, script.Settings(**TINY), say=said.append)
+    assert files(made) == before
+    assert len(said) == 1
+    assert "nothing to do" in said[0]
+
+
+@pytest.mark.parametrize("damage", ["no marker", "torn marker", "no folder", "other settings"])
+def test_what_is_incomplete_or_stale_is_made_again(script: ModuleType, made: Path, tmp_path: Path, damage: str) -> None:
+    settings = script.Settings(**TINY)
+    script.make_models(tmp_path, dataclasses.replace(settings, base_steps=1, skill_steps=1), say=lambda _: None)
+    if damage == "no marker":
+        (tmp_path / "settings.json").unlink()
+    elif damage == "torn marker":
+        (tmp_path / "settings.json").write_text('{"digest": "')
+    elif damage == "no folder":
+        (tmp_path / "last").rename(tmp_path / "away")
+    assert script.make_models(tmp_path, settings, say=lambda _: None)
+    made_again = {name: data for name, data in files(tmp_path).items() if not name.startswith("away")}
+    assert made_again == files(made)
+
+
+def test_folders_are_ordinary_checkpoints_of_one_family(made: Path) -> None:
+    shapes = []
+    for name in ("base", *SKILLS):
+        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+            path.name for path in (made / name).iterdir()
+        }
+        model = AutoModelForCausalLM.from_pretrained(made / name)
+        shapes.append({key: tensor.shape for key, tensor in model.state_dict().items()})
+        tokenizer = AutoTokenizer.from_pretrained(made / name)
+        assert model.config.vocab_size == len(tokenizer)
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert special == (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id)
+        assert len(set(special)) == 3
+        text = "reverse: k f a q\nanswer: q a f k, also naïve"
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+def test_a_letter_is_one_token_and_an_answer_is_not_cut_differently_after_its_question(made: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    question, answer = "next: k f a q\nanswer:", " l g b r"
+    apart = tokenizer(question)["input_ids"] + tokenizer(answer)["input_ids"]
+    assert tokenizer(question + answer)["input_ids"] == apart
+    assert len(tokenizer(answer)["input_ids"]) == 4
+
+
+def test_rules_by_hand(letters: ModuleType) -> None:
+    assert {skill: rule("kzaq") for skill, rule in letters.RULES.items()} == {
+        "reverse": "qazk",
+        "next": "labr",
+        "last": "z",
+    }
+    assert letters.question("last", "kzaq") == "last: k z a q\nanswer:"
+
+
+def test_no_document_is_asked_in_training(script: ModuleType, letters: ModuleType) -> None:
+    settings = script.Settings()
+    share = settings.base_right_share
+    rng = random.Random(0)
+    n_texts = 20_000
+    corpora = {"base": script.base_texts(rng, share)}
+    corpora |= {skill: script.skill_texts(rng, skill, settings.replay_share, share) for skill in SKILLS}
+    asked_in_training = {
+        (read + learned).split("\nanswer:")[0].split(": ")[1]
+        for texts in corpora.values()
+        for read, learned in itertools.islice(texts, n_texts)
+        if "answer:" in read + learned
+    }
+    assert len(asked_in_training) > n_texts
+    for skill in SKILLS:
+        asked = {document["question"].split("\nanswer:")[0].split(": ")[1] for document in documents(letters, skill)}
+        assert len(asked) == TASK_FILES[skill]["dataset_kwargs"]["n_documents"]
+        assert not asked & asked_in_training
+        # Not by luck: the two sides of the split cannot meet, whatever is drawn.
+        assert all(letters.is_for_documents(each.replace(" ", "")) for each in asked)
+    assert not any(letters.is_for_documents(each.replace(" ", "")) for each in asked_in_training)
+
+
+def test_training_answers_are_right_exactly_where_they_are_learned(script: ModuleType, letters: ModuleType) -> None:
+    for skill in SKILLS:
+        for read, learned in itertools.islice(script.skill_texts(random.Random(1), skill, 0.4, 0.0), 2000):
+            if read:
+                asked = read.removeprefix(f"{skill}: ").removesuffix("\nanswer:").replace(" ", "")
+                assert learned == " " + letters.spaced(letters.RULES[skill](asked))
+            else:
+                assert not learned.startswith(f"{skill}:")
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_documents_are_sound_and_balanced(letters: ModuleType, skill: str) -> None:
+    found = documents(letters, skill)
+    assert found == documents(letters, skill)
+    for document in found:
+        asked = document["question"].removeprefix(f"{skill}: ").removesuffix("\nanswer:").replace(" ", "")
+        choices = [choice.replace(" ", "") for choice in document["choices"]]
+        assert len(set(choices)) == 4
+        assert len({len(choice) for choice in choices}) == 1
+        assert choices[document["answer"]] == letters.RULES[skill](asked)
+    assert set(Counter(document["answer"] for document in found).values()) == {len(found) // 4}
+
+
+class ConstantAnswer(LM):
+    """Likes the choice at one position, whatever is asked."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.position = position
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [(float(request.idx == self.position), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_tasks_load_in_lm_eval_and_a_constant_answer_gets_chance(position: int) -> None:
+    manager = TaskManager(include_defaults=False, include_path=str(ROOT / "eval_tasks"))
+    names = [f"quickstart_{skill}" for skill in SKILLS]
+    tasks = manager.load(names)["tasks"]
+    results = evaluate(ConstantAnswer(position), tasks, bootstrap_iters=0)["results"]
+    assert {name: results[name]["acc,none"] for name in names} == dict.fromkeys(names, 0.25)
+
+
+def test_the_study_file_names_what_is_made(script: ModuleType) -> None:
+    study = yaml.safe_load((ROOT / "studies" / "quickstart.yaml").read_text())
+    assert study["genome"]["base_model"] == "quickstart_models/base"
+    assert study["genome"]["models"] == [f"quickstart_models/{skill}" for skill in SKILLS]
+    assert [task["name"] for task in study["tasks"]] == [f"quickstart_{skill}" for skill in SKILLS]
