@@ -66,6 +66,10 @@ class StableCmaEsSampler(CmaEsSampler):
         covariance: np.ndarray | None = None,
         popsize: int | None = None,
     ) -> None:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        if popsize is not None and popsize < 3:
+            raise ValueError(f"popsize must be at least 3, got {popsize}")
         super().__init__(
             seed=seed,
             n_startup_trials=0,
@@ -73,10 +77,6 @@ class StableCmaEsSampler(CmaEsSampler):
             independent_sampler=StableRandomSampler(seed=seed),
             warn_independent_sampling=False,
         )
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-        if popsize is not None and popsize < 3:
-            raise ValueError(f"popsize must be at least 3, got {popsize}")
         for name, distribution in search_space.items():
             if not isinstance(distribution, FloatDistribution) or distribution.log or distribution.step is not None:
                 raise ValueError(f"search_space[{name!r}] must be a plain FloatDistribution, got {distribution}")
