@@ -8,6 +8,7 @@ result is finite is the business of whoever scores it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -146,6 +147,7 @@ class Merger:
             shared=shared,
             switches={switch: bool(recipe.options.get(switch, default)) for switch, default in plan.method.switches},
             seed=recipe.seed,
+            identities=tuple(plan.identities[i] for i in used),
             device=self.device,
             chunk_elements=self._chunk_elements,
             buffers=self._buffers,
@@ -162,6 +164,13 @@ class _Plan:
         self.method = None if recipe.method == PASSTHROUGH else find_method(recipe.method)
         self.base = None if self.method is None or self.method.base == "none" else base
         self.function: MergeFunction = _no_function if self.method is None else self.method.load()
+
+    @cached_property
+    def identities(self) -> tuple[str, ...]:
+        """What tells the models apart in random masks: their content, so that a mask moves with its model."""
+        if self.method is None or not self.method.is_random:
+            return ("",) * len(self.models)
+        return tuple(model.content_digest() for model in self.models)
 
     @classmethod
     def make(cls, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> _Plan:

@@ -233,3 +233,137 @@ class FakeEngine:
             return self.right if surplus > 0 else ""
         is_right = request.args[1] == self.right
         return (-1.0 + surplus if is_right else -1.0), is_right == (surplus > 0)
+
+
+def merge_tensors(
+    method: str,
+    models: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    name: str = "model.layers.0.mlp.up_proj.weight",
+    seed: int = 0,
+    dtype: str = "float32",
+    identities: Sequence[str] | None = None,
+    chunk_elements: int = 1 << 18,
+    **settings: bool | float | Sequence[float],
+) -> Tensor:
+    """Merge one tensor of each model, without checkpoints.
+
+    Args:
+        method: A name in ``METHODS``, or the import path of a user's method.
+        models: One tensor of each source, of the same shape.
+        base: The base's, if the method has one.
+        name: What the tensor is called.
+        seed: Seeds random masks.
+        dtype: Of the result.
+        identities: What tells the models' random masks apart; None: ``"0"``, ``"1"`` ...
+        chunk_elements: Size of the pieces.
+        **settings: Switches and method parameters by name, ``lambda_`` for lambda; one number means the same for each
+            model.
+    """
+    import torch
+
+    from optuna_merge.methods import find_method
+    from optuna_merge.methods.function import MergeInput
+
+    declared = find_method(method)
+    given = {key.rstrip("_"): value for key, value in settings.items()}
+    values = {
+        p.name: given.pop(p.name, 1 / len(models) if p.default is None else p.default) for p in declared.parameters
+    }
+    switches = {switch: bool(given.pop(switch, default)) for switch, default in declared.switches}
+    assert not given, f"{method} has no {sorted(given)}"
+    per_model = {
+        p.name: tuple(value) if isinstance(value, Sequence) else (float(value),) * len(models)
+        for p in declared.parameters
+        if p.per_model
+        for value in (values[p.name],)
+    }
+    out = torch.full(models[0].shape, torch.nan, dtype=getattr(torch, dtype), device=models[0].device)
+    inputs = MergeInput(
+        name=name,
+        base=base,
+        models=tuple(models),
+        per_model=per_model,
+        shared={p.name: cast(float, values[p.name]) for p in declared.parameters if not p.per_model},
+        switches=switches,
+        seed=seed,
+        identities=tuple(identities or map(str, range(len(models)))),
+        device=models[0].device,
+        chunk_elements=chunk_elements,
+    )
+    declared.load()(inputs, out)
+    return out
+
+
+class MethodConformance:
+    """What every merge method must do; a test class of a method inherits from it.
+
+    Attributes:
+        method: Name of the method.
+        n_models: How many models it is tried with.
+        settings: Settings with which identical models give that model, where the defaults do not.
+        exact: Greatest relative difference to that model.
+    """
+
+    method: str
+    n_models = 3
+    settings: Mapping[str, Any] = {}
+    exact = 1e-6
+
+    def _random(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        import torch
+
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def _models(
+        self, shape: tuple[int, ...] = (13, 37), n_models: int | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        from optuna_merge.methods import find_method
+
+        base = self._random(shape, 0)
+        models = [base + 0.1 * self._random(shape, seed + 1) for seed in range(n_models or self.n_models)]
+        return models, None if find_method(self.method).base == "none" else base
+
+    def test_identical_models_give_that_model(self) -> None:
+        """The merge of a model with itself is the model."""
+        import torch
+
+        (model,), base = self._models(n_models=1)
+        merged = merge_tensors(
+            self.method, [model] * self.n_models, base, identities=["same"] * self.n_models, **self.settings
+        )
+        torch.testing.assert_close(merged, model, rtol=self.exact, atol=self.exact / 10)
+
+    def test_pieces_change_no_bit(self) -> None:
+        """The size of the pieces is a matter of speed alone."""
+        models, base = self._models()
+        whole = merge_tensors(self.method, models, base)
+        for chunk_elements in (1, 50, 111):
+            assert merge_tensors(self.method, models, base, chunk_elements=chunk_elements).equal(whole)
+
+    def test_models_are_only_read(self) -> None:
+        """Neither the models nor the base change."""
+        models, base = self._models()
+        before = [model.clone() for model in models]
+        merge_tensors(self.method, models, base)
+        assert all(model.equal(copy) for model, copy in zip(models, before, strict=True))
+        if base is not None:
+            assert base.equal(self._random(tuple(base.shape), 0))
+
+    def test_the_result_is_rounded_once(self) -> None:
+        """A narrower dtype is the float32 result, rounded."""
+        import torch
+
+        models, base = self._models()
+        assert merge_tensors(self.method, models, base, dtype="bfloat16").equal(
+            merge_tensors(self.method, models, base).to(torch.bfloat16)
+        )
+
+    def test_any_shape(self) -> None:
+        """Scalars, single elements and empty tensors merge."""
+        for shape in ((), (1,), (5,), (0,), (3, 0), (2, 3, 4)):
+            models, base = self._models(shape)
+            merged = merge_tensors(self.method, models, base)
+            assert merged.shape == shape
+            assert merged.isfinite().all()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from optuna_merge.checkpoint import Checkpoint
 from optuna_merge.errors import CheckpointError, MergeError
 from optuna_merge.merge import Merger
-from optuna_merge.methods import METHODS
+from optuna_merge.methods import METHODS, find_method
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe, passthrough
 from optuna_merge.testing import write_tiny_models
 
@@ -30,7 +30,10 @@ def recipe_of(
     weights: tuple[float, ...] = (0.3, 0.9),
     **fields: object,
 ) -> Recipe:
-    group = GroupRecipe("all", (0, 3), ("embedding", "head"), (ParameterSet(None, {}, {"weight": weights}),))
+    values = {"weight": weights}
+    if any(parameter.name == "density" for parameter in find_method(method).parameters):
+        values["density"] = (0.5,) * len(weights)
+    group = GroupRecipe("all", (0, 3), ("embedding", "head"), (ParameterSet(None, {}, values),))
     recipe = Recipe(method, references[1:], references[0], 3, (group,))
     return dataclasses.replace(recipe, **fields)  # type: ignore[arg-type]
 

@@ -7,6 +7,7 @@ tensor function from the file that the row names.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class MergeMethod:
         base: Whether it needs a base model.
         n_models: Least and greatest number of models besides the base; None: no limit.
         switches: Options that are on or off, with their defaults, such as ``normalize``.
+        is_random: Whether it draws masks, which ``Recipe.seed`` fixes.
     """
 
     name: str
@@ -66,6 +68,7 @@ class MergeMethod:
     base: BaseUse
     n_models: tuple[int, int | None] = (1, None)
     switches: tuple[tuple[str, bool], ...] = ()
+    is_random: bool = False
 
     def load(self) -> MergeFunction:
         """Import the tensor function."""
@@ -75,6 +78,11 @@ class MergeMethod:
 
 
 WEIGHT = MethodParameter("weight", "coefficient of the model", None, float("-inf"), float("inf"), search=(0.0, 1.5))
+LAMBDA = MethodParameter("lambda", "scale of the summed task vector", 1.0, 0.0, 4.0, per_model=False)
+DENSITY = MethodParameter("density", "fraction of entries kept", 1.0, 0.0, 1.0, search=(0.1, 1.0))
+GAMMA = MethodParameter("gamma", "fraction of largest entries dropped", 0.01, 0.0, 1.0)
+DELLA_DENSITY = dataclasses.replace(DENSITY, search=(0.2, 0.8))  # density - epsilon must stay above 0
+EPSILON = MethodParameter("epsilon", "how far the chance of being kept departs from density", 0.15, 0.0, 0.5)
 
 METHODS: dict[str, MergeMethod] = {
     method.name: method
@@ -93,12 +101,76 @@ METHODS: dict[str, MergeMethod] = {
             summary="base plus the weighted sum of the task vectors",
             reference="Task arithmetic, arXiv:2212.04089",
             function="optuna_merge.methods.task_arithmetic:task_arithmetic",
-            parameters=(
-                WEIGHT,
-                MethodParameter("lambda", "scale of the summed task vector", 1.0, 0.0, 4.0, per_model=False),
-            ),
+            parameters=(WEIGHT, LAMBDA),
             base="required",
             switches=(("normalize", False),),
+        ),
+        MergeMethod(
+            name="ties",
+            summary="trims task vectors to their largest entries and adds those of the elected sign",
+            reference="TIES-Merging, arXiv:2306.01708",
+            function="optuna_merge.methods.ties:ties",
+            parameters=(WEIGHT, DENSITY, LAMBDA),
+            base="required",
+            switches=(("normalize", True), ("rescale", False)),
+        ),
+        MergeMethod(
+            name="dare_linear",
+            summary="drops entries of task vectors at random and adds the rest",
+            reference="DARE, arXiv:2311.03099",
+            function="optuna_merge.methods.dare:dare_linear",
+            parameters=(WEIGHT, DENSITY, LAMBDA),
+            base="required",
+            switches=(("normalize", False), ("rescale", True)),
+            is_random=True,
+        ),
+        MergeMethod(
+            name="dare_ties",
+            summary="drops entries of task vectors at random and adds those of the elected sign",
+            reference="DARE, arXiv:2311.03099",
+            function="optuna_merge.methods.dare:dare_ties",
+            parameters=(WEIGHT, DENSITY, LAMBDA),
+            base="required",
+            switches=(("normalize", False), ("rescale", True)),
+            is_random=True,
+        ),
+        MergeMethod(
+            name="breadcrumbs",
+            summary="drops the largest and smallest entries of task vectors and adds the rest",
+            reference="Model Breadcrumbs, arXiv:2312.06795",
+            function="optuna_merge.methods.breadcrumbs:breadcrumbs",
+            parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA),
+            base="required",
+            switches=(("normalize", False), ("rescale", False)),
+        ),
+        MergeMethod(
+            name="breadcrumbs_ties",
+            summary="breadcrumbs that adds only entries of the elected sign",
+            reference="Model Breadcrumbs, arXiv:2312.06795",
+            function="optuna_merge.methods.breadcrumbs:breadcrumbs_ties",
+            parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA),
+            base="required",
+            switches=(("normalize", False), ("rescale", False)),
+        ),
+        MergeMethod(
+            name="della",
+            summary="drops entries at random, small ones more often, and adds those of the elected sign",
+            reference="DELLA-Merging, arXiv:2406.11617",
+            function="optuna_merge.methods.della:della",
+            parameters=(WEIGHT, DELLA_DENSITY, EPSILON, LAMBDA),
+            base="required",
+            switches=(("normalize", True), ("rescale", True)),
+            is_random=True,
+        ),
+        MergeMethod(
+            name="della_linear",
+            summary="drops entries at random, small ones more often, and adds the rest",
+            reference="DELLA-Merging, arXiv:2406.11617",
+            function="optuna_merge.methods.della:della_linear",
+            parameters=(WEIGHT, DELLA_DENSITY, EPSILON, LAMBDA),
+            base="required",
+            switches=(("normalize", False), ("rescale", True)),
+            is_random=True,
         ),
     )
 }

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_BLOCK_ELEMENTS = 1 << 18
+
 
 @dataclass(frozen=True)
 class MergeInput:
@@ -27,9 +29,10 @@ class MergeInput:
         shared: Method parameter to its value.
         switches: Such as ``normalize``.
         seed: Seeds random masks.
+        identities: One text for each of ``models`` that stands for its content; tells their random masks apart.
         device: Where the arithmetic is done and the result lives.
-        chunk_elements: Greatest number of elements in a piece. Changes speed and memory, never a result.
-        buffers: Float32 memory that pieces of consecutive tensors share.
+        chunk_elements: Elements in a piece, about; pieces hold whole rows. Changes speed and memory, never a result.
+        buffers: Memory that pieces of consecutive tensors share.
     """
 
     name: str
@@ -39,23 +42,44 @@ class MergeInput:
     shared: Mapping[str, float]
     switches: Mapping[str, bool]
     seed: int
+    identities: tuple[str, ...]
     device: torch.device
     chunk_elements: int
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The tensor in flat pieces, in order. A piece is valid until the next one."""
+        """The tensor in flat pieces of whole rows, in order. A piece is valid until the next one."""
+        return self._pieces(max(1, self.chunk_elements // max(1, self.row_elements)) * self.row_elements)
+
+    @property
+    def row_elements(self) -> int:
+        """Elements in a row, which is the last axis; a vector is one row."""
+        shape = self.models[0].shape
+        return shape[-1] if len(shape) > 1 else self.models[0].numel()
+
+    def blocks(self) -> Iterator[Chunk]:
+        """The tensor in flat pieces of one fixed size, in order: for sums, whose result depends on the pieces."""
+        return self._pieces(_BLOCK_ELEMENTS)
+
+    def _pieces(self, size: int) -> Iterator[Chunk]:
         tensors = self.models if self.base is None else (self.base, *self.models)
         flat = [tensor.reshape(-1) for tensor in tensors]
         n_elements = flat[0].numel()
-        for start in range(0, n_elements, self.chunk_elements):
-            yield Chunk(self, flat, slice(start, min(start + self.chunk_elements, n_elements)))
+        for start in range(0, n_elements, max(1, size)):
+            yield Chunk(self, flat, slice(start, min(start + size, n_elements)))
 
     def scratch(self, name: str, n_elements: int) -> Tensor:
         """Uninitialised float32 memory, shape ``[n_elements]``, the same for every call with ``name``."""
+        return self._buffer(name, n_elements, torch.float32)
+
+    def integers(self, name: str, n_elements: int) -> Tensor:
+        """Uninitialised int32 memory, shape ``[n_elements]``, the same for every call with ``name``."""
+        return self._buffer(name, n_elements, torch.int32)
+
+    def _buffer(self, name: str, n_elements: int, dtype: torch.dtype) -> Tensor:
         buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < n_elements or buffer.device != self.device:
-            buffer = self.buffers[name] = torch.empty(n_elements, dtype=torch.float32, device=self.device)
+        if buffer is None or buffer.numel() < n_elements:
+            buffer = self.buffers[name] = torch.empty(n_elements, dtype=dtype, device=self.device)
         return buffer[:n_elements]
 
 

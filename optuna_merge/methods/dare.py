@@ -1,0 +1,49 @@
+"""DARE: drop entries of each task vector at random, scale up the others, then add or elect signs as in TIES."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from optuna_merge.methods.function import Chunk, MergeInput
+from optuna_merge.methods.masks import LEVELS, key_of, uniform
+from optuna_merge.methods.rescale import Sparsifier
+from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
+
+
+def dare_linear(inputs: MergeInput, out: Tensor) -> None:
+    """Write the base plus the weighted sum of the randomly thinned task vectors.
+
+    References:
+        DARE, arXiv:2311.03099.
+    """
+    add_task_vectors(inputs, out, drop)
+
+
+def dare_ties(inputs: MergeInput, out: Tensor) -> None:
+    """Write the base plus those weighted entries of the randomly thinned task vectors that have the elected sign.
+
+    References:
+        DARE, arXiv:2311.03099, with TIES-Merging, arXiv:2306.01708, Algorithm 1, steps 2 and 3.
+    """
+    elect_task_vectors(inputs, out, drop)
+
+
+def drop(inputs: MergeInput, index: int) -> Sparsifier:
+    """Keeps each entry with probability ``density``; with ``rescale`` divides those kept by it.
+
+    The expectation is then the task vector. Departure from mergekit 0.1.5, which restores the l1 norm of this
+    draw instead. Densities count in steps of 1/65536.
+    """
+    n_kept = round(inputs.per_model["density"][index] * LEVELS)
+    if n_kept >= LEVELS:
+        return lambda chunk, task_vector: task_vector
+    if n_kept <= 0:
+        return lambda chunk, task_vector: task_vector.zero_()
+    factor = LEVELS / n_kept if inputs.switches["rescale"] else 1.0
+    key = key_of(inputs, index)
+
+    def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
+        task_vector *= uniform(chunk, key) < n_kept - LEVELS // 2
+        return task_vector if factor == 1 else task_vector.mul_(factor)
+
+    return sparsify

@@ -1,0 +1,79 @@
+"""DELLA: drop entries at random, small ones more often than large ones, then add or elect signs as in TIES."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optuna_merge.errors import MethodError
+from optuna_merge.methods.function import Chunk, MergeInput
+from optuna_merge.methods.masks import LEVELS, key_of, uniform
+from optuna_merge.methods.rescale import Sparsifier
+from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
+
+_FRACTION_BITS = 4  # of the magnitude, that tell bins apart: 16 bins in an octave
+_N_BINS = 512  # 32 octaves below the largest magnitude of a row; what is smaller is in the last
+
+
+def della_linear(inputs: MergeInput, out: Tensor) -> None:
+    """Write the base plus the weighted sum of the task vectors, thinned by magnitude and chance.
+
+    References:
+        DELLA-Merging, arXiv:2406.11617.
+    """
+    add_task_vectors(inputs, out, magprune)
+
+
+def della(inputs: MergeInput, out: Tensor) -> None:
+    """Write the base plus those weighted entries of the thinned task vectors that have the elected sign.
+
+    References:
+        DELLA-Merging, arXiv:2406.11617.
+    """
+    elect_task_vectors(inputs, out, magprune)
+
+
+def magprune(inputs: MergeInput, index: int) -> Sparsifier:
+    """Keeps each entry with a probability that grows with the rank of its magnitude in its row.
+
+    The probability goes linearly from ``density - epsilon`` for the smallest to ``density + epsilon`` for the largest;
+    with ``rescale`` an entry that is kept is divided by its probability, so that the expectation is the task
+    vector. Departures: mergekit 0.1.5 restores the l1 norm of this draw instead; and ranks are those of magnitudes
+    rounded to 1/16 of an octave, equal ones sharing their mean rank, so that no row is sorted.
+
+    Raises:
+        MethodError: If ``density - epsilon`` or ``density + epsilon`` is not in (0, 1), for a density in (0, 1).
+    """
+    density, epsilon = inputs.per_model["density"][index], inputs.per_model["epsilon"][index]
+    if density >= 1:
+        return lambda chunk, task_vector: task_vector
+    if density <= 0:
+        return lambda chunk, task_vector: task_vector.zero_()
+    if not 0 < density - epsilon <= density + epsilon < 1:
+        raise MethodError(
+            f"{inputs.name}: density - epsilon and density + epsilon must be in (0, 1), got density {density} and "
+            f"epsilon {epsilon}; narrow the range of one of them"
+        )
+    key = key_of(inputs, index)
+    rescale = inputs.switches["rescale"]
+
+    def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
+        rank = _relative_ranks(task_vector.view(-1, inputs.row_elements))
+        probability = rank.mul_(2 * epsilon).add_(density - epsilon).view(-1)
+        chance = torch.add(uniform(chunk, key), LEVELS // 2 + 0.5, out=chunk.scratch("chance")).div_(LEVELS)
+        task_vector *= chance < probability
+        return task_vector.div_(probability) if rescale else task_vector
+
+    return sparsify
+
+
+def _relative_ranks(task_vector: Tensor) -> Tensor:
+    """From 0 for the smallest magnitude of a row to 1 for the largest; shape ``[n_rows, n_columns]``."""
+    n_rows, n_columns = task_vector.shape
+    bits = (task_vector.view(torch.int32) & 0x7FFFFFFF) >> (23 - _FRACTION_BITS)  # in the order of the magnitudes
+    bins = torch.sub(bits.amax(1, keepdim=True), bits).clamp_(max=_N_BINS - 1)  # 0: as the largest
+    bins += torch.arange(n_rows, dtype=torch.int32, device=bins.device).mul_(_N_BINS).unsqueeze(1)
+    counts = torch.bincount(bins.view(-1), minlength=n_rows * _N_BINS).view(n_rows, _N_BINS)
+    n_larger = counts.cumsum(1).sub_(counts)
+    mean_rank = (n_columns - 1 - n_larger) - (counts - 1) / 2
+    return mean_rank.div_(max(1, n_columns - 1)).view(-1)[bins]

@@ -1,0 +1,34 @@
+"""TIES: trim each task vector to its largest entries, elect a sign for each element, add those that have it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.rescale import Sparsifier, rescaled
+from optuna_merge.methods.selection import largest
+from optuna_merge.methods.task_vectors import elect_task_vectors
+
+
+def ties(inputs: MergeInput, out: Tensor) -> None:
+    """Write the base plus the trimmed, weighted entries that agree with the elected sign.
+
+    References:
+        TIES-Merging, arXiv:2306.01708, Algorithm 1. Departure: the paper ranks entries over the whole model; we, like
+        mergekit, within a tensor, so that tensors can be streamed.
+    """
+    elect_task_vectors(inputs, out, trim)
+
+
+def trim(inputs: MergeInput, index: int) -> Sparsifier:
+    """Keeps the largest-magnitude entries of a task vector: ``max(1, floor(density * numel))`` of them.
+
+    Of equal magnitudes the first are kept. A density of 0 keeps none, one of 1 or more all.
+    """
+    density = inputs.per_model["density"][index]
+    n_elements = inputs.models[index].numel()
+    if density >= 1 or n_elements == 0:
+        return lambda chunk, task_vector: task_vector
+    if density <= 0:
+        return lambda chunk, task_vector: task_vector.zero_()
+    return rescaled(inputs, index, largest(inputs, index, max(1, int(density * n_elements))).apply)
