@@ -170,7 +170,7 @@ class _Plan:
         """What tells the models apart in random masks: their content, so that a mask moves with its model."""
         if self.method is None or not self.method.is_random:
             return ("",) * len(self.models)
-        return tuple(model.content_digest() for model in self.models)
+        return tuple(model.weights_digest for model in self.models)
 
     @classmethod
     def make(cls, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> _Plan:

@@ -309,7 +309,7 @@ CHANGED = {
     ],
     ("task_arithmetic", "task-arithmetic"): [
         ":3: genome.merge_method must be a known merge method, got 'task-arithmetic';"
-        " did you mean 'task_arithmetic'? (known: linear, task_arithmetic)"
+        f" did you mean 'task_arithmetic'? (known: {', '.join(sorted(METHODS))})"
     ],
     ("  base_model: base\n", ""): [
         ":1: genome.base_model must be given for task_arithmetic, got nothing; name the model that all were tuned from"
