@@ -1,1 +1,41 @@
 """Evolutionary merging of language models as an Optuna study."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optuna_merge.config import StudyConfig, load_study
+    from optuna_merge.errors import OptunaMergeError
+    from optuna_merge.objective import MergeObjective
+    from optuna_merge.recipe import Recipe
+    from optuna_merge.sampler import StableCmaEsSampler
+    from optuna_merge.study import run_study
+
+__all__ = [
+    "MergeObjective",
+    "OptunaMergeError",
+    "Recipe",
+    "StableCmaEsSampler",
+    "StudyConfig",
+    "load_study",
+    "run_study",
+]
+
+_HOMES = {
+    "MergeObjective": "objective",
+    "OptunaMergeError": "errors",
+    "Recipe": "recipe",
+    "StableCmaEsSampler": "sampler",
+    "StudyConfig": "config",
+    "load_study": "config",
+    "run_study": "study",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: importing the package loads neither torch nor Optuna."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"optuna_merge.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'optuna_merge' has no attribute {name!r}")

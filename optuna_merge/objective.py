@@ -252,7 +252,7 @@ class MergeObjective:
             "study.seed": config.study.seed,
             "engine.backend": config.engine.backend,
             "dtype": refs.dtype,
-            "prompts and documents": self.scorer.fingerprint(),
+            store.REQUESTS: self.scorer.fingerprint()[:16],
             "content of base_model": None if refs.base is None else contents[refs.base][:16],
             **{
                 f"content of {label}": contents[source][:16]

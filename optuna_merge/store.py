@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import optuna
 import sqlalchemy
@@ -28,6 +28,8 @@ from optuna_merge.sampler import PAIRED_ESTIMATE
 
 FINGERPRINT = "fingerprint"
 """Study: readable name to value of everything that decides what a score means."""
+REQUESTS = "prompts and documents"
+"""In the fingerprint: digest of every request of the eval tasks."""
 START = "start"
 """Study: where the search began, once it has."""
 
@@ -114,8 +116,9 @@ def open_storage(url: str) -> BaseStorage:
         if url.startswith("journal://"):
             assert file is not None
             backend = JournalFileBackend(str(file))
+            journal = JournalStorage(backend)
             _cut_torn_line(file, backend)
-            return JournalStorage(backend)
+            return journal
         engine_options: dict[str, Any] = {"connect_args": {"timeout": _LOCK_WAIT_S}} if file is not None else {}
         storage = RDBStorage(url, engine_kwargs=engine_options)
         if file is not None:
@@ -123,7 +126,7 @@ def open_storage(url: str) -> BaseStorage:
         return storage
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ValueError) as exc:
         raise StudyError(f"storage {url} must be readable and writable, got {reason(exc)}; see storage_path") from exc
-    except (ImportError, RuntimeError) as exc:
+    except (ImportError, RuntimeError, KeyError, TypeError) as exc:  # the last two: JSON lines that are no journal
         raise StudyError(f"storage {url} must be a storage that Optuna can open, got {reason(exc)}") from exc
 
 
@@ -219,11 +222,13 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
             )
         study.set_user_attr(FINGERPRINT, now)
         return
+    changed = [key for key in now if then.get(key) != now[key]]
+    if len(changed) > 1:  # a digest changes with what it is made of, which has been named
+        changed = [key for key in changed if key != REQUESTS]
     lines = [
         f"study {name!r} was created with {key}={_shown(then.get(key))}, now it is {_shown(now[key])};"
         f" use a new study name or restore {_shown(then.get(key))}"
-        for key in now
-        if then.get(key) != now[key]
+        for key in changed
     ]
     if lines:
         raise StudyMismatchError("\n".join(lines))
@@ -307,21 +312,17 @@ def local_file(url: str) -> Path | None:
 
 def _cut_torn_line(file: Path, backend: JournalFileBackend) -> None:
     """Drop the end of a journal that a killed writer left without a newline: the next line would be glued to it."""
-    with file.open("rb+") as journal:
-        if not _ends_torn(journal):
-            return
-        with get_lock_file(backend._lock):
-            if _ends_torn(journal):  # unless its writer was at it
-                journal.seek(0)
-                journal.truncate(journal.read().rfind(b"\n") + 1)
+    if not _torn_line(file):
+        return
+    with get_lock_file(backend._lock):  # its writer may be at it
+        torn = _torn_line(file)
+        if torn and not torn.startswith(b"{"):
+            raise ValueError(f"{torn[:40]!r} in its last line")
+        os.truncate(file, file.stat().st_size - len(torn))
 
 
-def _ends_torn(journal: BinaryIO) -> bool:
-    size = journal.seek(0, os.SEEK_END)
-    if not size:
-        return False
-    journal.seek(size - 1)
-    return journal.read(1) != b"\n"
+def _torn_line(file: Path) -> bytes:
+    return file.read_bytes().rpartition(b"\n")[2]
 
 
 def _write_ahead(engine: sqlalchemy.Engine) -> None:
@@ -355,7 +356,8 @@ def _answers(pid: int) -> bool:
 
 def reason(exc: BaseException) -> str:
     """The words of a storage's or the system's error, on one line."""
-    cause = getattr(exc, "orig", None) or exc.__cause__ or exc
+    cause = exc.__cause__ or exc
+    cause = getattr(cause, "orig", None) or cause
     return " ".join(str(cause).split()) or type(cause).__name__
 
 

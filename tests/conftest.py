@@ -16,7 +16,7 @@ import yaml
 
 from optuna_merge.testing import write_tiny_models
 
-TASK_HELPER = '''
+TASK_HELPER = """
 import datasets
 
 
@@ -27,7 +27,7 @@ def documents(**_):
 
 def choices(doc):
     return ["right", "dog", "one two", "seven"]
-'''
+"""
 
 TASK = """
 task: {name}
@@ -61,7 +61,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def study_file(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
-    """Write tasks and a study file over the tiny models; other keywords replace its top-level keys, None removes them."""
+    """Write two tasks and a study file over the tiny models; other keywords replace its keys, None removes them."""
 
     def write(n_documents: int = 40, gold: str = "i % 4", **changes: Any) -> Path:
         write_task(tmp_path / "tasks", "one", n_documents, gold)

@@ -116,7 +116,7 @@ def test_the_timeout_ends_between_trials(objective: MergeObjective) -> None:
 def test_a_changed_study_file_is_refused_by_name(objective: MergeObjective, study_file: Callable[..., Path]) -> None:
     run_study(objective.config.model_copy(), objective)
     changed = fake_objective(
-        study_file(gold="0", search={"weight": [0.0, 1.0]}, limit=30, study=dict(name="tiny", seed=3, n_chunks=5))
+        study_file(gold="0", search={"weight": [0.0, 1.0]}, limit=30, study={"name": "tiny", "seed": 3, "n_chunks": 5})
     )
     with pytest.raises(StudyMismatchError) as caught:
         run_study(changed.config, changed)

@@ -46,11 +46,8 @@ def report(
 
 def print_summary(summary: Summary) -> None:
     """The table and what follows from it, on stdout."""
-    finished = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
-    typer.echo(
-        f"study {summary.study}: {finished} of {summary.n_trials} trials,"
-        f" {summary.n_documents} documents scored in {summary.seconds:.0f} s"
-    )
+    states = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
+    typer.echo(f"study {summary.study}: {states}; {summary.n_documents} documents scored in {summary.seconds:.0f} s")
     if not summary.rows:
         typer.echo("no trial is complete yet")
         return

@@ -18,7 +18,7 @@ from optuna_merge.cli.options import (
     storage_overrides,
 )
 from optuna_merge.cli.report import print_summary
-from optuna_merge.errors import EngineError, OptunaMergeError
+from optuna_merge.errors import EngineError, OptunaMergeError, StudyError
 
 
 def run_study(
@@ -122,5 +122,9 @@ def run_study(
     if outcome.interrupted:
         note(f"interrupted after {outcome.n_finished} of {config.study.n_trials} trials; the same command continues")
         raise typer.Exit(INTERRUPTED)
+    if summary.best_trial is None:
+        raise StudyError(
+            f"study {config.study.name!r} must have a merge with a score, got none; see the failures above"
+        )
     if outcome.timed_out:
         note(f"timeout after {outcome.n_finished} of {config.study.n_trials} trials; the same command continues")

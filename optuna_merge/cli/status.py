@@ -25,7 +25,7 @@ def status(
         return
     finished = sum(summary.states.get(state, 0) for state in ("complete", "pruned", "fail"))
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
-    typer.echo(f"study {summary.study}: {finished} of {summary.n_trials} trials ({states})")
+    typer.echo(f"study {summary.study}: {finished} of {max(finished, summary.n_trials)} trials ({states})")
     baselines = [row for row in summary.rows if row.kind != "best"]
     if baselines:
         leader = max(baselines, key=lambda row: row.value)

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from optuna_merge.cli.app import app
+from optuna_merge.testing import write_tiny_models
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("run-study", "check", "status", "report", "export", "prepare-data")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error_of(result: Result) -> str:
+    """The one error line of a command that refused its input."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.fixture
+def genome(tiny_models: Path) -> dict:
+    return {
+        "models": [str(tiny_models / "model_0"), str(tiny_models / "model_1")],
+        "base_model": str(tiny_models / "base"),
+        "merge_method": "task_arithmetic",
+        "layer_granularity": 1,
+    }
+
+
+def with_model(genome: dict, model: Path | str) -> dict:
+    return {**genome, "models": [str(model), genome["models"][1]]}
+
+
+@pytest.fixture
+def broken(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
+    """A copy of a model with one thing changed in its tensors."""
+
+    def make(change: Callable[[dict], object]) -> Path:
+        folder = tmp_path / "broken"
+        shutil.copytree(tiny_models / "model_0", folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+class TestAWholeStudy:
+    def test_from_check_to_export(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file()
+        checked = invoke("check", file)
+        assert checked.exit_code == 0, checked.output
+        assert "4 dimensions, population 8, 6 baselines first, 10 trials in all" in checked.stdout
+        assert "layers_00_00.model_0.weight ... layers_01_01.model_1.weight" in checked.stdout
+        assert "30 documents searched, 10 held out" in checked.stdout
+
+        run = invoke("run-study", file)
+        assert run.exit_code == 0, run.output
+        assert "[10/10] trial 9" in run.stderr
+        assert "best merge" in run.stdout
+        again = invoke("run-study", file, "--json")
+        assert again.exit_code == 0
+        assert "10 of 10 trials were finished before" in again.stderr
+        assert "[10/10]" not in again.stderr
+        summary = json.loads(again.stdout)
+        assert [row["name"] for row in summary["rows"]][-1] == "best merge"
+        assert all(row["holdout"] is not None for row in summary["rows"])
+
+        status = invoke("status", file)
+        assert status.exit_code == 0
+        assert "study tiny: 10 of 10 trials (10 complete)" in status.stdout
+        report = invoke("report", file)
+        assert report.exit_code == 0
+        assert "holdout documents" in report.stdout
+        assert json.loads(invoke("report", file, "--json").stdout) == summary
+
+        out = tmp_path / "merged"
+        exported = invoke("export", file, out)
+        assert exported.exit_code == 0, exported.output
+        assert exported.stdout.strip() == str(out)
+        names = {path.name for path in out.iterdir()}
+        assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
+        assert {"mergekit_config.yml", "tokenizer.json", "tokenizer_config.json"} <= names
+        assert "| best merge |" in (out / "README.md").read_text()
+        recipe = (out / "mergekit_config.yml").read_text()
+        assert yaml.safe_load(recipe) == yaml.safe_load((tmp_path / "out" / "best_config.yaml").read_text())
+        assert "must be empty or new" in error_of(invoke("export", file, out))
+        assert invoke("export", file, out, "--trial", 3, "--overwrite", "--json").exit_code == 0
+
+    def test_the_report_scores_the_holdout_if_it_must(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file()
+        assert invoke("run-study", file, "--n-trials", 7).exit_code == 0
+        (tmp_path / "out" / "holdout.json").unlink()
+        report = invoke("report", file)
+        assert report.exit_code == 0
+        assert "best merge − this" in report.stdout
+
+    def test_every_model_failing_is_an_error(
+        self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]
+    ) -> None:
+        model = broken(lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+        run = invoke("run-study", study_file(genome=with_model(genome, model)), "--n-trials", 7)
+        assert "must have a merge with a score, got none; see the failures above" in error_of(run)
+        assert "trial 0 failed: model.norm.weight: must be finite" in run.stdout
+        assert "[5/7] trial 4 (model_1)  score" in run.stderr
+
+    def test_mergekit_evolves_spellings(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file(task_search_path=None, engine=None)
+        line = ["--max-fevals", 7, "--storage-path", tmp_path / "elsewhere", "--task-search-path", tmp_path / "tasks"]
+        line += ["--in-memory", "--no-merge-cuda", "--batch-size", 4, "--sigma0", 0.2, "--random-seed", 5]
+        line += ["--timeout", 1000]
+        run = invoke("run-study", file, *line)
+        assert run.exit_code == 0, run.output
+        assert (tmp_path / "elsewhere" / "best_config.yaml").exists()
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("option", "words"),
+        [
+            ("--vllm", "not built yet"),
+            ("--wandb", "not built yet"),
+            ("--no-in-memory", "every merge is made in memory"),
+        ],
+    )
+    def test_what_is_not_there_says_so(self, study_file: Callable[..., Path], option: str, words: str) -> None:
+        assert words in error_of(invoke("run-study", study_file(), option))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_missing_study_file(self, command: str, tmp_path: Path) -> None:
+        arguments = [tmp_path / "nope.yaml", *(["out"] if command == "export" else [])]
+        assert "nope.yaml: study file must exist" in error_of(invoke(command, *arguments))
+
+    def test_all_problems_of_a_file_at_once(self, study_file: Callable[..., Path]) -> None:
+        file = study_file(limt=3, study={"n_trials": 0}, tasks=["mmlu"])
+        result = invoke("run-study", file)
+        assert result.exit_code == 1
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 3
+
+    def test_missing_model_folder(self, study_file: Callable[..., Path], genome: dict) -> None:
+        file = study_file(genome=with_model(genome, "./nope"))
+        assert "model './nope' must be an existing folder" in error_of(invoke("run-study", file))
+
+    @pytest.mark.parametrize("command", ["run-study", "check"])
+    @pytest.mark.parametrize("damage", ["truncated", "garbage"])
+    def test_damaged_weights(
+        self, command: str, damage: str, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]
+    ) -> None:
+        model = broken(lambda _: None)
+        weights = model / "model.safetensors"
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1000] if damage == "truncated" else b"\xff" * 1000)
+        error = error_of(invoke(command, study_file(genome=with_model(genome, model))))
+        assert f"{weights}: must be a whole safetensors file" in error
+
+    def test_pickle_only(self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]) -> None:
+        model = broken(lambda _: None)
+        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+        error = error_of(invoke("run-study", study_file(genome=with_model(genome, model))))
+        assert "weights must be safetensors, got the pickle pytorch_model.bin; convert it once: python -c" in error
+
+    def test_a_tensor_that_one_model_lacks(
+        self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]
+    ) -> None:
+        model = broken(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+        error = error_of(invoke("run-study", study_file(genome=with_model(genome, model))))
+        assert "model.layers.1.mlp.up_proj.weight: must be in every model" in error
+        assert str(model) in error
+
+    def test_a_tensor_of_another_shape(
+        self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]
+    ) -> None:
+        model = broken(lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
+        error = error_of(invoke("check", study_file(genome=with_model(genome, model))))
+        assert re.search(r"model.norm.weight: shape must match .*base \[16\], got \[5\] in .*broken", error)
+
+    def test_other_vocabularies(
+        self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]
+    ) -> None:
+        model = broken(lambda _: None)
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+        error = error_of(invoke("run-study", study_file(genome=with_model(genome, model))))
+        assert "2 tokens have another id" in error
+        assert "set tokenizer_source" in error
+
+    def test_another_architecture(self, study_file: Callable[..., Path], genome: dict, tmp_path: Path) -> None:
+        _, [model] = write_tiny_models(tmp_path / "other", 1, "qwen2", n_layers=2)
+        error = error_of(invoke("run-study", study_file(genome=with_model(genome, model))))
+        assert "architectures must match" in error
+        assert "Qwen2ForCausalLM" in error
+
+    def test_unknown_method(self, study_file: Callable[..., Path], genome: dict) -> None:
+        file = study_file(genome={**genome, "merge_method": "task-arithmetic"})
+        assert "did you mean 'task_arithmetic'?" in error_of(invoke("check", file))
+
+    def test_unknown_metric(self, study_file: Callable[..., Path]) -> None:
+        file = study_file(tasks=[{"name": "one", "metric": "acc_norm,none"}])
+        assert "task 'one' has no metric 'acc_norm,none'; it has: acc,none" in error_of(invoke("check", file))
+
+    def test_a_task_helper_that_raises(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file()
+        helper = tmp_path / "tasks" / "one_helper.py"
+        helper.write_text(helper.read_text().replace("def choices(doc):", "def choices(doc):\n    1 / 0"))
+        error = error_of(invoke("run-study", file))
+        assert "task 'one'" in error
+        assert "ZeroDivisionError" in error
+
+    def test_no_documents(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file()
+        helper = tmp_path / "tasks" / "one_helper.py"
+        helper.write_text(helper.read_text().replace("range(40)", "range(0)"))
+        assert "task 'one'" in error_of(invoke("run-study", file))
+
+    def test_a_folder_that_cannot_be_written(self, study_file: Callable[..., Path]) -> None:
+        error = error_of(invoke("run-study", study_file(storage_path="/proc/nowhere")))
+        assert "must be writable" in error
+        assert "choose another storage_path" in error
+
+    def test_a_storage_that_is_no_database(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "study.db").write_text("not a database\n" * 1000)
+        error = error_of(invoke("run-study", study_file()))
+        assert "must be readable and writable, got file is not a database" in error
+
+    def test_a_storage_of_another_study(self, study_file: Callable[..., Path]) -> None:
+        assert invoke("run-study", study_file(), "--n-trials", 1).exit_code == 0
+        error = error_of(invoke("run-study", study_file(limit=20)))
+        assert "study 'tiny' was created with limit=null, now it is 20.0" in error
+
+    @pytest.mark.parametrize("command", ["status", "report", "export"])
+    def test_a_study_that_was_not_started(self, command: str, study_file: Callable[..., Path]) -> None:
+        arguments = [study_file(), *(["somewhere"] if command == "export" else [])]
+        assert "study 'tiny' must have been started" in error_of(invoke(command, *arguments))
+
+    def test_a_trial_that_does_not_exist(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file()
+        assert invoke("run-study", file, "--n-trials", 1).exit_code == 0
+        error = error_of(invoke("export", file, tmp_path / "x", "--trial", 77))
+        assert "--trial must be in [0, 5], got 77; see status" in error
+        assert not (tmp_path / "x").exists()
+
+    def test_a_wrong_option_is_wrong_usage(self) -> None:
+        assert invoke("run-study", "x.yaml", "--n-trails", 3).exit_code == 2
+
+
+class TestWhatIsPromised:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help_shows_a_line_that_parses(self, command: str) -> None:
+        result = invoke(command, "--help")
+        assert result.exit_code == 0
+        text = " ".join(result.stdout.split())
+        [example] = re.findall(r"Example: optuna-merge (.*?)(?: Ctrl-C| Where|$| Arguments| Options)", text)
+        name, file, *rest = example.split()
+        assert name == command
+        assert file in {"studies/quickstart.yaml", "studies/spartqa_alpaca.yaml"}
+        assert (ROOT / file).exists()
+        assert all(word in text for word in rest if word.startswith("--"))
+
+    def test_help_loads_nothing_heavy(self) -> None:
+        code = "import sys, optuna_merge.cli.app; print([m for m in ('torch', 'optuna') if m in sys.modules])"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert out.strip() == "[]"
+
+    def test_version(self) -> None:
+        assert re.fullmatch(r"\d+\.\d+\.\d+\n", invoke("--version").stdout)
