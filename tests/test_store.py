@@ -1,0 +1,449 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.trial import TrialState
+
+from optuna_merge import store
+from optuna_merge.errors import StudyError, StudyLockedError, StudyMismatchError
+from optuna_merge.store import DocumentScores, Owner
+
+ROOT = Path(__file__).parent.parent
+KINDS = ["sqlite:///", "journal://"]
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@contextlib.contextmanager
+def process(code: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that says ``ready`` and then waits; killed at the end at the latest."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import time\nfrom optuna_merge import store\n{code}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+WAIT = "\nprint('ready', flush=True)\ntime.sleep(60)"
+
+
+def new_study(url: str = "sqlite://", name: str = "s") -> optuna.Study:
+    return optuna.create_study(storage=store.open_storage(url), study_name=name)
+
+
+# --- opening
+
+
+def test_a_study_has_an_sqlite_file_of_its_own_unless_a_url_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert store.storage_url(Path("out"), None) == f"sqlite:///{tmp_path}/out/study.db"
+    assert store.storage_url(Path("out"), "") == f"sqlite:///{tmp_path}/out/study.db"
+    assert store.storage_url(Path("out"), "postgresql://host/db") == "postgresql://host/db"
+
+
+def test_the_file_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert store.local_file("sqlite:////a/b.db") == Path("/a/b.db")
+    assert store.local_file("sqlite:///b.db") == tmp_path / "b.db"
+    assert store.local_file("sqlite+pysqlite:///b.db") == tmp_path / "b.db"
+    assert store.local_file("journal://b.log") == tmp_path / "b.log"
+    assert store.local_file("journal:///a/b.log") == Path("/a/b.log")
+    for url in ("sqlite://", "sqlite:///:memory:", "postgresql://host/db", "mysql+pymysql://host/db"):
+        assert store.local_file(url) is None
+
+
+@pytest.mark.parametrize(("kind", "storage"), [("sqlite:///", RDBStorage), ("journal://", JournalStorage)])
+def test_a_storage_is_created_with_its_folder_and_kept(tmp_path: Path, kind: str, storage: type) -> None:
+    url = f"{kind}{tmp_path}/new/folder/study.db"
+    assert isinstance(store.open_storage(url), storage)
+    study = new_study(url)
+    study.tell(study.ask(), 0.25)
+    assert (tmp_path / "new/folder/study.db").is_file()
+    assert optuna.load_study(storage=store.open_storage(url), study_name="s").best_value == 0.25
+
+
+def test_sqlite_writes_ahead_so_that_readers_do_not_wait(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = new_study(url)
+    storage = store.open_storage(url)
+    assert isinstance(storage, RDBStorage)
+    with storage.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1  # NORMAL
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db", timeout=0)) as writer:
+        writer.execute("BEGIN IMMEDIATE")  # a writer in the middle of its transaction
+        assert optuna.load_study(storage=storage, study_name="s").study_name == study.study_name
+        writer.rollback()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_storage_that_cannot_be_written(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StudyError, match=r"/folder must be readable and writable, got .*; see storage_path$") as caught:
+        store.open_storage(f"{kind}{tmp_path}/folder")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StudyError, match=r"must be readable and writable, got .*(File exists|Not a directory)"):
+        store.open_storage(f"{kind}{tmp_path}/file/study.db")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_may_not_be_written(tmp_path: Path, kind: str) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StudyError, match=r"must be readable and writable, got"):
+        store.open_storage(f"{kind}{tmp_path}/study.db")
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "got"),
+    [
+        ("sqlite:///", b"SQLite? No, a poem.\n" * 300, "file is not a database"),
+        ("journal://", b"no journal\nat all\n", "Expecting value"),
+        ("journal://", b'{"json": "but no journal"}\n', "op_code"),
+        ("journal://", b"[1]\n", "list"),
+        ("journal://", b"a line without an end", "a line without an end"),
+    ],
+)
+def test_a_file_that_is_no_storage(tmp_path: Path, kind: str, content: bytes, got: str) -> None:
+    (tmp_path / "study.db").write_bytes(content)
+    with pytest.raises(StudyError, match=rf"study.db must be .*, got .*{got}") as caught:
+        store.open_storage(f"{kind}{tmp_path}/study.db")
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "study.db").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("study.db", r"storage study.db must be readable and writable, got .*parse"),
+        ("sqlite:study.db", r"storage must be a URL such as sqlite:///study.db, got sqlite:study.db;"),
+        ("nosuchdb://host/db", r"storage nosuchdb://host/db must be readable and writable, got .*nosuchdb"),
+        (
+            "oracle+nodriver://host/db",
+            r"storage oracle\+nodriver://host/db must be readable and writable, got .*nodriver",
+        ),
+    ],
+)
+def test_urls_that_lead_nowhere(url: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message) as caught:
+        store.open_storage(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for driver in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(StudyError, match=r"postgresql://host/db must be a storage that Optuna can open, got .*psycopg"):
+        store.open_storage("postgresql://host/db")
+
+
+def test_a_journal_s_torn_last_line_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "study.log"
+    url = f"journal://{file}"
+    study = new_study(url)
+    study.tell(study.ask(), 1.0)
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"op_code": 4, "wor')  # killed while it wrote
+    study = optuna.load_study(storage=store.open_storage(url), study_name="s")
+    assert file.read_bytes() == whole
+    for value in (2.0, 3.0):
+        study.tell(study.ask(), value)
+    again = optuna.load_study(storage=store.open_storage(url), study_name="s")
+    assert [trial.value for trial in again.trials] == [1.0, 2.0, 3.0]
+    file.write_bytes(b"{torn")
+    assert store.open_storage(url).get_all_studies() == []
+
+
+# --- the lock
+
+
+def test_one_process_runs_a_study(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/out/study.db"
+    code = f"lock = store.run_lock({url!r}, 'mine')\nlock.__enter__()"
+    with process(code + WAIT) as holder:
+        message = (
+            rf"study 'mine' must be run by one process at a time on {tmp_path}/out/study.db,"
+            rf" it is run by process {holder.pid} on {socket.gethostname()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d;"
+            r" wait for it or stop it$"
+        )
+        with pytest.raises(StudyLockedError, match=message), store.run_lock(url, "mine"):
+            pass
+        with store.run_lock(url, "another"), store.run_lock(url.replace("study.db", "other.db"), "mine"):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with store.run_lock(url, "mine"):  # the kernel has freed it
+            lock = (tmp_path / "out/study.db.mine.lock").read_text()
+            assert lock.startswith(f"process {os.getpid()} on ")
+            assert lock.count("\n") == 1
+
+
+def test_the_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
+    url = f"journal://{tmp_path}/study.log"
+    with pytest.raises(KeyError), store.run_lock(url, "mine"):
+        raise KeyError
+    with store.run_lock(url, "mine"):
+        pass
+
+
+def test_a_database_server_has_no_lock() -> None:
+    with store.run_lock("postgresql://host/db", "mine"), store.run_lock("postgresql://host/db", "mine"):
+        pass
+
+
+def test_a_lock_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "study.db.mine.lock").mkdir()
+    message = r"study.db.mine.lock: lock must be writable, got .*directory.*; choose another storage_path"
+    with pytest.raises(StudyError, match=message), store.run_lock(f"sqlite:///{tmp_path}/study.db", "mine"):
+        pass
+
+
+# --- owners and lost trials
+
+
+def test_an_owner_is_gone_when_its_process_is() -> None:
+    me = Owner.me()
+    assert (me.host, me.pid) == (socket.gethostname(), os.getpid())
+    assert not me.is_gone
+    assert Owner(me.host, me.pid, me.started - 1).is_gone  # an earlier process had our number
+    assert not Owner("another-host", 1, 1).is_gone  # who knows
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        owner = Owner(me.host, child.pid, store._start_ticks(child.pid) or 0)
+        assert not owner.is_gone
+    finally:
+        child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert owner.is_gone  # a zombie
+    child.wait()
+    assert owner.is_gone
+    assert store._start_ticks(child.pid) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_process_s_trial_is_put_back_with_what_it_has(tmp_path: Path, kind: str) -> None:
+    url = f"{kind}{tmp_path}/study.db"
+    study = new_study(url)
+    mine = study.ask()
+    store.claim(study, mine._trial_id)
+    code = f"""
+import optuna
+study = optuna.load_study(storage=store.open_storage({url!r}), study_name="s")
+trial = study.ask()
+store.claim(study, trial._trial_id)
+trial.suggest_float("x", 0, 1)
+trial.report(0.75, step=0)
+study.ask()  # killed before it could claim this one
+"""
+    with process(code + WAIT) as worker:
+        assert store.requeue_lost(study) == []
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        assert store.requeue_lost(study) == [1]
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.RUNNING, TrialState.WAITING, TrialState.RUNNING]
+    assert store.requeue_lost(study) == []
+    assert store.requeue_lost(study, alone=True) == [2]  # ours has an owner that lives
+    lost = study.trials[1]
+    again = study.ask()
+    assert again.number == 1
+    assert again.suggest_float("x", 0, 1) == lost.params["x"]
+    assert lost.intermediate_values == {0: 0.75}
+    store.claim(study, again._trial_id)
+    assert store.requeue_lost(study, alone=True) == []  # the new owner replaces the old
+    study.tell(again, 1.0)
+    study.tell(mine, 2.0)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.WAITING]
+    assert study.ask().number == 2
+
+
+def test_finished_trials_are_those_that_have_ended() -> None:
+    study = optuna.create_study()
+    study.tell(study.ask(), 1.0)
+    study.tell(study.ask(), state=TrialState.PRUNED)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    study.ask()
+    study.enqueue_trial({"x": 1.0})
+    assert len(study.trials) == 5
+    assert store.n_finished(study) == 3
+
+
+def test_attribute_keys_are_distinct() -> None:
+    keys = (*store.TRIAL_ATTRIBUTES, store.SCORE, store.STDERR, store.FINGERPRINT, store.START, store.OWNER)
+    assert len(set(keys)) == len(keys)
+
+
+# --- fingerprint
+
+
+def test_the_fingerprint_is_recorded_and_compared() -> None:
+    study = optuna.create_study(study_name="ties_7b")
+    made = {"layer_granularity": 4, "models": ("a", "b"), "seed": 0, "tasks": [{"name": "x"}]}
+    store.check_fingerprint(study, made)
+    study.ask()
+    store.check_fingerprint(study, made)  # tuples and lists are one in JSON
+    store.check_fingerprint(study, {**made, "models": ["a", "b"]})
+    with pytest.raises(StudyMismatchError) as caught:
+        store.check_fingerprint(study, {**made, "layer_granularity": 8, "models": ["b", "a"]})
+    assert str(caught.value).splitlines() == [
+        "study 'ties_7b' was created with layer_granularity=4, now it is 8; use a new study name or restore 4",
+        'study \'ties_7b\' was created with models=["a", "b"], now it is ["b", "a"];'
+        ' use a new study name or restore ["a", "b"]',
+    ]
+    assert study.user_attrs[store.FINGERPRINT] == json.loads(json.dumps(made))
+
+
+def test_a_digest_is_named_only_if_nothing_that_it_is_made_of_is() -> None:
+    study = optuna.create_study(study_name="s")
+    made = {"limit": 10, store.REQUESTS: "abc"}
+    store.check_fingerprint(study, made)
+    with pytest.raises(StudyMismatchError, match=r'with prompts and documents="abc", now it is "def"; use'):
+        store.check_fingerprint(study, {**made, store.REQUESTS: "def"})
+    with pytest.raises(StudyMismatchError) as caught:
+        store.check_fingerprint(study, {"limit": 20, store.REQUESTS: "def"})
+    assert str(caught.value) == (
+        "study 's' was created with limit=10, now it is 20; use a new study name or restore 10"
+    )
+
+
+def test_a_value_of_which_the_study_knew_nothing_is_a_difference() -> None:
+    study = optuna.create_study(study_name="s")
+    store.check_fingerprint(study, {"a": 1})
+    with pytest.raises(StudyMismatchError, match=r"created with new=null, now it is 3; use a new"):
+        store.check_fingerprint(study, {"a": 1, "new": 3})
+
+
+def test_a_long_value_is_shortened() -> None:
+    study = optuna.create_study(study_name="s")
+    store.check_fingerprint(study, {"tasks": "a" * 500})
+    with pytest.raises(StudyMismatchError, match=rf'tasks="{"a" * 116}\.\.\., now it is "b";'):
+        store.check_fingerprint(study, {"tasks": "b"})
+
+
+def test_a_study_of_something_else_is_refused() -> None:
+    study = optuna.create_study(study_name="s")
+    study.tell(study.ask(), 1.0)
+    with pytest.raises(
+        StudyMismatchError,
+        match=r"study 's' must be made by optuna-merge, its storage holds trials of something else;"
+        r" use a new study name or storage_path",
+    ):
+        store.check_fingerprint(study, {"a": 1})
+    assert store.FINGERPRINT not in study.user_attrs
+
+
+# --- documents
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> DocumentScores:
+    return DocumentScores(tmp_path / "documents" / "mine")
+
+
+def written(scores: DocumentScores, n_lines: int, digest: str = "digest") -> bytes:
+    assert scores.begin(3, digest, 0) == []
+    for index in range(n_lines):
+        scores.append(3, f'{{"chunk": {index}, "of": "é"}}')
+    return scores.path(3).read_bytes()
+
+
+def lines(*indices: int) -> list[str]:
+    return [f'{{"chunk": {index}, "of": "é"}}' for index in indices]
+
+
+def test_chunks_come_back_in_order(scores: DocumentScores) -> None:
+    whole = written(scores, 3)
+    assert scores.path(3).name == "trial_00003.jsonl"
+    assert scores.begin(3, "digest", 3) == lines(0, 1, 2)
+    assert scores.path(3).read_bytes() == whole
+    scores.append(3, "next")
+    assert scores.begin(3, "digest", 4) == [*lines(0, 1, 2), "next"]
+    assert scores.begin(4, "digest", 0) == []
+    assert scores.begin(5, "digest", 2) == []  # reported, but its file is gone
+
+
+def test_more_lines_than_were_reported_are_dropped(scores: DocumentScores) -> None:
+    written(scores, 3)
+    assert scores.begin(3, "digest", 2) == lines(0, 1)
+    assert scores.begin(3, "digest", 3) == lines(0, 1)
+    assert scores.begin(3, "digest", 0) == []
+    assert scores.path(3).read_text() == "digest\n"
+
+
+def test_lines_of_another_recipe_are_dropped(scores: DocumentScores) -> None:
+    written(scores, 3)
+    assert scores.begin(3, "other", 3) == []
+    assert scores.path(3).read_text() == "other\n"
+
+
+@pytest.mark.parametrize("n_bytes", range(1, 25))
+def test_a_torn_last_line_is_dropped(scores: DocumentScores, n_bytes: int) -> None:
+    """Cut anywhere in the last line, also within the two bytes of its é."""
+    whole = written(scores, 3)
+    scores.path(3).write_bytes(whole[:-n_bytes])
+    assert scores.begin(3, "digest", 3) == lines(0, 1)
+    scores.append(3, "again")
+    assert scores.begin(3, "digest", 3) == [*lines(0, 1), "again"]
+
+
+@pytest.mark.parametrize("content", ["", "dig", "\n", "digest"])
+def test_a_file_torn_in_its_first_line_is_begun_anew(scores: DocumentScores, content: str) -> None:
+    written(scores, 0)
+    scores.path(3).write_text(content)
+    assert scores.begin(3, "digest", 2) == []
+    assert scores.path(3).read_text() == "digest\n"
+
+
+def test_scores_that_cannot_be_written(tmp_path: Path, scores: DocumentScores, monkeypatch: Any) -> None:
+    message = r"trial_00003.jsonl: scores must be writable, got .*; make room and run again"
+    written(scores, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StudyError, match=rf"{message}$|No space left on device; make room"):
+            scores.append(3, "x")
+    scores.path(3).unlink()
+    scores.path(3).mkdir()
+    with pytest.raises(StudyError, match=message):
+        scores.begin(3, "digest", 0)
+    with pytest.raises(StudyError, match=message):
+        scores.append(3, "x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match=message):
+        DocumentScores(tmp_path / "file" / "mine").begin(3, "digest", 0)
+
+
+def test_a_reason_is_one_line() -> None:
+    assert store.reason(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
+    assert store.reason(ValueError("a\n  b")) == "a b"
+    assert store.reason(ValueError()) == "ValueError"
+    wrapped = RuntimeError("outer")
+    wrapped.__cause__ = ValueError("inner")
+    assert store.reason(wrapped) == "inner"
