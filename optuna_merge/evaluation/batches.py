@@ -93,28 +93,22 @@ def make_batches(rows: Sequence[Row], *, batch_tokens: int, batch_scored: int) -
 
     Args:
         rows: Longest first.
-        batch_tokens: Tokens of a batch, padding included, at most; a longer row is a batch of its own.
+        batch_tokens: Tokens of a batch, padding included, about: up to half more, so that no small rest is left
+            over. A longer row is a batch of its own.
         batch_scored: Scored tokens of a batch at most, likewise.
-
-    Returns:
-        Batches of rows that are either all chains or not, so that chains need no mask.
     """
+    n_tokens = sum(len(row) for row in rows)
+    # a tenth for the padding
+    limit = 1.1 * n_tokens / max(1, round(n_tokens / batch_tokens))
     batches: list[list[Row]] = []
-    for chains in (True, False):
-        batch: list[Row] = []
-        n_scored = 0
-        for row in rows:
-            if row.is_chain is not chains:
-                continue
-            fits = (
-                batch and (len(batch) + 1) * len(batch[0]) <= batch_tokens and n_scored + row.n_scored <= batch_scored
-            )
-            if not fits:
-                batch, n_scored = [], 0
-                batches.append(batch)
-            batch.append(row)
-            n_scored += row.n_scored
-    batches.sort(key=lambda batch: len(batch[0]), reverse=True)
+    n_scored = 0
+    for row in rows:
+        batch = batches[-1] if batches else []
+        n_scored += row.n_scored
+        if not batch or (len(batch) + 1) * len(batch[0]) > limit or n_scored > batch_scored:
+            batches.append(batch := [])
+            n_scored = row.n_scored
+        batch.append(row)
     return batches
 
 

@@ -35,7 +35,10 @@ __all__ = ["HFEngine"]
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+CUDA_BATCH_TOKENS = 8192
+CPU_BATCH_ACTIVATIONS = 2**16
+"""Batch tokens x hidden size on a CPU: more does not make a token cheaper, it makes activations leave the cache."""
+
 SCORED_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of one batch at most, vocabulary x scored tokens; they are held in float32."""
 
@@ -53,7 +56,7 @@ class _Batch:
     """
 
     tokens: Tensor  # [n, length]
-    positions: Tensor | None  # [n, length]; None for chains
+    positions: Tensor | None  # [n, length]; None if all rows are chains
     ends: Tensor | None  # [n, length]
     rows: Tensor  # [n_scored]
     columns: Tensor  # [n_scored]
@@ -82,7 +85,7 @@ class HFEngine:
     Attributes:
         dtype: Of the resident weights.
         device: Where they live; ``meta`` for an engine that only tokenizes.
-        batch_tokens: Padded tokens of one forward pass at most; halved when memory runs out.
+        batch_tokens: Padded tokens of one forward pass, about; halved when memory runs out.
         tokenizer_name: As lm-eval names it.
         eot_text: Text of the end-of-sequence token.
     """
@@ -103,7 +106,7 @@ class HFEngine:
             path: Folder with ``config.json`` and tokenizer; the names of its tensors are those that will be loaded.
             dtype: Of the resident weights.
             device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:<i>``, or ``meta`` to hold no weights.
-            batch_tokens: Padded tokens of one forward pass; at least 1.
+            batch_tokens: Padded tokens of one forward pass, about; at least 1.
             trust_remote_code: Run model code that the folder brings.
             attention: An attention implementation of transformers; None lets it choose.
 
@@ -113,9 +116,6 @@ class HFEngine:
         target = _device(device)
         self.dtype: str = dtype
         self.device = str(target)
-        self.batch_tokens = (
-            BATCH_TOKENS.get(target.type, BATCH_TOKENS["cpu"]) if batch_tokens == "auto" else batch_tokens
-        )
         folder = Path(path)
         self._weights = ResidentModel(
             folder,
@@ -127,6 +127,7 @@ class HFEngine:
         self._lm = _language_model(self._weights.model, folder, trust_remote_code)
         self._window = self._lm.max_length
         self._forward = _Forward(self._weights.model)
+        self.batch_tokens = _batch_tokens(target, self._forward.width) if batch_tokens == "auto" else batch_tokens
         self._shares: bool | None = None if self._forward.may_share else False
         self.tokenizer_name = self._lm.tokenizer_name
         self.eot_text = str(self._lm.tok_decode([self._lm.eot_token_id], skip_special_tokens=False))
@@ -323,6 +324,7 @@ class _Forward:
         may_share: Whether the model's design allows several continuations in one row.
         window: Tokens that such a row may have at most; None: any number.
         vocabulary: Size of the output layer.
+        width: Of the hidden states.
     """
 
     def __init__(self, model: Any) -> None:
@@ -338,6 +340,7 @@ class _Forward:
         ]
         self.window = min(windows) if windows else None
         self.vocabulary = int(config.vocab_size)
+        self.width = int(config.hidden_size)
         self._scored: tuple[Tensor, Tensor] | None = None
         self._selected = False
         head = model.get_output_embeddings()
@@ -404,6 +407,12 @@ def _device(device: str) -> torch.device:
     return torch.device("cuda:0") if target.type == "cuda" and target.index is None else target
 
 
+def _batch_tokens(device: torch.device, width: int) -> int:
+    if device.type == "cuda":
+        return CUDA_BATCH_TOKENS
+    return min(1024, max(512, CPU_BATCH_ACTIVATIONS // width))
+
+
 def _language_model(model: Any, folder: Path, trust_remote_code: bool) -> HFLM:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -454,7 +463,8 @@ def _on_device(batch: Sequence[Row], items: Sequence[Item], device: torch.device
             wanted.extend(items[item].continuation)
             place_of.extend(places.setdefault((number, node), len(places)) for node in nodes)
     where = np.array(list(places), dtype=np.int64).reshape(-1, 2)
-    is_tree = not batch[0].is_chain
+    # attention without a mask has faster kernels
+    is_tree = not all(row.is_chain for row in batch)
 
     def moved(array: Any) -> Tensor:
         return torch.as_tensor(array, device=device)

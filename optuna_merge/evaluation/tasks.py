@@ -49,7 +49,6 @@ MAX_CHUNKS = 50
 MIN_CHUNK_REQUESTS = 8
 BOOTSTRAP_DRAWS = 100
 TOKEN_SAMPLE = 64
-
 Documents = dict[str, dict[str, list[Any]]]
 """Leaf task to ``doc_id`` and to each metric (``acc,none``): parallel lists of plain JSON values, in document order."""
 
