@@ -133,7 +133,7 @@ class Recipe:
         """
         try:
             return _from_dict(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, LookupError, TypeError, AttributeError) as exc:
             raise RecipeError(f"recipe: not readable ({exc!r}); it must be what Recipe.to_json wrote") from exc
 
 

@@ -440,7 +440,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path: Path, kind: 
 
 def test_a_new_process_continues_the_generation(tmp_path: Path) -> None:
     n_trials = 2 * POPSIZE + 3
-    whole, halves = f"sqlite:///{tmp_path}/whole.db", f"sqlite:///{tmp_path}/halves.db"
+    whole, halves = f"journal://{tmp_path}/whole", f"journal://{tmp_path}/halves"
     assert go_on(whole, n_trials, lambda number: None)
     assert go_on(halves, POPSIZE + 3, lambda number: None)
     code = f"from tests.test_sampler import go_on; assert go_on({halves!r}, {n_trials}, lambda number: None)"
