@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 __all__ = ["Item", "Row", "make_batches", "make_rows"]
 
 SHARED_ROW_TOKENS = 1024
+PASS_TOKENS = 1 / 6
+"""What a forward pass costs before its first token, as a share of a batch: that much padding may avoid a pass."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,33 @@ def make_batches(rows: Sequence[Row], *, batch_tokens: int, batch_scored: int) -
             over. A longer row is a batch of its own.
         batch_scored: Scored tokens of a batch at most, likewise.
     """
+    n_scored = {id(row): row.n_scored for row in rows}
+
+    def fits(n_rows: int, longest: int, scored: int, n_tokens: float) -> bool:
+        return n_rows * longest <= n_tokens and scored <= batch_scored
+
     n_tokens = sum(len(row) for row in rows)
     # a tenth for the padding
     limit = 1.1 * n_tokens / max(1, round(n_tokens / batch_tokens))
-    batches: list[list[Row]] = []
-    n_scored = 0
+    batches: list[tuple[list[Row], int]] = []
     for row in rows:
-        batch = batches[-1] if batches else []
-        n_scored += row.n_scored
-        if not batch or (len(batch) + 1) * len(batch[0]) > limit or n_scored > batch_scored:
-            batches.append(batch := [])
-            n_scored = row.n_scored
-        batch.append(row)
-    return batches
+        batch, scored = batches[-1] if batches else ([], 0)
+        scored += n_scored[id(row)]
+        if batch and fits(len(batch) + 1, len(batch[0]), scored, limit):
+            batch.append(row)
+            batches[-1] = batch, scored
+        else:
+            batches.append(([row], n_scored[id(row)]))
+    joined = batches[:1]
+    for batch, scored in batches[1:]:
+        before, scored_before = joined[-1]
+        longest = len(before[0])
+        saves = len(batch) * (longest - len(batch[0])) <= PASS_TOKENS * batch_tokens
+        if saves and fits(len(before) + len(batch), longest, scored + scored_before, 1.5 * batch_tokens):
+            joined[-1] = before + batch, scored + scored_before
+        else:
+            joined.append((batch, scored))
+    return [batch for batch, _ in joined]
 
 
 def _rows_of(
