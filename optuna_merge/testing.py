@@ -3,17 +3,21 @@
 Tiny checkpoints that are made on the spot, an engine whose best weights are known, and what every engine must do.
 """
 
+# ruff: noqa: D102 - a test's name is its description
+
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from optuna_merge.errors import EngineError, NonFiniteMergeError
-from optuna_merge.evaluation.engine import Request, Response
+from optuna_merge.evaluation.engine import Engine, Prepared, Request, Response
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,8 +217,9 @@ class FakeEngine:
         lengths = [sum(len(part) for part in request.args if isinstance(part, str)) for request in requests]
         return FakePrepared(tuple(requests), sum(lengths), max(lengths, default=0))
 
-    def respond(self, prepared: FakePrepared) -> list[Response]:
+    def respond(self, prepared: Prepared) -> list[Response]:
         """Answer as far as the skill goes."""
+        assert isinstance(prepared, FakePrepared)
         skill = self.skill
         self.n_responses += prepared.n_requests
         return [self._answer(request, skill) for request in prepared.requests]
@@ -367,3 +372,151 @@ class MethodConformance:
             merged = merge_tensors(self.method, models, base)
             assert merged.shape == shape
             assert merged.isfinite().all()
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A request made by hand."""
+
+    request_type: str
+    args: tuple[Any, ...]
+
+
+class EngineConformance:
+    """What every engine must do; subclass it in a test and say how to make one.
+
+    The engine is made once for a tiny checkpoint of random weights and loaded with it and with a fine-tune of it.
+    """
+
+    architecture: TinyArchitecture = "llama"
+    tolerance = 1e-4
+    requests: Sequence[Request] = (
+        TextRequest("loglikelihood", ("one two three", " four")),
+        TextRequest("loglikelihood", ("one two three", " right")),
+        TextRequest("loglikelihood", ("", "the cat")),
+        TextRequest("generate_until", ("the dog", {"until": ["\n"], "max_gen_toks": 4})),
+        TextRequest("loglikelihood_rolling", ("the cat sat on the mat",)),
+    )
+
+    def make_engine(self, folder: Path) -> Engine:
+        """The engine to test, for the checkpoint in ``folder``."""
+        raise NotImplementedError
+
+    def _loaded(self, folder: Path) -> tuple[Engine, dict[str, Tensor], dict[str, Tensor]]:
+        from safetensors.torch import load_file
+
+        base, [other] = write_tiny_models(folder, 1, self.architecture, spread=0.5)
+        weights, others = (load_file(path / "model.safetensors") for path in (base, other))
+        return self.make_engine(base), weights, others
+
+    def test_refuses_to_score_before_a_load(self, tmp_path: Path) -> None:
+        engine, _, _ = self._loaded(tmp_path)
+        _refuses_to_score(engine, engine.prepare(self.requests))
+
+    def test_equal_weights_give_equal_responses_whatever_was_loaded_before(self, tmp_path: Path) -> None:
+        engine, base, other = self._loaded(tmp_path)
+        prepared = engine.prepare(self.requests)
+        responses = []
+        for weights in (base, other, base):
+            engine.load_weights(weights.items())
+            responses.append(engine.respond(prepared))
+        assert responses[0] == responses[2] != responses[1]
+        assert [type(response) for response in responses[0]] == [tuple, tuple, tuple, str, float]
+        assert prepared.n_requests == len(self.requests)
+
+    def test_the_order_of_tensors_and_their_dtype_do_not_matter(self, tmp_path: Path) -> None:
+        import torch
+
+        engine, base, _ = self._loaded(tmp_path)
+        prepared = engine.prepare(self.requests)
+        rounded = {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in base.items()}
+        engine.load_weights(rounded.items())
+        responses = engine.respond(prepared)
+        engine.load_weights((name, tensor.to(torch.bfloat16)) for name, tensor in reversed(rounded.items()))
+        assert engine.respond(prepared) == responses
+
+    def test_a_request_is_answered_alike_in_any_company(self, tmp_path: Path) -> None:
+        engine, base, _ = self._loaded(tmp_path)
+        engine.load_weights(base.items())
+        together = engine.respond(engine.prepare(self.requests))
+        for request, response in zip(self.requests, together, strict=True):
+            [alone] = engine.respond(engine.prepare([request]))
+            assert _is_close(alone, response, self.tolerance), request
+
+    def test_writing_into_resident_tensors_is_loading(self, tmp_path: Path) -> None:
+        engine, base, other = self._loaded(tmp_path)
+        prepared = engine.prepare(self.requests)
+        engine.load_weights(other.items())
+        expected = engine.respond(prepared)
+        engine.load_weights(base.items())
+
+        def written() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in other.items():
+                into = engine.resident(name)
+                yield name, tensor if into is None else into.copy_(tensor)
+
+        engine.load_weights(written())
+        assert engine.respond(prepared) == expected
+
+    def test_a_refused_load_names_the_tensor_and_the_next_one_is_right(self, tmp_path: Path) -> None:
+        import torch
+
+        engine, base, other = self._loaded(tmp_path)
+        prepared = engine.prepare(self.requests)
+        engine.load_weights(base.items())
+        expected = engine.respond(prepared)
+        name = list(base)[-1]
+        infinite = other[name].clone()
+        infinite.view(-1)[0] = math.inf
+        cases: list[tuple[type[Exception], str, Iterable[tuple[str, Tensor]]]] = [
+            (NonFiniteMergeError, name, {**other, name: infinite}.items()),
+            (NonFiniteMergeError, name, {**other, name: infinite * 0}.items()),
+            (EngineError, name, {**other, name: torch.zeros(1, 1, 1)}.items()),
+            (EngineError, name, [(n, t) for n, t in other.items() if n != name]),
+            (EngineError, name, [*other.items(), (name, other[name])]),
+            (EngineError, "no.such.tensor", [*other.items(), ("no.such.tensor", other[name])]),
+        ]
+        for error, named, stream in cases:
+            _raises(error, named, partial(engine.load_weights, stream))
+            _refuses_to_score(engine, prepared)
+            engine.load_weights(base.items())
+            assert engine.respond(prepared) == expected
+
+    def test_an_interrupted_load_leaves_nothing_to_score(self, tmp_path: Path) -> None:
+        engine, base, other = self._loaded(tmp_path)
+        prepared = engine.prepare(self.requests)
+        engine.load_weights(base.items())
+        expected = engine.respond(prepared)
+
+        def torn() -> Iterator[tuple[str, Tensor]]:
+            yield next(iter(other.items()))
+            raise KeyboardInterrupt
+
+        _raises(KeyboardInterrupt, "", lambda: engine.load_weights(torn()))
+        _refuses_to_score(engine, prepared)
+        engine.load_weights(base.items())
+        assert engine.respond(prepared) == expected
+
+    def test_closing_twice_is_harmless(self, tmp_path: Path) -> None:
+        engine, _, _ = self._loaded(tmp_path)
+        engine.close()
+        engine.close()
+
+
+def _refuses_to_score(engine: Engine, prepared: Prepared) -> None:
+    _raises(EngineError, "load a merge first", lambda: engine.respond(prepared))
+
+
+def _raises(error: type[BaseException], text: str, call: Callable[[], object]) -> None:
+    import pytest
+
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+def _is_close(response: Response, other: Response, tolerance: float) -> bool:
+    if isinstance(response, tuple) and isinstance(other, tuple):
+        return response[1] == other[1] and abs(response[0] - other[0]) <= tolerance
+    if isinstance(response, float) and isinstance(other, float):
+        return abs(response - other) <= tolerance
+    return response == other

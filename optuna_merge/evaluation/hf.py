@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.batches import Item, Row, make_batches, make_rows
-from optuna_merge.evaluation.engine import Request, Response
+from optuna_merge.evaluation.engine import Prepared, Request, Response
 from optuna_merge.evaluation.hf_weights import ResidentModel
 from optuna_merge.evaluation.quiet import quietly
 
@@ -178,8 +178,9 @@ class HFEngine:
         longest = max([longest, *(len(item.context) + len(item.continuation) - 1 for item in items)])
         return HFPrepared(len(requests), items, scored, generated, n_tokens, longest)
 
-    def respond(self, prepared: HFPrepared) -> list[Response]:
+    def respond(self, prepared: Prepared) -> list[Response]:
         """Answer prepared requests; see ``Engine.respond``."""
+        assert isinstance(prepared, HFPrepared)
         if not self._weights.is_complete:
             raise EngineError("engine: holds no complete set of weights; load a merge first")
         while True:
