@@ -277,16 +277,17 @@ def test_enqueued_trials_are_not_told_and_take_no_place() -> None:
     assert points(with_baseline(100.0)) == points(study)
 
 
-def test_what_an_enqueued_trial_leaves_open_is_drawn_repeatably() -> None:
-    def draw(burn: int) -> dict[str, float]:
-        study = made()
+def test_what_an_enqueued_trial_leaves_open_is_drawn_repeatably_and_not_told() -> None:
+    def draw(n_drawn_before: int) -> dict[str, float]:
+        sampler = StableCmaEsSampler(SPACE, seed=5)
+        other = made(sampler)
+        for _ in range(n_drawn_before):
+            other.ask().suggest_float("not searched", 0, 1)
+        study = made(sampler)
         study.enqueue_trial({"a": 0.5})
-        for _ in range(burn):  # moves the random state that Optuna would draw from
-            study.sampler.sample_independent(study, study.ask(), "zzz", FloatDistribution(0, 1))
-        if burn:
-            study = made(study.sampler)
-            study.enqueue_trial({"a": 0.5})
-        return suggest(study.ask())
+        params = suggest(study.ask())
+        assert sampler.generation_of(study.trials[0]) is None
+        return params
 
     assert draw(0)["a"] == 0.5
     assert draw(3) == draw(0)
