@@ -490,9 +490,9 @@ class EngineConformance:
 
         def torn() -> Iterator[tuple[str, Tensor]]:
             yield next(iter(other.items()))
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("torn")
 
-        _raises(KeyboardInterrupt, "", lambda: engine.load_weights(torn()))
+        _raises(KeyboardInterrupt, "torn", lambda: engine.load_weights(torn()))
         _refuses_to_score(engine, prepared)
         engine.load_weights(base.items())
         assert engine.respond(prepared) == expected

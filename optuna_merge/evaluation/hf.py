@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -337,7 +338,7 @@ class _Forward:
         windows = [
             value
             for key, value in config.to_dict().items()
-            if ("window" in key or "attention_chunk" in key) and isinstance(value, int) and value > 1
+            if re.search(r"window(?!_layers)|attention_chunk", key) and isinstance(value, int) and value > 1
         ]
         self.window = min(windows) if windows else None
         self.vocabulary = int(config.vocab_size)

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.hf import HFEngine
@@ -148,9 +148,8 @@ def test_tokenizers_of_several_kinds(tmp_path: Path, kind: Any) -> None:
     tokenizer, trainer = kind(["<s>", "</s>", "<pad>"])
     rnd = random.Random(1)
     tokenizer.train_from_iterator([text(rnd, 8) for _ in range(200)], trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     for folder in (base, model):
         wrapped.save_pretrained(folder)
     assert len(wrapped) <= 320
@@ -168,7 +167,7 @@ def test_bfloat16_is_scored_with_a_float32_softmax(tmp_path: Path) -> None:
     responses = engine.respond(engine.prepare(requests))
     for response, other in zip(responses, by_lm_eval(model, requests, "bfloat16"), strict=True):
         ours, theirs = (r[0] if isinstance(r, tuple) else r for r in (response, other))
-        assert ours == pytest.approx(theirs, abs=0.1, rel=0.01)
+        assert ours == pytest.approx(theirs, abs=0.3, rel=0.02)
 
 
 def test_a_float32_merge_is_rounded_once(tmp_path: Path) -> None:
@@ -192,18 +191,21 @@ def test_gpt2_names_without_prefix_and_with_stored_masks(tmp_path: Path) -> None
         engine.load_weights(names.items())
         responses.append(engine.respond(engine.prepare(request)))
     assert responses[0] == responses[1]
-    with pytest.raises(EngineError, match=r"h\.0\.attn\.biases: must belong to GPT2LMHeadModel"):
-        engine.load_weights([*old.items(), ("h.0.attn.biases", old["h.0.attn.bias"])])
+    with pytest.raises(EngineError, match=r"h\.0\.attn\.mask: must belong to GPT2LMHeadModel"):
+        engine.load_weights([*old.items(), ("h.0.attn.mask", old["h.0.attn.bias"])])
 
 
 def test_a_tie_that_the_checkpoint_breaks_is_no_tie(tmp_path: Path) -> None:
     base, _ = write_tiny_models(tmp_path, 0, "llama", tied=False)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    requests = every_kind_of_request()[:10]
+    weights = load_file(base / "model.safetensors")
     engine = HFEngine(base, device="cpu")
-    engine.load_weights(load_file(base / "model.safetensors").items())
-    assert_equal(engine.respond(engine.prepare(requests)), by_lm_eval(base, requests))
+    engine.load_weights(weights.items())
+    assert torch.equal(engine.resident("lm_head.weight"), weights["lm_head.weight"])  # type: ignore[arg-type]
+    tokens = torch.arange(20).reshape(1, 20)
+    expected = AutoModelForCausalLM.from_pretrained(base)(tokens).logits
+    assert torch.equal(engine._weights.model(tokens).logits, expected)
 
 
 def test_out_of_memory_halves_the_batch_and_scores_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
