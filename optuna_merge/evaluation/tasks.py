@@ -774,6 +774,10 @@ class _Loader:
         try:
             loaded = manager.load([task.name])
         except Exception as exc:
+            built = _local(exc.__traceback__, "__init__", "self")
+            if isinstance(exc, IndexError) and len(getattr(built, "task_docs", [None])) == 0:
+                raise TaskError(f"task '{task.name}': no documents are left in its split; correct its data") from exc
+            # lm-eval renders the first document when it loads a task
             doc_id = 0 if _local(exc.__traceback__, "__init__", "test_doc") is not None else None
             raise _raised(task.name, doc_id, "loading it", exc) from exc
         group = loaded.get("groups", {}).get(task.name)
