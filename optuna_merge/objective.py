@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -106,7 +106,7 @@ class MergeObjective:
         on_chunk: Called after each chunk with the number of chunks scored so far.
     """
 
-    direction: Literal["maximize"] = "maximize"
+    direction = store.DIRECTION
 
     def __init__(
         self, config: StudyConfig, models: StudyModels, merger: Merger, engine: Engine, scorer: Scorer

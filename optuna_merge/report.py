@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import store
+from optuna_merge.config import StudyConfig
 
 HOLDOUT_FILE = "holdout.json"
 
@@ -111,28 +112,28 @@ def best_merge(study: optuna.Study) -> FrozenTrial | None:
     return max(merges, key=lambda trial: (trial.value or -math.inf, -trial.number), default=None)
 
 
-def summarize(study: optuna.Study, n_trials: int, storage_path: Path) -> Summary:
-    """Read a study.
+def summarize(study: optuna.Study, config: StudyConfig) -> Summary:
+    """Read a study, running or not.
 
     Args:
-        study: The study, running or not.
-        n_trials: How many trials it shall have.
-        storage_path: Its folder, for the holdout's figures.
+        study: The study.
+        config: Its study file, for the order of the tasks and the folder of the holdout's figures.
     """
     trials = study.get_trials(deepcopy=False)
     best = best_merge(study)
-    holdout = _read_holdout(storage_path / HOLDOUT_FILE, study, best)
+    holdout = _read_holdout(config.storage_path / HOLDOUT_FILE, study, best)
+    order = [task.name for task in config.tasks]
     rows = [
-        _row(trial, trial.user_attrs[store.BASELINE], trial.user_attrs[store.BASELINE_KIND], holdout)
+        _row(trial, trial.user_attrs[store.BASELINE], trial.user_attrs[store.BASELINE_KIND], holdout, order)
         for kind in ("source", "base", "uniform")
         for trial in trials
         if trial.state == TrialState.COMPLETE and trial.user_attrs.get(store.BASELINE_KIND) == kind
     ]
     if best is not None:
-        rows.append(_row(best, "best merge", "best", holdout))
+        rows.append(_row(best, "best merge", "best", holdout, order))
     return Summary(
         study=study.study_name,
-        n_trials=n_trials,
+        n_trials=config.study.n_trials,
         states=dict(Counter(trial.state.name.lower() for trial in trials)),
         rows=rows,
         best_trial=None if best is None else best.number,
@@ -176,15 +177,15 @@ def markdown_table(summary: Summary) -> str:
     return "\n".join([*lines, "", "± is one standard error, paired by document."])
 
 
-def _row(trial: FrozenTrial, name: str, kind: str, holdout: dict[int, HoldoutRow]) -> Row:
+def _row(trial: FrozenTrial, name: str, kind: str, holdout: dict[int, HoldoutRow], order: list[str]) -> Row:
     assert trial.value is not None
     prefix = f"{store.SCORE} "
+    scored = [key.removeprefix(prefix) for key in trial.user_attrs if key.startswith(prefix)]
+    # A storage does not keep the order of attributes. A task that counts twice is called "name (metric)".
+    scored.sort(key=lambda task: (order.index(task.split(" (")[0]) if task.split(" (")[0] in order else 0, task))
     tasks = {
-        key.removeprefix(prefix): SearchedTask(
-            value, trial.user_attrs.get(f"{store.STDERR} {key.removeprefix(prefix)}")
-        )
-        for key, value in trial.user_attrs.items()
-        if key.startswith(prefix)
+        task: SearchedTask(trial.user_attrs[f"{prefix}{task}"], trial.user_attrs.get(f"{store.STDERR} {task}"))
+        for task in scored
     }
     return Row(name, kind, trial.number, trial.value, tasks, holdout.get(trial.number))
 

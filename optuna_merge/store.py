@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import sqlalchemy
@@ -25,6 +25,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import StudyError, StudyLockedError, StudyMismatchError
 from optuna_merge.sampler import PAIRED_ESTIMATE
+
+DIRECTION: Literal["maximize"] = "maximize"
+"""Of every study; a task with a negative weight is minimised."""
 
 FINGERPRINT = "fingerprint"
 """Study: readable name to value of everything that decides what a score means."""
@@ -128,6 +131,32 @@ def open_storage(url: str) -> BaseStorage:
         raise StudyError(f"storage {url} must be readable and writable, got {reason(exc)}; see storage_path") from exc
     except (ImportError, RuntimeError, KeyError, TypeError) as exc:  # the last two: JSON lines that are no journal
         raise StudyError(f"storage {url} must be a storage that Optuna can open, got {reason(exc)}") from exc
+
+
+def open_study(url: str, name: str, *, create: bool) -> optuna.Study:
+    """A study in its storage, without sampler and pruner.
+
+    Args:
+        url: As in :func:`open_storage`.
+        name: Its name there.
+        create: Whether to make it if it does not exist.
+
+    Raises:
+        StudyError: If the storage cannot be opened, or holds no such study.
+    """
+    file = local_file(url)
+    missing = f"study {name!r} must have been started, {url} holds none of that name; start it with run-study"
+    if not create and file is not None and not file.exists():
+        raise StudyError(missing)
+    storage = open_storage(url)
+    try:
+        if create:
+            return optuna.create_study(storage=storage, study_name=name, direction=DIRECTION, load_if_exists=True)
+        return optuna.load_study(storage=storage, study_name=name)
+    except KeyError as exc:
+        raise StudyError(missing) from exc
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as exc:
+        raise StudyError(f"storage {url} must be readable and writable, got {reason(exc)}") from exc
 
 
 @contextmanager

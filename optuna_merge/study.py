@@ -61,35 +61,6 @@ class Outcome:
     timed_out: bool = False
 
 
-def open_study(config: StudyConfig, *, create: bool) -> optuna.Study:
-    """The study in its storage, without sampler and pruner.
-
-    Args:
-        config: The study file.
-        create: Whether to make it if it does not exist.
-
-    Raises:
-        StudyError: If the storage cannot be opened, or holds no such study.
-    """
-    url = store.storage_url(config.storage_path, config.study.storage)
-    name = config.study.name
-    file = store.local_file(url)
-    missing = f"{config.path}: study {name!r} must have been started, {url} holds none; start it with run-study"
-    if not create and file is not None and not file.exists():
-        raise StudyError(missing)
-    storage = store.open_storage(url)
-    try:
-        if create:
-            return optuna.create_study(
-                storage=storage, study_name=name, direction=MergeObjective.direction, load_if_exists=True
-            )
-        return optuna.load_study(storage=storage, study_name=name)
-    except KeyError as exc:
-        raise StudyError(missing) from exc
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as exc:
-        raise StudyError(f"storage {url} must be readable and writable, got {store.reason(exc)}") from exc
-
-
 def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher | None = None) -> Outcome:
     """Run a study up to its ``n_trials``, whatever part of it is done.
 
@@ -110,10 +81,10 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
     deadline = math.inf if config.study.timeout is None else time.monotonic() + config.study.timeout
     with store.run_lock(url, config.study.name), _quiet_optuna(), _terminable():
         try:
-            study = open_study(config, create=True)
+            study = store.open_study(url, config.study.name, create=True)
             study.sampler, study.pruner = objective.sampler(), objective.pruner()
             store.check_fingerprint(study, objective.fingerprint())
-            requeued = store.requeue_lost(study)
+            requeued = store.requeue_lost(study, alone=store.local_file(url) is not None)
             objective.enqueue_baselines(study)
             write_best_config(study, objective)
             watcher.study_opened(study, config.study.n_trials, requeued)

@@ -52,7 +52,7 @@ ARROWS = {
         "store",
     },
     "recipe": set(),
-    "report": {"store"},
+    "report": {"config", "store"},
     "sampler": set(),
     "space": {"config", "layers", "methods", "recipe"},
     "store": {"sampler"},

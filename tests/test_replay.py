@@ -16,10 +16,11 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optuna_merge.cli.options import open_started
 from optuna_merge.export import export
 from optuna_merge.objective import MergeObjective
 from optuna_merge.report import best_merge
-from optuna_merge.study import BEST_CONFIG, open_study, run_study
+from optuna_merge.study import BEST_CONFIG, run_study
 
 
 def run(file: Path) -> MergeObjective:
@@ -64,7 +65,7 @@ def test_every_trials_score_is_what_plain_lm_eval_says_of_its_export(
     objective = run(study_file(genome=genome, study={"n_trials": 9, "seed": 1, "n_chunks": 4}))
     documents = searched_documents(objective)
     assert all(len(ids) == 30 for ids in documents.values())
-    for trial in open_study(objective.config, create=False).trials:
+    for trial in open_started(objective.config).trials:
         folder = export(objective.recipe(trial), tmp_path / f"trial_{trial.number}", merger=objective._merger)
         accuracies = plain_lm_eval(folder, tmp_path / "tasks", documents)
         assert accuracies == {task: trial.user_attrs[f"score {task}"] for task in documents}
@@ -89,7 +90,7 @@ def test_mergekit_makes_the_exported_tensors_from_best_config(
             study={"name": "tiny", "n_trials": 12, "seed": 2, "n_chunks": 2},
         )
     )
-    study = open_study(objective.config, create=False)
+    study = open_started(objective.config)
     last = study.trials[-1]
     assert len(set(last.params.values())) == len(last.params)
     file = objective.config.storage_path / BEST_CONFIG
@@ -124,6 +125,6 @@ def test_the_resident_weights_are_the_exported_ones(study_file: Callable[..., Pa
 def test_a_seed_makes_the_same_study_again(study_file: Callable[..., Path]) -> None:
     one = run(study_file(study={"name": "tiny", "n_trials": 9, "seed": 5, "n_chunks": 2}, storage_path="a"))
     two = run(study_file(study={"name": "tiny", "n_trials": 9, "seed": 5, "n_chunks": 2}, storage_path="b"))
-    trials = [open_study(load.config, create=False).trials for load in (one, two)]
+    trials = [open_started(load.config).trials for load in (one, two)]
     assert [t.params for t in trials[0]] == [t.params for t in trials[1]]
     assert [t.value for t in trials[0]] == [t.value for t in trials[1]]

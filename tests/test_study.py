@@ -15,11 +15,12 @@ import yaml
 from optuna.trial import TrialState
 
 from optuna_merge import store, study
+from optuna_merge.cli.options import open_started
 from optuna_merge.config import load_study
 from optuna_merge.errors import StudyError, StudyLockedError, StudyMismatchError
 from optuna_merge.objective import MergeObjective
 from optuna_merge.report import best_merge
-from optuna_merge.study import BEST_CONFIG, Watcher, open_study, run_study
+from optuna_merge.study import BEST_CONFIG, Watcher, run_study
 from tests.test_objective import fake_objective
 
 RUN = [sys.executable, "-c", "from optuna_merge.cli.app import main; main()"]
@@ -40,7 +41,7 @@ def objective(study_file: Callable[..., Path]) -> MergeObjective:
 
 def test_a_study_runs_to_its_end_and_finds_the_optimum(objective: MergeObjective) -> None:
     outcome = run_study(objective.config, objective)
-    found = open_study(objective.config, create=False)
+    found = open_started(objective.config)
     assert outcome == study.Outcome(25)
     assert len(found.trials) == 25
     best = best_merge(found)
@@ -59,7 +60,7 @@ def test_n_trials_is_the_total_and_a_second_run_only_adds(objective: MergeObject
     n_responses = objective._engine.n_responses
     assert run_study(few, objective).n_finished == 8
     assert objective._engine.n_responses == n_responses
-    assert len(open_study(few, create=False).trials) == 8
+    assert len(open_started(few).trials) == 8
 
 
 def test_an_interrupted_study_continues_as_if_nothing_had_happened(study_file: Callable[..., Path]) -> None:
@@ -97,7 +98,7 @@ def test_sigterm_is_a_clean_stop_too(objective: MergeObjective) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     assert run_study(objective.config, objective, Scheduler()).interrupted
-    states = [trial.state for trial in open_study(objective.config, create=False).trials]
+    states = [trial.state for trial in open_started(objective.config).trials]
     assert states[:4] == [TrialState.COMPLETE] * 3 + [TrialState.WAITING]
 
 
@@ -134,8 +135,8 @@ def test_a_study_of_something_else_is_refused(objective: MergeObjective) -> None
 
 
 def test_a_study_that_is_not_there_is_named(objective: MergeObjective) -> None:
-    with pytest.raises(StudyError, match=r"study 'tiny' must have been started, sqlite:///.* holds none; start it"):
-        open_study(objective.config, create=False)
+    with pytest.raises(StudyError, match=r"study 'tiny' must have been started, sqlite:///.* holds none of that name; start it"):
+        open_started(objective.config)
     assert not objective.config.storage_path.exists()
 
 
@@ -153,7 +154,7 @@ def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective, mon
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*No space left"):
-        study.write_best_config(open_study(objective.config, create=False), objective)
+        study.write_best_config(open_started(objective.config), objective)
     assert file.read_text() == before
     assert not list(objective.config.storage_path.glob("*.partial"))
 

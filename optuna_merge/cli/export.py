@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from optuna_merge.cli.options import Json, StoragePath, StorageUrl, StudyFile, note, print_json, storage_overrides
+from optuna_merge.cli.options import (
+    Json,
+    StoragePath,
+    StorageUrl,
+    StudyFile,
+    note,
+    open_started,
+    print_json,
+    storage_overrides,
+)
 from optuna_merge.errors import StudyError
 
 
@@ -32,10 +41,9 @@ def export(
     from optuna_merge.objective import StudyModels, recipe_of
     from optuna_merge.report import best_merge, markdown_table, summarize
     from optuna_merge.space import SearchSpace
-    from optuna_merge.study import open_study
 
     config = load_study(file, storage_overrides(storage_path, storage))
-    study = open_study(config, create=False)
+    study = open_started(config)
     trials = study.get_trials(deepcopy=False)
     if trial is None:
         chosen = best_merge(study)
@@ -54,7 +62,7 @@ def export(
         merger=Merger(models.checkpoints, tokenizer_source=config.genome.tokenizer_source),
         references=models.spelling,
         comment=[f"study {study.study_name}, trial {chosen.number}, score {chosen.value}"],
-        results=markdown_table(summarize(study, config.study.n_trials, config.storage_path)),
+        results=markdown_table(summarize(study, config)),
         overwrite=overwrite,
         copy_code=config.engine.trust_remote_code,
     )

@@ -6,9 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import optuna
+
+    from optuna_merge.config import StudyConfig
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped by Ctrl-C."""
@@ -31,6 +36,17 @@ def storage_overrides(storage_path: Path | None, storage: str | None) -> dict[st
     if storage is not None:
         overrides["study.storage"] = storage
     return overrides
+
+
+def open_started(config: StudyConfig) -> optuna.Study:
+    """The study of a study file, which must have been started.
+
+    Raises:
+        StudyError: If it has not.
+    """
+    from optuna_merge.store import open_study, storage_url
+
+    return open_study(storage_url(config.storage_path, config.study.storage), config.study.name, create=False)
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from optuna_merge.cli.options import Json, StoragePath, StorageUrl, StudyFile, note, print_json, print_table
+from optuna_merge.cli.options import (
+    Json,
+    StoragePath,
+    StorageUrl,
+    StudyFile,
+    note,
+    open_started,
+    print_json,
+    print_table,
+)
 from optuna_merge.cli.options import storage_overrides as overrides_of
 
 if TYPE_CHECKING:
@@ -24,10 +33,9 @@ def report(
     """
     from optuna_merge.config import load_study
     from optuna_merge.report import needs_holdout, summarize
-    from optuna_merge.study import open_study
 
     config = load_study(file, overrides_of(storage_path, storage))
-    study = open_study(config, create=False)
+    study = open_started(config)
     if config.holdout is not None and needs_holdout(study, config.storage_path):
         from optuna_merge.holdout import score_holdout
         from optuna_merge.objective import MergeObjective
@@ -37,7 +45,7 @@ def report(
         check_fingerprint(study, objective.fingerprint())
         score_holdout(study, objective, note)
         objective.close()
-    summary = summarize(study, config.study.n_trials, config.storage_path)
+    summary = summarize(study, config)
     if as_json:
         print_json(summary.as_dict())
     else:

@@ -14,6 +14,7 @@ from optuna_merge.cli.options import (
     StorageUrl,
     StudyFile,
     note,
+    open_started,
     print_json,
     storage_overrides,
 )
@@ -107,10 +108,10 @@ def run_study(
         note(line)
     with TerminalWatcher() as watcher:
         outcome = studies.run_study(config, objective, watcher)
-    study = studies.open_study(config, create=False)
+    study = open_started(config)
     if not outcome.interrupted:
         score_holdout(study, objective, note)
-    summary = summarize(study, config.study.n_trials, config.storage_path)
+    summary = summarize(study, config)
     if as_json:
         print_json(summary.as_dict())
     else:

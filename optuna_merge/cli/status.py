@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from optuna_merge.cli.options import Json, StoragePath, StorageUrl, StudyFile, print_json, storage_overrides
+from optuna_merge.cli.options import (
+    Json,
+    StoragePath,
+    StorageUrl,
+    StudyFile,
+    open_started,
+    print_json,
+    storage_overrides,
+)
 
 
 def status(
@@ -16,10 +24,9 @@ def status(
     """
     from optuna_merge.config import load_study
     from optuna_merge.report import summarize
-    from optuna_merge.study import open_study
 
     config = load_study(file, storage_overrides(storage_path, storage))
-    summary = summarize(open_study(config, create=False), config.study.n_trials, config.storage_path)
+    summary = summarize(open_started(config), config)
     if as_json:
         print_json(summary.as_dict())
         return
