@@ -343,7 +343,8 @@ class Scorer:
             EngineError: If the engine holds no complete weights or cannot answer.
         """
         documents = self._chunks[chunk].score(self._engine)
-        score = sum(goal.weight * value for goal in self._goals if (value := goal.value(documents)) is not None)
+        with quietly():
+            score = sum(goal.weight * value for goal in self._goals if (value := goal.value(documents)) is not None)
         return ChunkResult(chunk, score, documents)
 
     def score_all(self, *, stderr: bool = False) -> Score:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.hf import HFEngine
@@ -168,44 +167,6 @@ def test_bfloat16_is_scored_with_a_float32_softmax(tmp_path: Path) -> None:
     for response, other in zip(responses, by_lm_eval(model, requests, "bfloat16"), strict=True):
         ours, theirs = (r[0] if isinstance(r, tuple) else r for r in (response, other))
         assert ours == pytest.approx(theirs, abs=0.3, rel=0.02)
-
-
-def test_a_float32_merge_is_rounded_once(tmp_path: Path) -> None:
-    base, _ = write_tiny_models(tmp_path, 0)
-    weights = load_file(base / "model.safetensors")
-    engine = HFEngine(base, device="cpu", dtype="bfloat16")
-    engine.load_weights(weights.items())
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(engine.resident(name), weights[name].to(torch.bfloat16))  # type: ignore[arg-type]
-
-
-def test_gpt2_names_without_prefix_and_with_stored_masks(tmp_path: Path) -> None:
-    base, _ = write_tiny_models(tmp_path, 0, "gpt2")
-    weights = load_file(base / "model.safetensors")
-    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    old["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
-    request = [TextRequest("loglikelihood", ("the cat", " sat"))]
-    engine = HFEngine(base, device="cpu")
-    responses = []
-    for names in (weights, old):
-        engine.load_weights(names.items())
-        responses.append(engine.respond(engine.prepare(request)))
-    assert responses[0] == responses[1]
-    with pytest.raises(EngineError, match=r"h\.0\.attn\.mask: must belong to GPT2LMHeadModel"):
-        engine.load_weights([*old.items(), ("h.0.attn.mask", old["h.0.attn.bias"])])
-
-
-def test_a_tie_that_the_checkpoint_breaks_is_no_tie(tmp_path: Path) -> None:
-    base, _ = write_tiny_models(tmp_path, 0, "llama", tied=False)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    weights = load_file(base / "model.safetensors")
-    engine = HFEngine(base, device="cpu")
-    engine.load_weights(weights.items())
-    assert torch.equal(engine.resident("lm_head.weight"), weights["lm_head.weight"])  # type: ignore[arg-type]
-    tokens = torch.arange(20).reshape(1, 20)
-    expected = AutoModelForCausalLM.from_pretrained(base)(tokens).logits
-    assert torch.equal(engine._weights.model(tokens).logits, expected)
 
 
 def test_out_of_memory_halves_the_batch_and_scores_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
