@@ -24,7 +24,6 @@ $(VENV)/installed-dev: $(VENV)/installed
 quickstart: setup
 	$(BIN)/python studies/quickstart_models.py
 	$(BIN)/optuna-merge run-study studies/quickstart.yaml $(if $(N_TRIALS),--n-trials $(N_TRIALS))
-	$(BIN)/optuna-merge report studies/quickstart.yaml
 
 check: setup-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -104,6 +107,21 @@ class TestAWholeStudy:
         assert yaml.safe_load(recipe) == yaml.safe_load((tmp_path / "out" / "best_config.yaml").read_text())
         assert "must be empty or new" in error_of(invoke("export", file, out))
         assert invoke("export", file, out, "--trial", 3, "--overwrite", "--json").exit_code == 0
+
+    def test_in_a_terminal_there_is_a_bar(self, study_file: Callable[..., Path]) -> None:
+        master, slave = pty.openpty()
+        line = [sys.executable, "-m", "optuna_merge", "run-study", str(study_file()), "--n-trials", "7"]
+        run = subprocess.Popen(line, stderr=slave, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "120"})
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal is gone when the program is
+            while part := os.read(master, 65536):
+                shown += part
+        assert run.wait() == 0, shown.decode()
+        text = shown.decode()
+        assert "━" in text
+        assert "/7" in text
+        assert "[7/7] trial 6  score" in text
 
     def test_the_report_scores_the_holdout_if_it_must(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
         file = study_file()

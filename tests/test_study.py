@@ -23,7 +23,7 @@ from optuna_merge.report import best_merge
 from optuna_merge.study import BEST_CONFIG, Watcher, run_study
 from tests.test_objective import fake_objective
 
-RUN = [sys.executable, "-c", "from optuna_merge.cli.app import main; main()"]
+RUN = [sys.executable, "-m", "optuna_merge"]
 
 
 def table(path: Path, name: str = "tiny") -> list[tuple]:
@@ -135,7 +135,9 @@ def test_a_study_of_something_else_is_refused(objective: MergeObjective) -> None
 
 
 def test_a_study_that_is_not_there_is_named(objective: MergeObjective) -> None:
-    with pytest.raises(StudyError, match=r"study 'tiny' must have been started, sqlite:///.* holds none of that name; start it"):
+    with pytest.raises(
+        StudyError, match=r"study 'tiny' must have been started, sqlite:///.* holds none of that name; start it"
+    ):
         open_started(objective.config)
     assert not objective.config.storage_path.exists()
 

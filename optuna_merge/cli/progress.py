@@ -9,7 +9,7 @@ from types import TracebackType
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from optuna_merge import store
 from optuna_merge.report import best_merge
@@ -24,7 +24,7 @@ class TerminalWatcher(Watcher):
         self._bar = Progress(
             TextColumn("{task.fields[what]}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} trials"),
+            MofNCompleteColumn(),
             TextColumn("{task.fields[best]}"),
             TextColumn("{task.fields[left]}"),
             console=self._console,

@@ -1,0 +1,5 @@
+"""``python -m optuna_merge`` is ``optuna-merge``."""
+
+from optuna_merge.cli.app import main
+
+main()
