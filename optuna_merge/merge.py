@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class Merger:
         self.device = torch.device(device)
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
         self._buffers: dict[str, Tensor] = {}
+        self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
         if tokenizer_source is not None:
             raise MergeError(f"tokenizer_source must be absent, got {tokenizer_source!r}: it is not supported yet")
         check_compatible(list(self.checkpoints.values()))
@@ -151,6 +153,7 @@ class Merger:
             device=self.device,
             chunk_elements=self._chunk_elements,
             buffers=self._buffers,
+            memory=self._memory.setdefault(recipe.base_model, {}),
         )
 
 
@@ -167,9 +170,7 @@ class _Plan:
 
     @cached_property
     def identities(self) -> tuple[str, ...]:
-        """What tells the models apart in random masks: their content, so that a mask moves with its model."""
-        if self.method is None or not self.method.is_random:
-            return ("",) * len(self.models)
+        """What tells the models apart: their content, so that a random mask moves with its model."""
         return tuple(model.weights_digest for model in self.models)
 
     @classmethod

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.function import Chunk, MergeInput
 from optuna_merge.methods.rescale import Sparsifier, rescaled
-from optuna_merge.methods.selection import ranks
+from optuna_merge.methods.selection import split
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
 
 
@@ -31,8 +31,8 @@ def breadcrumbs_ties(inputs: MergeInput, out: Tensor) -> None:
 def keep_the_middle(inputs: MergeInput, index: int) -> Sparsifier:
     """Drops the ``floor(gamma numel)`` largest entries, and of the others keeps the ``floor(density numel)`` largest.
 
-    Fewer outliers are dropped where not enough entries would remain; a density of 1 drops nothing. Entries of equal
-    magnitude rank in index order.
+    Fewer outliers are dropped where not enough entries would remain; a density of 1 drops nothing. Of equal
+    magnitudes the last count as larger.
     """
     density, n_elements = inputs.per_model["density"][index], inputs.models[index].numel()
     n_kept = int(density * n_elements)
@@ -40,6 +40,12 @@ def keep_the_middle(inputs: MergeInput, index: int) -> Sparsifier:
         return lambda chunk, task_vector: task_vector
     if n_kept <= 0:
         return lambda chunk, task_vector: task_vector.zero_()
-    n_outliers = int(inputs.per_model["gamma"][index] * n_elements)
-    first = max(0, n_elements - n_kept - n_outliers)
-    return rescaled(inputs, index, ranks(inputs, index, first, first + n_kept).apply)
+    n_dropped = min(int(inputs.per_model["gamma"][index] * n_elements), n_elements - n_kept)
+    outliers = split(inputs, index, n_dropped, is_early=False)
+    with_outliers = split(inputs, index, n_dropped + n_kept, is_early=False)
+
+    def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
+        kept = with_outliers.keep(chunk, task_vector)
+        return kept.sub_(outliers.keep(chunk, task_vector, "outliers"))
+
+    return rescaled(inputs, index, sparsify)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from optuna_merge.methods.function import Chunk, MergeInput
-from optuna_merge.methods.masks import LEVELS, key_of, uniform
+from optuna_merge.methods.masks import LEVELS, kept, key_of
 from optuna_merge.methods.rescale import Sparsifier
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
 
@@ -43,7 +43,7 @@ def drop(inputs: MergeInput, index: int) -> Sparsifier:
     key = key_of(inputs, index)
 
     def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
-        task_vector *= uniform(chunk, key) < n_kept - LEVELS // 2
+        task_vector *= kept(chunk, key, n_kept)
         return task_vector if factor == 1 else task_vector.mul_(factor)
 
     return sparsify

@@ -59,16 +59,16 @@ def magprune(inputs: MergeInput, index: int) -> Sparsifier:
 
     def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
         rank = _relative_ranks(task_vector.view(-1, inputs.row_elements))
-        probability = rank.mul_(2 * epsilon).add_(density - epsilon).view(-1)
-        chance = torch.add(uniform(chunk, key), LEVELS // 2 + 0.5, out=chunk.scratch("chance")).div_(LEVELS)
-        task_vector *= chance < probability
+        probability = rank.mul_(2 * epsilon).add_(density - epsilon)
+        chance = chunk.scratch("chance").copy_(uniform(chunk, key)).add_(LEVELS // 2 + 0.5).div_(LEVELS)
+        task_vector *= torch.lt(chance, probability, out=chance)
         return task_vector.div_(probability) if rescale else task_vector
 
     return sparsify
 
 
 def _relative_ranks(task_vector: Tensor) -> Tensor:
-    """From 0 for the smallest magnitude of a row to 1 for the largest; shape ``[n_rows, n_columns]``."""
+    """From 0 for the smallest magnitude of a row to 1 for the largest, shape ``[n_rows * n_columns]``."""
     n_rows, n_columns = task_vector.shape
     bits = (task_vector.view(torch.int32) & 0x7FFFFFFF) >> (23 - _FRACTION_BITS)  # in the order of the magnitudes
     bins = torch.sub(bits.amax(1, keepdim=True), bits).clamp_(max=_N_BINS - 1)  # 0: as the largest
@@ -76,4 +76,4 @@ def _relative_ranks(task_vector: Tensor) -> Tensor:
     counts = torch.bincount(bins.view(-1), minlength=n_rows * _N_BINS).view(n_rows, _N_BINS)
     n_larger = counts.cumsum(1).sub_(counts)
     mean_rank = (n_columns - 1 - n_larger) - (counts - 1) / 2
-    return mean_rank.div_(max(1, n_columns - 1)).view(-1)[bins]
+    return mean_rank.div_(max(1, n_columns - 1)).view(-1).index_select(0, bins.view(-1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,10 +29,11 @@ class MergeInput:
         shared: Method parameter to its value.
         switches: Such as ``normalize``.
         seed: Seeds random masks.
-        identities: One text for each of ``models`` that stands for its content; tells their random masks apart.
+        identities: One text for each of ``models`` that stands for its content; tells them apart in masks and memory.
         device: Where the arithmetic is done and the result lives.
         chunk_elements: Elements in a piece, about; pieces hold whole rows. Changes speed and memory, never a result.
         buffers: Memory that pieces of consecutive tensors share.
+        memory: What a method found out about a tensor and can use in the next merge; small.
     """
 
     name: str
@@ -46,6 +47,7 @@ class MergeInput:
     device: torch.device
     chunk_elements: int
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    memory: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
     def chunks(self) -> Iterator[Chunk]:
         """The tensor in flat pieces of whole rows, in order. A piece is valid until the next one."""
@@ -112,6 +114,10 @@ class Chunk:
     def scratch(self, name: str) -> Tensor:
         """Uninitialised memory, shape ``[n]``, shared by all pieces."""
         return self.inputs.scratch(name, self.span.stop - self.span.start)
+
+    def integers(self, name: str) -> Tensor:
+        """Uninitialised int32 memory, shape ``[n]``, shared by all pieces."""
+        return self.inputs.integers(name, self.span.stop - self.span.start)
 
     def zeros(self, name: str) -> Tensor:
         """:meth:`scratch`, filled with zeros."""

@@ -60,3 +60,12 @@ def _xor_shifted(bits: Tensor, shifted: Tensor, shift: int) -> Tensor:
     shifted &= (1 << (32 - shift)) - 1  # the shift of a signed integer repeats its sign
     bits ^= shifted
     return bits
+
+
+def kept(chunk: Chunk, key: Key, n_kept: int) -> Tensor:
+    """1 for the elements whose :func:`uniform` is among the ``n_kept`` smallest of its values, 0 for the others.
+
+    Returns:
+        float32, shape ``[n]``; valid until the next call.
+    """
+    return chunk.scratch("kept").copy_(uniform(chunk, key).lt_(n_kept - LEVELS // 2))

@@ -11,9 +11,9 @@ from torch import Tensor
 from optuna_merge.methods.function import Chunk, MergeInput
 
 Sparsifier = Callable[[Chunk, Tensor], Tensor]
-"""Thins one source's task vector: given its pieces in order, shape ``[n]``, zeroes or scales their entries in place.
+"""Thins one source's task vector: given a piece, shape ``[n]``, returns it with entries zeroed or scaled.
 
-Whatever it counts on the way starts again with the first piece.
+It may write into the piece; what it returns is writable, and valid until it is called again.
 """
 
 _ROW = 1024

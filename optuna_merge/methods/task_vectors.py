@@ -65,7 +65,7 @@ def elect_task_vectors(inputs: MergeInput, out: Tensor, thin: Thin) -> None:
             if inputs.switches["normalize"]:
                 divisor.add_(agreeing.sign_(), alpha=weight)
         if inputs.switches["normalize"]:
-            total /= divisor.masked_fill_(divisor == 0, 1)
+            total /= divisor.add_(torch.eq(divisor, 0, out=chunk.scratch("no_divisor")))
         flat[chunk.span] = _on_base(chunk, total.mul_(sign))
 
 

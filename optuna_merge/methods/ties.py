@@ -6,7 +6,7 @@ from torch import Tensor
 
 from optuna_merge.methods.function import MergeInput
 from optuna_merge.methods.rescale import Sparsifier, rescaled
-from optuna_merge.methods.selection import largest
+from optuna_merge.methods.selection import split
 from optuna_merge.methods.task_vectors import elect_task_vectors
 
 
@@ -31,4 +31,4 @@ def trim(inputs: MergeInput, index: int) -> Sparsifier:
         return lambda chunk, task_vector: task_vector
     if density <= 0:
         return lambda chunk, task_vector: task_vector.zero_()
-    return rescaled(inputs, index, largest(inputs, index, max(1, int(density * n_elements))).apply)
+    return rescaled(inputs, index, split(inputs, index, max(1, int(density * n_elements)), is_early=True).keep)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +7,6 @@ from hypothesis import strategies as st
 
 from optuna_merge.methods import selection
 from optuna_merge.methods.function import MergeInput
-from optuna_merge.methods.selection import kth_largest, largest, ranks
 
 
 def inputs_of(task_vector: torch.Tensor, chunk_elements: int = 1 << 18) -> MergeInput:
@@ -27,32 +24,30 @@ def inputs_of(task_vector: torch.Tensor, chunk_elements: int = 1 << 18) -> Merge
     )
 
 
-def kept(inputs: MergeInput, band: selection.Band) -> list[int]:
+def kept(inputs: MergeInput, n_largest: int, *, is_early: bool) -> list[int]:
+    parted = selection.split(inputs, 0, n_largest, is_early=is_early)
     places = []
     for chunk in inputs.chunks():
-        ones = band.apply(chunk, chunk.task_vector(0)).ne(0).nonzero().view(-1)
+        ones = parted.keep(chunk, chunk.task_vector(0)).ne(0).nonzero().view(-1)
         places += [chunk.span.start + int(place) for place in ones]
     return places
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    values=st.lists(st.sampled_from([0.5, -0.5, 1.0, -2.0, 3.0, 1e-30]), min_size=1, max_size=12),
+    values=st.lists(st.sampled_from([0.5, -0.5, 1.0, -2.0, 3.0, 1e-30, 1e-44]), min_size=1, max_size=12),
     chunk_elements=st.integers(1, 13),
     data=st.data(),
 )
-def test_ranks_are_those_of_a_stable_sort(values: list[float], chunk_elements: int, data: st.DataObject) -> None:
+def test_the_largest_are_those_of_a_stable_sort(values: list[float], chunk_elements: int, data: st.DataObject) -> None:
     task_vector = torch.tensor(values).unsqueeze(1)  # rows of one element, so that pieces may be as small
     inputs = inputs_of(task_vector, chunk_elements)
-    order = torch.sort(task_vector.view(-1).abs(), stable=True).indices
-    first = data.draw(st.integers(0, len(values) - 1))
-    last = data.draw(st.integers(first + 1, len(values)))
-    band = ranks(inputs, 0, first, last)
-    for _ in range(2):  # a second pass starts again
-        assert kept(inputs, band) == sorted(order[first:last].tolist())
-    n_kept = last - first
-    descending = torch.sort(task_vector.view(-1).abs(), stable=True, descending=True).indices
-    assert kept(inputs, largest(inputs, 0, n_kept)) == sorted(descending[:n_kept].tolist())
+    n_largest = data.draw(st.integers(0, len(values)))
+    magnitudes = task_vector.view(-1).abs()
+    descending = torch.sort(magnitudes, stable=True, descending=True).indices
+    assert kept(inputs, n_largest, is_early=True) == sorted(descending[:n_largest].tolist())
+    ascending = torch.sort(magnitudes, stable=True).indices
+    assert kept(inputs, n_largest, is_early=False) == sorted(ascending[len(values) - n_largest :].tolist())
 
 
 @pytest.mark.parametrize("kind", ["normal", "few values", "striped", "one outlier"])
@@ -70,15 +65,13 @@ def test_the_kth_largest_of_a_large_tensor(kind: str) -> None:
     ordered = magnitudes.sort(descending=True).values
     for k in (1, 2, 1000, 204_800, 409_000, 409_600):
         value = ordered[k - 1]
-        expected = selection.Order(
-            value.item(), int((magnitudes > value).count_nonzero()), int((magnitudes >= value).count_nonzero())
-        )
-        assert kth_largest(inputs, 0, k) == expected
-        assert selection._from_bits(inputs, 0, k) == expected
+        n_above, n_equal = int((magnitudes > value).count_nonzero()), int((magnitudes == value).count_nonzero())
+        assert selection.kth_largest(inputs, 0, k) == (value.item(), n_above, n_equal)
 
 
-@pytest.mark.parametrize("bracket", [(2.0, 3.0), (0.0, 0.001), (5.0, math.inf), (-1.0, 0.0)])
-def test_a_bracket_that_misses_is_noticed(bracket: tuple[float, float]) -> None:
-    task_vector = torch.linspace(0.1, 1.9, 50)
-    inputs = inputs_of(task_vector)
-    assert selection._from_bracket(inputs, 0, 25, *bracket) is None
+def test_the_histogram_is_made_once() -> None:
+    inputs = inputs_of(torch.linspace(-1, 1, 1000).view(10, 100))
+    selection.kth_largest(inputs, 0, 10)
+    (remembered,) = inputs.memory.values()
+    selection.kth_largest(inputs, 0, 900)
+    assert list(inputs.memory.values()) == [remembered]
