@@ -5,8 +5,8 @@ Knows tokens only: no tokenizer, no tensors, no model.
     context  a b c ── d e      row     a b c d e f g h
                   └── f g h    parent  - a b c d c f g      two continuations after one context, computed once
 
-A row is a tree in depth-first order. Token ``i`` may look at token ``j`` if ``j <= i < ends[j]``: at itself and its
-ancestors. A row with a single branch is an ordinary causal sequence.
+A row is a tree in depth-first order, or several end to end. Token ``i`` may look at token ``j`` if
+``j <= i < ends[j]``: at itself and its ancestors. A row of a single branch is an ordinary causal sequence, a chain.
 """
 
 from __future__ import annotations
@@ -90,42 +90,92 @@ def make_rows(items: Sequence[Item], *, share: bool, longest_shared: int | None 
     return rows
 
 
-def make_batches(rows: Sequence[Row], *, batch_tokens: int, batch_scored: int) -> list[list[Row]]:
-    """Cut rows into batches by size, longest first.
+def make_batches(
+    rows: Sequence[Row], *, batch_tokens: int, batch_scored: int, longest_shared: int | None = None
+) -> list[list[Row]]:
+    """Cut rows into batches by size, longest first; where a mask is needed anyway, short rows are put end to end.
 
     Args:
         rows: Longest first.
         batch_tokens: Tokens of a batch, padding included, about: up to half more, so that no small rest is left
             over. A longer row is a batch of its own.
         batch_scored: Scored tokens of a batch at most, likewise.
+        longest_shared: Longer rows, which are chains, are kept out of batches that need a mask.
+
+    Returns:
+        Batches; the first row of each is its longest.
     """
-    n_scored = {id(row): row.n_scored for row in rows}
+    apart = [row for row in rows if longest_shared is not None and len(row) > longest_shared]
+    others = rows[len(apart) :]
+    joins = any(not row.is_chain for row in others)
+    batches = _cut(apart, False, batch_tokens, batch_scored) + _cut(others, joins, batch_tokens, batch_scored)
+    return [batch.rows for batch in batches]
 
-    def fits(n_rows: int, longest: int, scored: int, n_tokens: float) -> bool:
-        return n_rows * longest <= n_tokens and scored <= batch_scored
 
+def _cut(rows: Sequence[Row], joins: bool, batch_tokens: int, batch_scored: int) -> list[_Batch]:
     n_tokens = sum(len(row) for row in rows)
     # a tenth for the padding
     limit = 1.1 * n_tokens / max(1, round(n_tokens / batch_tokens))
-    batches: list[tuple[list[Row], int]] = []
+    batches: list[_Batch] = []
     for row in rows:
-        batch, scored = batches[-1] if batches else ([], 0)
-        scored += n_scored[id(row)]
-        if batch and fits(len(batch) + 1, len(batch[0]), scored, limit):
-            batch.append(row)
-            batches[-1] = batch, scored
+        if not batches or not batches[-1].add(row, limit, batch_scored):
+            batches.append(_Batch(joins, row))
+    for before, batch in zip(batches[-2::-1], batches[:0:-1], strict=True):
+        together = _Batch(joins, *before.parts, *batch.parts)
+        padding = together.n_tokens - before.n_tokens - batch.n_tokens
+        fits = together.n_tokens <= 1.5 * batch_tokens and together.n_scored <= batch_scored
+        if fits and padding <= PASS_TOKENS * batch_tokens:
+            at = batches.index(before)
+            batches[at : at + 2] = [together]
+            break
+    return batches
+
+
+class _Batch:
+    """A batch under construction; its first row is its longest."""
+
+    def __init__(self, joins: bool, *parts: Row) -> None:
+        self._joins = joins
+        self.parts: list[Row] = []
+        self.rows: list[Row] = []
+        self.n_scored = 0
+        for part in parts:
+            self.add(part, float("inf"), float("inf"))
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.rows) * len(self.rows[0])
+
+    def add(self, part: Row, n_tokens: float, n_scored: float) -> bool:
+        """Take a row in, if the batch then has at most so many tokens, padding included, and scored tokens."""
+        scored = self.n_scored + part.n_scored
+        if self.rows and scored > n_scored:
+            return False
+        into = self._with_room(len(part)) if self._joins else None
+        if into is not None:
+            self.rows[into] = _end_to_end(self.rows[into], part)
+        elif self.rows and self.n_tokens + len(self.rows[0]) > n_tokens:
+            return False
         else:
-            batches.append(([row], n_scored[id(row)]))
-    joined = batches[:1]
-    for batch, scored in batches[1:]:
-        before, scored_before = joined[-1]
-        longest = len(before[0])
-        saves = len(batch) * (longest - len(batch[0])) <= PASS_TOKENS * batch_tokens
-        if saves and fits(len(before) + len(batch), longest, scored + scored_before, 1.5 * batch_tokens):
-            joined[-1] = before + batch, scored + scored_before
-        else:
-            joined.append((batch, scored))
-    return [batch for batch, _ in joined]
+            self.rows.append(part)
+        self.parts.append(part)
+        self.n_scored = scored
+        return True
+
+    def _with_room(self, length: int) -> int | None:
+        longest = len(self.rows[0]) if self.rows else 0
+        return next((i for i, row in enumerate(self.rows) if len(row) + length <= longest), None)
+
+
+def _end_to_end(row: Row, other: Row) -> Row:
+    """Two rows as one whose second part sees nothing of the first."""
+    n = len(row)
+    return Row(
+        row.tokens + other.tokens,
+        row.positions + other.positions,
+        row.ends + [n + end for end in other.ends],
+        row.scored + [(index, [n + node for node in nodes]) for index, nodes in other.scored],
+    )
 
 
 def _rows_of(

@@ -264,7 +264,9 @@ class HFEngine:
         device = torch.device(self.device)
         rows = make_rows(items, share=share, longest_shared=self._forward.window)
         scored = max(1, SCORED_LOGITS.get(device.type, SCORED_LOGITS["cpu"]) // self._forward.vocabulary)
-        batches = make_batches(rows, batch_tokens=self.batch_tokens, batch_scored=scored)
+        batches = make_batches(
+            rows, batch_tokens=self.batch_tokens, batch_scored=scored, longest_shared=self._forward.window
+        )
         return [_on_device(batch, items, device) for batch in batches]
 
     def _score(self, items: Sequence[Item], batches: Sequence[_Batch]) -> list[tuple[float, bool]]:

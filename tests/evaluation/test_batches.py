@@ -56,10 +56,42 @@ def test_every_item_reads_its_own_tokens_in_any_layout() -> None:
         assert [found[i] for i in range(len(items))] == expected
 
 
+def chains(*lengths: int) -> list[Row]:
+    return [Row([0] * n, list(range(n)), [n] * n, [(i, [n - 1])]) for i, n in enumerate(lengths)]
+
+
+def lengths(batches: list[list[Row]]) -> list[list[int]]:
+    return [[len(row) for row in batch] for batch in batches]
+
+
 def test_batches_hold_about_what_was_asked() -> None:
-    rows = [Row([0] * n, [], [n] * n, [(0, [0])]) for n in (8, 4, 4, 4, 2)]
-    lengths = [[len(row) for row in batch] for batch in make_batches(rows, batch_tokens=8, batch_scored=100)]
-    assert lengths == [[8], [4, 4], [4, 2]]
-    assert [len(batch) for batch in make_batches(rows, batch_tokens=1000, batch_scored=2)] == [2, 2, 1]
-    assert [len(batch) for batch in make_batches(rows, batch_tokens=1000, batch_scored=100)] == [5]
+    rows = chains(8, 4, 4, 4, 2)
+    # 22 tokens in three batches, and a tenth
+    assert lengths(make_batches(rows, batch_tokens=8, batch_scored=100)) == [[8], [4, 4], [4, 2]]
+    assert lengths(make_batches(rows, batch_tokens=1000, batch_scored=2)) == [[8, 4], [4, 4], [2]]
+    assert lengths(make_batches(rows, batch_tokens=1000, batch_scored=100)) == [[8, 4, 4, 4, 2]]
     assert make_batches([], batch_tokens=8, batch_scored=1) == []
+
+
+def test_a_small_rest_joins_the_batch_before_it() -> None:
+    assert lengths(make_batches(chains(*[4] * 10, 3), batch_tokens=40, batch_scored=10**6)) == [[*[4] * 10, 3]]
+    # but not if that takes more padding than a pass is worth
+    apart = make_batches(chains(*[20] * 10, *[1] * 10), batch_tokens=200, batch_scored=10**6)
+    assert lengths(apart) == [[*[20] * 10, 1], [1] * 9]
+
+
+def test_where_there_is_a_mask_short_rows_are_put_end_to_end() -> None:
+    tree = Row([1, 2, 3, 4], [0, 1, 2, 2], [4, 4, 3, 4], [(9, [1, 2])])
+    rows = [tree, *chains(2, 1, 1)]
+    [[first, second]] = make_batches(rows, batch_tokens=100, batch_scored=100)
+    assert first == tree
+    assert second.positions == [0, 1, 0, 0]
+    assert second.ends == [2, 2, 3, 4]
+    assert second.scored == [(0, [1]), (1, [2]), (2, [3])]
+    assert not second.is_chain
+
+
+def test_chains_beyond_the_window_stay_out_of_masked_batches() -> None:
+    tree = Row([1, 2, 3, 4], [0, 1, 2, 2], [4, 4, 3, 4], [(9, [1, 2])])
+    batches = make_batches([*chains(6), tree, *chains(3)], batch_tokens=100, batch_scored=100, longest_shared=5)
+    assert lengths(batches) == [[6], [4, 3]]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Sequence
@@ -107,6 +108,19 @@ def test_tied_and_untied_embeddings(tmp_path: Path, tied: bool) -> None:
     engine = HFEngine(base, device="cpu")
     engine.load_weights(load_file(model / "model.safetensors").items())
     assert_equal(engine.respond(engine.prepare(requests)), by_lm_eval(model, requests))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "mistral"])
+def test_sliding_windows_shorter_than_the_prompts(tmp_path: Path, architecture: TinyArchitecture) -> None:
+    base, [model] = write_tiny_models(tmp_path, 1, architecture, spread=0.3)
+    for folder in (base, model):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 30}))
+    requests = every_kind_of_request()
+    engine = HFEngine(base, device="cpu")
+    engine.load_weights(load_file(model / "model.safetensors").items())
+    assert_equal(engine.respond(engine.prepare(requests)), by_lm_eval(model, requests))
+    assert engine._shares is True
 
 
 def byte_level(special: list[str]) -> tuple[Tokenizer, Any]:
