@@ -116,7 +116,10 @@ def test_sliding_windows_shorter_than_the_prompts(tmp_path: Path, architecture: 
     for folder in (base, model):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 30}))
-    requests = every_kind_of_request()
+    short = [
+        TextRequest("loglikelihood", (c, k)) for c in ("the cat", "one two") for k in (" sat on", " ran after", " A")
+    ]
+    requests = every_kind_of_request() + short
     engine = HFEngine(base, device="cpu")
     engine.load_weights(load_file(model / "model.safetensors").items())
     assert_equal(engine.respond(engine.prepare(requests)), by_lm_eval(model, requests))
