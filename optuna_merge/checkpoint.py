@@ -181,6 +181,14 @@ class Checkpoint:
         """Bytes of all weight files."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, by ``config.json``; may be more than there are tokens."""
+        for section in (self.config.get("text_config"), self.config):
+            if isinstance(section, Mapping) and isinstance(section.get("vocab_size"), int):
+                return int(section["vocab_size"])
+        return None
+
     def vocabulary(self) -> dict[str, int] | None:
         """Token to id, added tokens included; None if the folder holds no tokenizer."""
         return _read_vocabulary(self.path, self.reference)
@@ -434,15 +442,8 @@ def _compare_tensor(name: str, first: Checkpoint, other: Checkpoint, *, rows_may
 
 
 def _differ_in_vocabulary(ours: tuple[int, ...], theirs: tuple[int, ...], first: Checkpoint, other: Checkpoint) -> bool:
-    sizes = (_vocab_size(first.config), _vocab_size(other.config))
+    sizes = (first.vocab_size, other.vocab_size)
     return bool(ours and theirs) and ours[1:] == theirs[1:] and (ours[0], theirs[0]) == sizes
-
-
-def _vocab_size(config: Mapping[str, Any]) -> int | None:
-    for section in (config.get("text_config"), config):
-        if isinstance(section, Mapping) and isinstance(section.get("vocab_size"), int):
-            return int(section["vocab_size"])
-    return None
 
 
 def _compare_vocabularies(checkpoints: Sequence[Checkpoint]) -> list[str]:

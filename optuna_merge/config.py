@@ -618,6 +618,12 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
         yield f"genome.base_model must be given for {method.name}, got nothing; name the model that all were tuned from"
     if method.base == "none" and genome.base_model is not None:
         yield f"genome.base_model must be absent for {method.name}, got {genome.base_model!r}; remove it"
+    sources = (None, "base", "union", genome.base_model, *genome.models)
+    if genome.tokenizer_source not in sources:
+        yield (
+            f"genome.tokenizer_source must be base, union or one of the models, got {genome.tokenizer_source!r};"
+            " spell it as in genome.models"
+        )
     least, most = method.n_models
     n_models = len(config.sources)
     if n_models < least or (most is not None and n_models > most):

@@ -21,6 +21,7 @@ from optuna_merge.layers import Place, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
+from optuna_merge.vocabulary import align
 
 Destination = Callable[[str], Tensor | None]
 """Tensor name to the memory that its merged tensor is written into, or None for a new tensor."""
@@ -50,20 +51,18 @@ class Merger:
             checkpoints: Reference to checkpoint; the first is the one that the others are compared with, and whose
                 tensor order the stream has: the base, if there is one.
             device: ``cpu``, ``cuda`` or ``cuda:<i>``.
-            tokenizer_source: As in the recipes; None: all models have one vocabulary.
+            tokenizer_source: ``base`` (the first), or a key of ``checkpoints``; None: all have one vocabulary.
             chunk_elements: Elements merged at a time; None: by device.
 
         Raises:
             CheckpointError: If they differ in names, shapes, architecture or vocabulary.
         """
-        self.checkpoints = dict(checkpoints)
+        check_compatible(list(checkpoints.values()), tokenizer_source)
+        self.checkpoints = align(checkpoints, tokenizer_source)
         self.device = torch.device(device)
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
         self._buffers: dict[str, Tensor] = {}
         self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
-        if tokenizer_source is not None:
-            raise MergeError(f"tokenizer_source must be absent, got {tokenizer_source!r}: it is not supported yet")
-        check_compatible(list(self.checkpoints.values()))
 
     @classmethod
     def open(
@@ -111,7 +110,9 @@ class Merger:
             yield name, self._merge_tensor(plan, name, destination)
 
     def template(self, recipe: Recipe) -> Checkpoint:
-        """The checkpoint whose configuration and tokenizer the merged model has: the base, or the first model."""
+        """The checkpoint whose configuration and tokenizer the merged model has: its source, the base or the first."""
+        if recipe.tokenizer_source in self.checkpoints:
+            return self.checkpoints[recipe.tokenizer_source]
         return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]
 
     @property
@@ -165,7 +166,7 @@ class _Plan:
         self.models = models
         self.template = base or models[0]
         self.method = None if recipe.method == PASSTHROUGH else find_method(recipe.method)
-        self.base = None if self.method is None or self.method.base == "none" else base
+        self.base = None if self.method is None or self.method.base in ("none", "unused") else base
         self.function: MergeFunction = _no_function if self.method is None else self.method.load()
 
     @cached_property

@@ -69,6 +69,7 @@ class StudyModels:
             base=None if base is None else resolved[base].name,
             n_layers=first.n_layers,
             dtype=config.dtype or _stored_dtype(first),
+            tokenizer_source=_tokenizer_source(config, resolved, next(iter(checkpoints))),
         )
         return cls(refs, {found.name: _spell(found) for found in resolved.values()}, checkpoints)
 
@@ -88,7 +89,7 @@ class StudyModels:
     @property
     def template(self) -> Checkpoint:
         """The checkpoint whose configuration and tokenizer the merged model has."""
-        return next(iter(self.checkpoints.values()))
+        return self.checkpoints[self.refs.tokenizer_source or next(iter(self.checkpoints))]
 
 
 class MergeObjective:
@@ -144,7 +145,7 @@ class MergeObjective:
         merger = Merger(
             models.checkpoints,
             device=engine.device if config.engine.merge_device == "auto" else config.engine.merge_device,
-            tokenizer_source=config.genome.tokenizer_source,
+            tokenizer_source=models.refs.tokenizer_source,
         )
         return cls(config, models, merger, engine, build_scorer(config, engine))
 
@@ -448,6 +449,13 @@ def recipe_of(space: SearchSpace, models: StudyModels, trial: FrozenTrial) -> Re
 
 def _eval_task(task: TaskConfig) -> EvalTask:
     return EvalTask(task.name, task.weight, task.metric, task.metadata or None)
+
+
+def _tokenizer_source(config: StudyConfig, resolved: Mapping[str, ResolvedReference], first: str) -> str | None:
+    wanted = config.genome.tokenizer_source
+    if wanted is None or wanted == "base":
+        return first if wanted else None
+    return resolved[wanted].name if wanted in resolved else wanted
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> Dtype:

@@ -40,12 +40,14 @@ class ModelRefs:
         base: Reference of the base model, if there is one.
         n_layers: Number of layers of each.
         dtype: Of the merged model.
+        tokenizer_source: Reference of the model whose vocabulary the merged model has; None: all have one.
     """
 
     sources: tuple[str, ...]
     base: str | None
     n_layers: int
     dtype: Dtype
+    tokenizer_source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class SearchSpace:
             groups=tuple(groups),
             options=options,
             dtype=self._models.dtype,
-            tokenizer_source=genome.tokenizer_source,
+            tokenizer_source=self._models.tokenizer_source,
             seed=self._config.study.seed,
         )
 
@@ -176,12 +178,11 @@ class SearchSpace:
             if baseline.name == name:
                 if baseline.reference is None:
                     return self.decode(baseline.params)
-                genome = self._config.genome
                 return passthrough(
                     baseline.reference,
                     n_layers=self._models.n_layers,
                     dtype=self._models.dtype,
-                    tokenizer_source=genome.tokenizer_source,
+                    tokenizer_source=self._models.tokenizer_source,
                 )
         known = ", ".join(baseline.name for baseline in self.baselines)
         raise RecipeError(f"baseline must be one of the study's, got {name!r}; known: {known}")

@@ -21,7 +21,7 @@ PACKAGE = Path(optuna_merge.__file__).parent
 ARROWS = {
     "__init__": set(),
     "__main__": {"cli.app"},
-    "check": {"checkpoint", "config", "evaluation.engine", "objective", "sampler", "space"},
+    "check": {"checkpoint", "config", "evaluation.engine", "objective", "sampler", "space", "vocabulary"},
     "checkpoint": {"layers"},
     "config": {"methods", "recipe"},
     "data": set(),
@@ -36,7 +36,7 @@ ARROWS = {
     "export": {"checkpoint", "merge", "mergekit", "recipe"},
     "holdout": {"evaluation.tasks", "objective", "report", "store"},
     "layers": {"recipe"},
-    "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe"},
+    "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe", "vocabulary"},
     "mergekit": {"layers", "methods", "recipe"},
     "methods": set(),
     "objective": {
@@ -58,6 +58,7 @@ ARROWS = {
     "space": {"config", "layers", "methods", "recipe"},
     "store": {"sampler"},
     "study": {"config", "objective", "report", "store"},
+    "vocabulary": {"checkpoint", "layers"},
     "testing": {"evaluation.engine", "methods", "methods.function"},
 }
 

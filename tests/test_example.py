@@ -1,0 +1,97 @@
+"""The project's example for three 7 B models, as it stands, on miniatures of its models and of its datasets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from optuna_merge.cli.app import app
+from optuna_merge.testing import write_tiny_models
+from tests.test_vocabulary import extend
+
+ROOT = Path(__file__).parent.parent
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The project's studies and eval tasks; the hub's models as folders of their names, Hermes with two more tokens."""
+    for name in ("studies", "eval_tasks"):
+        skip = shutil.ignore_patterns("*.jsonl", "data", "quickstart_*", "*_study", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
+    base, models = write_tiny_models(tmp_path / "models", 3, "mistral", n_layers=16, dtype="bfloat16", spread=0.2)
+    genome = yaml.safe_load((ROOT / "studies" / "spartqa_alpaca.yaml").read_text())["genome"]
+    for reference, path in zip([genome["base_model"], *genome["models"]], [base, *models], strict=True):
+        target = tmp_path / "studies" / reference
+        target.parent.mkdir(exist_ok=True)
+        if "Hermes" in reference:
+            extend(path, target, ["<|im_end|>", "<|im_start|>"])
+        else:
+            shutil.copytree(path, target)
+    return tmp_path
+
+
+@pytest.fixture
+def datasets_folder(tmp_path: Path) -> Path:
+    spartqa = [
+        {
+            "story": f"The cat sat on mat {i}.",
+            "question": "Which is left?",
+            "candidate_answers": ["cat", "dog", "mat", "none"],
+            "answer": i % 4,
+        }
+        for i in range(1100)
+    ]
+    alpaca = [
+        {"instruction": f"Count to {i}.", "input": "x" if i % 3 == 0 else "", "output": "one two", "text": ""}
+        for i in range(900)
+    ]
+    for name, rows in (("metaeval__spartqa-mchoice", spartqa), ("vicgalle__alpaca-gpt4", alpaca)):
+        folder = tmp_path / "local" / name
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "local"
+
+
+def test_the_example_runs_as_it_stands(project: Path, datasets_folder: Path, tmp_path: Path) -> None:
+    study = project / "studies" / "spartqa_alpaca.yaml"
+    before = invoke("check", study)
+    assert before.exit_code == 1
+    assert "optuna-merge prepare-data" in before.stderr
+
+    prepared = invoke("prepare-data", study, "--from", datasets_folder)
+    assert prepared.exit_code == 0, prepared.output
+    assert len((project / "eval_tasks" / "data" / "spartqa_train.jsonl").read_text().splitlines()) == 1000
+    assert len((project / "eval_tasks" / "data" / "alpaca_prompt_format.jsonl").read_text().splitlines()) == 500
+
+    checked = invoke("check", study, "--json")
+    assert checked.exit_code == 0, checked.output
+    found = json.loads(checked.stdout)
+    assert found["dtype"] == "bfloat16"
+    assert found["space"]["n_dimensions"] == 2 * 3
+    assert found["space"]["first"] == "layers_00_07.Dans-AdventurousWinds-Mk2-7b.weight"
+    assert {task["name"]: task["weight"] for task in found["tasks"]} == {
+        "alpaca_prompt_format": 0.4,
+        "spartqa_train": 0.6,
+    }
+
+    run = invoke("run-study", study, "--n-trials", 9, "--no-merge-cuda")
+    assert run.exit_code == 0, run.output
+    assert "[9/9] trial 8" in run.stderr
+    best = yaml.safe_load((project / "studies" / "spartqa_alpaca_study" / "best_config.yaml").read_text())
+    assert best["merge_method"] == "task_arithmetic"
+    assert best["out_dtype"] == "bfloat16"
+
+    out = tmp_path / "merged"
+    assert invoke("export", study, out).exit_code == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == len(tokenizer) == 320
