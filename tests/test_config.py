@@ -572,3 +572,14 @@ def test_the_study_files_of_the_repository_load(path: Path) -> None:
     assert path.read_text().splitlines()[0].endswith("?")
     for folder in config.task_search_path:
         assert folder.is_dir()
+
+
+@pytest.mark.parametrize("source", ["base", "union", "a", "base_model"])
+def test_tokenizer_source_is_one_of_the_models(load: Any, source: str) -> None:
+    text = STUDY.replace("base_model: base", f"base_model: base_model\n  tokenizer_source: {source}")
+    assert load(text).genome.tokenizer_source == source
+
+
+def test_a_tokenizer_source_that_is_none(load: Any) -> None:
+    with pytest.raises(ConfigError, match=r"my_study.yaml:5: genome.tokenizer_source must be base, union or one of "):
+        load(STUDY.replace("base_model: base", "base_model: base\n  tokenizer_source: other"))

@@ -34,7 +34,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def refs(config: StudyConfig, n_layers: int) -> ModelRefs:
     sources = tuple(f"/models/{reference}" for reference in config.sources)
     base = None if config.genome.base_model is None else f"/models/{config.genome.base_model}"
-    return ModelRefs(sources, base, n_layers, "bfloat16")
+    return ModelRefs(sources, base, n_layers, "bfloat16", base if config.genome.tokenizer_source == "base" else None)
 
 
 def bounds(space: SearchSpace) -> set[tuple[float, float]]:
@@ -196,9 +196,9 @@ def test_uniform_and_its_recipe(make: Any) -> None:
 
 
 def test_options_come_from_the_file(make: Any) -> None:
-    space = make(genome={"normalize": True, "tokenizer_source": "union"})
+    space = make(genome={"normalize": True, "tokenizer_source": "base"})
     recipe = space.decode(space.uniform())
-    assert (recipe.options, recipe.tokenizer_source) == ({"normalize": True}, "union")
+    assert (recipe.options, recipe.tokenizer_source) == ({"normalize": True}, "/models/org/base")
 
 
 def test_every_parameter_reaches_its_own_tensors(make: Any) -> None:
@@ -341,7 +341,7 @@ def test_recipes_of_baselines(make: Any) -> None:
     assert space.baseline_recipe("uniform x1.5") == space.decode(space.uniform(1.5))
     recipe = space.baseline_recipe("code")
     assert (recipe.method, recipe.models, recipe.base_model) == (PASSTHROUGH, ("/models/org/code",), None)
-    assert (recipe.dtype, recipe.tokenizer_source, recipe.n_layers) == ("bfloat16", "base", 3)
+    assert (recipe.dtype, recipe.tokenizer_source, recipe.n_layers) == ("bfloat16", "/models/org/base", 3)
     assert space.baseline_recipe("base").models == ("/models/org/base",)
     with pytest.raises(RecipeError, match=r"baseline must be one of the study's, got 'x'; known: uniform, .*, base$"):
         space.baseline_recipe("x")
