@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.checkpoint import Checkpoint, ResolvedReference, check_compatible
-from optuna_merge.errors import MergeError, MethodError
+from optuna_merge.errors import MergeError
 from optuna_merge.layers import Place, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
@@ -132,7 +132,7 @@ class Merger:
         inputs = self._inputs(plan, name)
         try:
             plan.function(inputs, result)
-        except (MethodError, RuntimeError, ArithmeticError, ValueError) as exc:
+        except Exception as exc:  # a user's method may raise anything
             raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
         return result
 

@@ -54,13 +54,16 @@ def to_mergekit(
     Raises:
         RecipeError: If mergekit cannot express the recipe.
     """
+    if "." in recipe.method:
+        raise RecipeError(f"recipe: mergekit has no method {recipe.method}; export the model itself instead")
     spell = _Speller(references or {})
     layer_groups = [group for group in recipe.groups if group.layers[0] < group.layers[1]]
     ends = _EndFilters(recipe, names, architecture)
     slices = []
     for position, group in enumerate(layer_groups):
         extra = ends.filters(first=position == 0, last=position == len(layer_groups) - 1)
-        slices.append(_slice(recipe, group, extra, spell))
+        make = _slerp_slice if recipe.method == "slerp" and recipe.base_model is None else _slice
+        slices.append(make(recipe, group, extra, spell))
     config: dict[str, Any] = {"merge_method": recipe.method}
     if recipe.base_model is not None:
         config["base_model"] = spell(recipe.base_model)
@@ -200,6 +203,25 @@ def _slice(
     return {"sources": sources} | ({"parameters": shared} if shared else {})
 
 
+def _slerp_slice(
+    recipe: Recipe, group: GroupRecipe, ends: Sequence[tuple[str, ParameterSet]], spell: _Speller
+) -> dict[str, Any]:
+    """A slice of its own two models: mergekit takes the first for the base, and a position instead of weights."""
+    from optuna_merge.methods.spherical import slerp_choice
+
+    sets = [*ends, *((parameters.filter, parameters) for parameters in group.parameter_sets)]
+    choices = [(filter_, *slerp_choice(parameters.per_model["weight"])) for filter_, parameters in sets]
+    if len({chosen for _, chosen, _ in choices}) > 1:
+        raise RecipeError(f"recipe: slerp must choose the same two models in all of group {group.name} for mergekit")
+    chosen = choices[0][1]
+    sources = [{"model": spell(recipe.models[index]), "layer_range": list(group.layers)} for index in chosen]
+    return {
+        "sources": sources,
+        "base_model": spell(recipe.models[chosen[0]]),
+        "parameters": {"t": _setting([(filter_, t) for filter_, _, t in choices])},
+    }
+
+
 @dataclass(frozen=True)
 class _Written:
     """The method parameters that a merge file states, with what they are where a parameter set leaves them out."""
@@ -214,7 +236,10 @@ class _Written:
         sets = [parameters for group in recipe.groups for parameters in group.parameter_sets]
         given = {name for parameters in sets for name in (*parameters.per_model, *parameters.shared)}
         # mergekit has no default where ours depends on the number of models
-        stated = [p for p in find_method(recipe.method).parameters if p.name in given or p.default is None]
+        applying = [
+            p for p in find_method(recipe.method).parameters if p.with_base in (None, recipe.base_model is not None)
+        ]
+        stated = [p for p in applying if p.name in given or p.default is None]
         defaults = [(p, 1 / len(recipe.models) if p.default is None else p.default) for p in stated]
         return cls(
             {p.name: default for p, default in defaults if p.per_model},
@@ -223,7 +248,9 @@ class _Written:
 
 
 def _needs_base_source(recipe: Recipe) -> bool:
-    return recipe.method != PASSTHROUGH and find_method(recipe.method).base == "required"
+    if recipe.method == PASSTHROUGH or recipe.base_model is None:
+        return False
+    return find_method(recipe.method).base in ("required", "optional")
 
 
 def _is_plain_base(recipe: Recipe, model: str) -> bool:
@@ -274,7 +301,7 @@ def _read_method(name: Any) -> MergeMethod | None:
 def _read_slices(
     slices: Sequence[Any], method: MergeMethod | None, base: str | None
 ) -> tuple[tuple[str, ...], tuple[GroupRecipe, ...], int]:
-    keep_base = method is None or method.base != "required"
+    keep_base = method is None or method.base not in ("required", "optional")
     models: tuple[str, ...] | None = None
     read: list[tuple[tuple[int, int], tuple[ParameterSet, ...]]] = []
     end = 0

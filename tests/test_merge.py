@@ -30,11 +30,15 @@ def recipe_of(
     weights: tuple[float, ...] = (0.3, 0.9),
     **fields: object,
 ) -> Recipe:
-    values = {"weight": weights}
-    if any(parameter.name == "density" for parameter in find_method(method).parameters):
-        values["density"] = (0.5,) * len(weights)
+    """A recipe of as many of the models as the method takes."""
+    declared = find_method(method)
+    models = references[1:][: declared.n_models[1]]
+    per_model = {parameter.name for parameter in declared.parameters if parameter.per_model}
+    values = {"weight": weights, "density": (0.5,) * len(models)}
+    values = {name: value[: len(models)] for name, value in values.items() if name in per_model}
     group = GroupRecipe("all", (0, 3), ("embedding", "head"), (ParameterSet(None, {}, values),))
-    recipe = Recipe(method, references[1:], references[0], 3, (group,))
+    base = None if declared.base == "none" or method == "slerp" else references[0]
+    recipe = Recipe(method, models, base, 3, (group,))
     return dataclasses.replace(recipe, **fields)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,8 @@ from optuna_merge.errors import MethodError
 if TYPE_CHECKING:
     from optuna_merge.methods.function import MergeFunction
 
-BaseUse = Literal["required", "optional", "none"]
+BaseUse = Literal["required", "optional", "unused", "none"]
+"""``unused``: a base may be named for its configuration and tokenizer, and takes no part in the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class MethodParameter:
         search: The range that is searched when the study file names none, or None: it stays at ``default``
             unless the study file gives it a range.
         per_model: Whether each model has its own value.
+        with_base: The parameter means something only if there is a base (True) or none (False); None: either way.
     """
 
     name: str
@@ -42,6 +44,7 @@ class MethodParameter:
     high: float
     search: tuple[float, float] | None = None
     per_model: bool = True
+    with_base: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class MergeMethod:
         reference: Paper or source.
         function: ``module:name`` of the tensor function.
         parameters: The numbers it takes.
-        base: Whether it needs a base model.
+        base: Whether it needs a base model, takes one, or has no use for it.
         n_models: Least and greatest number of models besides the base; None: no limit.
         switches: Options that are on or off, with their defaults, such as ``normalize``.
         is_random: Whether it draws masks, which ``Recipe.seed`` fixes.
@@ -93,7 +96,7 @@ METHODS: dict[str, MergeMethod] = {
             reference="Model soups, arXiv:2203.05482",
             function="optuna_merge.methods.linear:linear",
             parameters=(WEIGHT,),
-            base="optional",
+            base="unused",
             switches=(("normalize", True),),
         ),
         MergeMethod(
@@ -172,18 +175,124 @@ METHODS: dict[str, MergeMethod] = {
             switches=(("normalize", False), ("rescale", True)),
             is_random=True,
         ),
+        MergeMethod(
+            name="slerp",
+            summary="a point of the arc between two models",
+            reference="Shoemake, Animating rotation with quaternion curves, 1985",
+            function="optuna_merge.methods.spherical:slerp",
+            parameters=(
+                dataclasses.replace(
+                    WEIGHT, meaning="the two highest are chosen; softmax between them", with_base=False
+                ),
+                MethodParameter("t", "from the base to the model", 0.5, 0.0, 1.0, (0.0, 1.0), False, with_base=True),
+            ),
+            base="optional",
+        ),
+        MergeMethod(
+            name="nuslerp",
+            summary="a point of the arc between two models or their task vectors",
+            reference="mergekit, nuslerp",
+            function="optuna_merge.methods.spherical:nuslerp",
+            parameters=(WEIGHT,),
+            base="optional",
+            n_models=(2, 2),
+        ),
+        MergeMethod(
+            name="multislerp",
+            summary="the mean direction of the models or their task vectors, at their mean norm",
+            reference="mergekit, multislerp; https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+            function="optuna_merge.methods.spherical:multislerp",
+            parameters=(WEIGHT,),
+            base="optional",
+            switches=(("normalize_weights", True),),
+        ),
+        MergeMethod(
+            name="karcher",
+            summary="the Karcher mean of the models' directions, at their mean norm",
+            reference="arXiv:2603.04972",
+            function="optuna_merge.methods.spherical:karcher",
+            parameters=(
+                MethodParameter("max_iter", "greatest number of steps", 10.0, 1.0, 1000.0, per_model=False),
+                MethodParameter("tol", "a shorter step is the last", 1e-5, 0.0, 1.0, per_model=False),
+            ),
+            base="none",
+        ),
+        MergeMethod(
+            name="sce",
+            summary="selects where models differ most, weighs models by their change, erases minorities",
+            reference="SCE, arXiv:2408.07990",
+            function="optuna_merge.methods.sce:sce",
+            parameters=(
+                MethodParameter(
+                    "select_topk",
+                    "fraction of the varying elements selected",
+                    1.0,
+                    0.0,
+                    1.0,
+                    (0.1, 1.0),
+                    per_model=False,
+                ),
+            ),
+            base="required",
+        ),
+        MergeMethod(
+            name="nearswap",
+            summary="moves the base towards a model, more where they are close",
+            reference="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+            function="optuna_merge.methods.nearswap:nearswap",
+            parameters=(
+                MethodParameter(
+                    "t", "distance up to which the model is taken over", 1e-3, 0.0, float("inf"), (0.0, 0.01), False
+                ),
+            ),
+            base="required",
+            n_models=(1, 1),
+        ),
+        MergeMethod(
+            name="arcee_fusion",
+            summary="takes over a model's important changes alone",
+            reference="mergekit, arcee_fusion",
+            function="optuna_merge.methods.arcee_fusion:arcee_fusion",
+            parameters=(),
+            base="required",
+            n_models=(1, 1),
+        ),
+        MergeMethod(
+            name="model_stock",
+            summary="between the base and the mean of the models, by the angles between them",
+            reference="Model Stock, arXiv:2403.19522",
+            function="optuna_merge.methods.spherical:model_stock",
+            parameters=(),
+            base="required",
+            n_models=(2, None),
+        ),
     )
 }
 
 
 def find_method(name: str) -> MergeMethod:
-    """The method of that name.
+    """The method of that name, or the declaration at that import path, such as ``my_package.my_method``.
 
     Raises:
         MethodError: If there is none; the message names the nearest.
     """
     if name in METHODS:
         return METHODS[name]
+    if "." in name:
+        return _import_method(name)
     near = difflib.get_close_matches(name.replace("-", "_"), METHODS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     raise MethodError(f"unknown merge method {name!r}{hint} (known: {', '.join(sorted(METHODS))})")
+
+
+def _import_method(path: str) -> MergeMethod:
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as exc:
+        raise MethodError(
+            f"merge method {path!r} must be importable, got: {exc}; is its folder on PYTHONPATH?"
+        ) from exc
+    if not isinstance(found, MergeMethod):
+        raise MethodError(f"merge method {path!r} must be a MergeMethod, got {type(found).__name__}; declare it as one")
+    return dataclasses.replace(found, name=path)

@@ -6,6 +6,7 @@ size; it writes the result piece by piece, and each element is rounded once. Kno
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,10 @@ class MergeInput:
     chunk_elements: int
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     memory: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
+
+    def of(self, base: Tensor | None, models: tuple[Tensor, ...]) -> MergeInput:
+        """The same, of other tensors."""
+        return dataclasses.replace(self, base=base, models=models)
 
     def chunks(self) -> Iterator[Chunk]:
         """The tensor in flat pieces of whole rows, in order. A piece is valid until the next one."""
@@ -122,6 +127,10 @@ class Chunk:
     def zeros(self, name: str) -> Tensor:
         """:meth:`scratch`, filled with zeros."""
         return self.scratch(name).zero_()
+
+    def direction(self, index: int) -> Tensor:
+        """A source as seen from the origin: minus the base if there is one. As :meth:`task_vector`, but read only."""
+        return self.model(index) if self.inputs.base is None else self.task_vector(index)
 
     def _load(self, position: int, name: str) -> Tensor:
         stored = self._flat[position][self.span]

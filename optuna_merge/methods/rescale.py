@@ -41,6 +41,11 @@ def l1_norm(values: Tensor) -> float:
     return _sum_of_rows(values, lambda rows: torch.linalg.vector_norm(rows, ord=1, dim=1))
 
 
+def squares(values: Tensor) -> float:
+    """Sum of the squares of a block, shape ``[n]``; the same for any number of threads."""
+    return _sum_of_rows(values, lambda rows: torch.linalg.vecdot(rows, rows))
+
+
 def _sum_of_rows(values: Tensor, row_sums: Callable[[Tensor], Tensor]) -> float:
     # A sum over a whole block is split by thread; one for each row is not.
     whole = values.numel() // _ROW * _ROW

@@ -7,6 +7,7 @@ lies. One pass over the tensor then looks at the entries of that bin alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,26 @@ _N_BINS = 1 << (31 - _LOW_BITS)
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """Something that is not negative and that each element of a tensor has.
+
+    Attributes:
+        key: Tells what it is, of which models; the same quantity of the same models has the same values in each merge.
+        of: Its float32 values in a piece, shape ``[n]``; they will be overwritten.
+    """
+
+    key: tuple[str, ...]
+    of: Callable[[Chunk], Tensor]
+
+
+def magnitudes(inputs: MergeInput, index: int) -> Quantity:
+    """The magnitudes of a source's task vector."""
+    return Quantity(("magnitude", inputs.identities[index]), lambda chunk: chunk.task_vector(index).abs_())
+
+
+@dataclass(frozen=True)
 class Split:
-    """Parts the largest entries of a task vector from the others.
+    """Parts the elements with the largest values, such as the largest entries of a task vector, from the others.
 
     Attributes:
         value: Entries of a greater magnitude are among the largest, those of a smaller one are not.
@@ -57,41 +76,46 @@ def split(inputs: MergeInput, index: int, n_largest: int, *, is_early: bool) -> 
         n_largest: At least 0, at most the number of elements.
         is_early: Whether of equal magnitudes the first count as larger, or the last.
     """
+    return split_by(inputs, magnitudes(inputs, index), n_largest, is_early=is_early)
+
+
+def split_by(inputs: MergeInput, quantity: Quantity, n_largest: int, *, is_early: bool) -> Split:
+    """Part the ``n_largest`` elements with the largest values of a quantity from the others, as :func:`split` does."""
     if n_largest == 0:
         return Split(math.inf, 0, is_early)
-    value, n_above, n_equal = kth_largest(inputs, index, n_largest)
+    value, n_above, n_equal = kth_largest(inputs, quantity, n_largest)
     n_ties = n_largest - n_above
     n_before = n_ties if is_early else n_equal - n_ties
     if n_before == 0:
         return Split(value, 0, is_early)
     if n_before == n_equal:
-        return Split(value, inputs.models[index].numel(), is_early)
-    return Split(value, _end_of_ties(inputs, index, value, n_before), is_early)
+        return Split(value, inputs.models[0].numel(), is_early)
+    return Split(value, _end_of_ties(inputs, quantity, value, n_before), is_early)
 
 
-def kth_largest(inputs: MergeInput, index: int, k: int) -> tuple[float, int, int]:
-    """The ``k``-th largest magnitude of a source's task vector, 1 being the largest.
+def kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, int, int]:
+    """The ``k``-th largest value of a quantity, 1 being the largest.
 
     Returns:
-        The magnitude, and the numbers of entries of a greater magnitude and of this one.
+        The value, and the numbers of elements where it is greater, and where it is the same.
     """
     # Floats that are not negative are in the order of their bits.
-    key = ("magnitudes", inputs.name, inputs.identities[index])
+    key = (*quantity.key, inputs.name)
     if key not in inputs.memory:
-        inputs.memory[key] = _histogram(inputs, index)
+        inputs.memory[key] = _histogram(inputs, quantity)
     first_bin, counts = inputs.memory[key]
     place, n_above = _find(counts, k)
     high_bits = first_bin + place
-    low_bits, n_above_in_bin, n_equal = _find_in_bin(inputs, index, high_bits, k - n_above)
+    low_bits, n_above_in_bin, n_equal = _find_in_bin(inputs, quantity, high_bits, k - n_above)
     value = torch.tensor([high_bits << _LOW_BITS | low_bits], dtype=torch.int32).view(torch.float32).item()
     return value, n_above + n_above_in_bin, n_equal
 
 
-def _histogram(inputs: MergeInput, index: int) -> tuple[int, Tensor]:
+def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
     """The first bin that is not empty, and the counts from there to the last one that is not."""
     counts = torch.zeros(_N_BINS, dtype=torch.int64, device=inputs.device)
     for chunk in inputs.chunks():
-        counts += torch.bincount(_bits(chunk, index) >> _LOW_BITS, minlength=_N_BINS)
+        counts += torch.bincount(quantity.of(chunk).view(torch.int32) >> _LOW_BITS, minlength=_N_BINS)
     filled = counts.nonzero().view(-1)
     first, last = int(filled[0]), int(filled[-1])
     return first, counts[first : last + 1].clone()
@@ -104,12 +128,12 @@ def _find(counts: Tensor, k: int) -> tuple[int, int]:
     return found, int(from_bin[found] - counts[found])
 
 
-def _find_in_bin(inputs: MergeInput, index: int, high_bits: int, k: int) -> tuple[int, int, int]:
+def _find_in_bin(inputs: MergeInput, quantity: Quantity, high_bits: int, k: int) -> tuple[int, int, int]:
     """Low bits of the ``k``-th largest entry of a bin, and how many there have greater ones, and the same."""
     n_low = 1 << _LOW_BITS
     counts = torch.zeros(n_low + 2, dtype=torch.int64, device=inputs.device)
     for chunk in inputs.chunks():
-        bits = _bits(chunk, index)
+        bits = quantity.of(chunk).view(torch.int32)
         torch.sub(bits, (high_bits << _LOW_BITS) - 1, out=bits).clamp_(0, n_low + 1)  # 0 below the bin, n_low + 1 above
         counts += torch.bincount(bits, minlength=n_low + 2)
     counts = counts[1:-1]
@@ -117,20 +141,16 @@ def _find_in_bin(inputs: MergeInput, index: int, high_bits: int, k: int) -> tupl
     return place, n_above, int(counts[place])
 
 
-def _end_of_ties(inputs: MergeInput, index: int, value: float, n_ties: int) -> int:
-    """One more than the flat index of the ``n_ties``-th entry whose magnitude is ``value``."""
+def _end_of_ties(inputs: MergeInput, quantity: Quantity, value: float, n_ties: int) -> int:
+    """One more than the flat index of the ``n_ties``-th element where the quantity is ``value``."""
     for chunk in inputs.chunks():
-        ties = torch.eq(chunk.task_vector(index).abs_(), value, out=chunk.scratch("ties"))
+        ties = torch.eq(quantity.of(chunk), value, out=chunk.scratch("ties"))
         n_here = int(ties.sum())
         if n_here >= n_ties:
             end: int = chunk.span.start + int(ties.nonzero().view(-1)[n_ties - 1]) + 1
             return end
         n_ties -= n_here
     raise AssertionError("there are as many ties as were counted")
-
-
-def _bits(chunk: Chunk, index: int) -> Tensor:
-    return chunk.task_vector(index).abs_().view(torch.int32)
 
 
 def _next_below(value: float) -> float:

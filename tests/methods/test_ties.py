@@ -50,3 +50,17 @@ def test_of_equal_magnitudes_the_first_are_kept() -> None:
                 chunk_elements=chunk_elements,
             )
             assert merged.view(-1).nonzero().view(-1).tolist() == expected
+
+
+def test_of_bfloat16_models_mergekit_keeps_other_entries_only_among_equals() -> None:
+    generator = torch.Generator().manual_seed(1)
+    base = (0.02 * torch.randn(300, 400, generator=generator)).bfloat16()
+    models = [(base.float() + 0.002 * torch.randn(300, 400, generator=generator)).bfloat16() for _ in range(2)]
+    settings = {"weight": [0.4, 0.7], "density": 0.5}
+    ours, theirs = (f("ties", models, base, **settings) for f in (merge_tensors, mergekit_result))
+    differing = ~torch.isclose(ours, theirs, rtol=1e-6, atol=1e-8)
+    at_the_threshold = torch.zeros(300, 400, dtype=torch.bool)
+    for model in models:
+        magnitude = (model.float() - base.float()).abs()
+        at_the_threshold |= magnitude == magnitude.view(-1).sort(descending=True).values[60_000 - 1]
+    assert not (differing & ~at_the_threshold).any()
