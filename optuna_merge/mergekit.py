@@ -15,6 +15,7 @@ import yaml
 from optuna_merge.errors import MethodError, RecipeError
 from optuna_merge.layers import find_layer_stack, group_name, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
+from optuna_merge.methods.choice import slerp_choice
 from optuna_merge.recipe import PASSTHROUGH, Dtype, GroupRecipe, ParameterSet, Recipe, Role
 
 KNOWN_ENDS = frozenset(
@@ -207,8 +208,6 @@ def _slerp_slice(
     recipe: Recipe, group: GroupRecipe, ends: Sequence[tuple[str, ParameterSet]], spell: _Speller
 ) -> dict[str, Any]:
     """A slice of its own two models: mergekit takes the first for the base, and a position instead of weights."""
-    from optuna_merge.methods.spherical import slerp_choice
-
     sets = [*ends, *((parameters.filter, parameters) for parameters in group.parameter_sets)]
     choices = [(filter_, *slerp_choice(parameters.per_model["weight"])) for filter_, parameters in sets]
     if len({chosen for _, chosen, _ in choices}) > 1:

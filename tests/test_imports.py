@@ -37,7 +37,7 @@ ARROWS = {
     "holdout": {"evaluation.tasks", "objective", "report", "store"},
     "layers": {"recipe"},
     "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe", "vocabulary"},
-    "mergekit": {"layers", "methods", "recipe"},
+    "mergekit": {"layers", "methods", "methods.choice", "recipe"},
     "methods": set(),
     "objective": {
         "checkpoint",

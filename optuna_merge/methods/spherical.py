@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.errors import MethodError
+from optuna_merge.methods.choice import slerp_choice
 from optuna_merge.methods.function import MergeInput
 
 Products = list[list[float]]
@@ -45,12 +46,6 @@ def slerp(inputs: MergeInput, out: Tensor) -> None:
     norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
     cosine = _clamped(ab / (norms[0] * norms[1]))
     combine(pair, _arc(t, cosine, is_straight=abs(cosine) > 0.9995), out)
-
-
-def slerp_choice(weights: Sequence[float]) -> tuple[tuple[int, int], float]:
-    """The two models of the highest weight, of equal ones the first, and the position between them."""
-    first, second = sorted(range(len(weights)), key=lambda index: -weights[index])[:2]
-    return (first, second), 1 / (1 + math.exp(weights[first] - weights[second]))
 
 
 def nuslerp(inputs: MergeInput, out: Tensor) -> None:

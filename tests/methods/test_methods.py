@@ -89,9 +89,7 @@ def test_a_method_of_ones_own(own_methods: None) -> None:
 def test_a_method_that_cannot_be_found(own_methods: None) -> None:
     with pytest.raises(MethodError, match="unknown merge method 'tise'; did you mean 'ties'"):
         find_method("tise")
-    with pytest.raises(
-        MethodError, match=r"'own_methods.none' must be importable, got: .*; is its folder on"
-    ):
+    with pytest.raises(MethodError, match=r"'own_methods.none' must be importable, got: .*; is its folder on"):
         find_method("own_methods.none")
     with pytest.raises(MethodError, match=r"'no_such_package.x' must be importable"):
         find_method("no_such_package.x")

@@ -1,0 +1,164 @@
+"""How fast merging is: against the speed of memory, and against mergekit's executor on the same checkpoints.
+
+    python benchmarks/merge_speed.py                              four checkpoints of 0.5 B parameters
+    python benchmarks/merge_speed.py --n-layers 4 --methods ties  smaller, one method
+    python benchmarks/merge_speed.py --no-mergekit --device cuda
+
+Checkpoints are random bfloat16, made on the spot; sources are read once before anything is measured. The copy
+bandwidth is that of copying the same tensors into the resident model, read plus written, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.merge import Merger
+from optuna_merge.mergekit import to_mergekit
+from optuna_merge.methods import METHODS
+from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
+
+N_SOURCES = 3
+HIDDEN, INTERMEDIATE, VOCABULARY = 1280, 3456, 32000
+DENSITY = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-layers", type=int, default=21)
+    parser.add_argument("--methods", default="linear,task_arithmetic,ties,dare_ties,della,breadcrumbs")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mergekit", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        references = [str(path) for path in write_models(Path(folder), args.n_layers)]
+        merger = Merger({r: Checkpoint.open(r) for r in references}, device=args.device)
+        resident = {
+            name: torch.empty(merger.checkpoints[references[0]].shape(name), dtype=torch.bfloat16, device=args.device)
+            for name in merger.names
+        }
+        n_elements = sum(tensor.numel() for tensor in resident.values())
+        copy_s = best_of(args.repeats + 1, lambda: copy_all(merger, resident))  # the first one warms the page cache
+        bandwidth = 2 * 2 * len(references) * n_elements / copy_s
+        print(
+            f"{len(references)} checkpoints of {n_elements / 1e6:.0f} M parameters, {torch.get_num_threads()} threads"
+        )
+        print(f"copying: {bandwidth / 1e9:.1f} GB/s")
+        print(f"{'method':18}{'first s':>9}{'s':>9}{'GB/s':>7}{'of copy':>9}{'mergekit s':>12}{'times':>7}{'MiB':>7}")
+        for method in args.methods.split(","):
+            recipe = make_recipe(method, references, args.n_layers)
+            before = peak_bytes(args.device)
+            first_s = best_of(1, lambda recipe=recipe: merge_all(merger, recipe, resident))
+            seconds = best_of(args.repeats, lambda recipe=recipe: merge_all(merger, recipe, resident))
+            grown = (peak_bytes(args.device) - before) / 2**20
+            speed = 2 * (len(recipe.references) - (method == "linear") + 1) * n_elements / seconds
+            theirs = best_of(1, lambda recipe=recipe: run_mergekit(recipe)) if args.mergekit else float("nan")
+            print(
+                f"{method:18}{first_s:9.2f}{seconds:9.2f}{speed / 1e9:7.1f}{speed / bandwidth:9.0%}{theirs:12.2f}"
+                f"{theirs / seconds:7.1f}{grown:7.0f}",
+                flush=True,
+            )
+
+
+def write_models(folder: Path, n_layers: int) -> list[Path]:
+    """A base and its fine-tunes, of Llama's shapes."""
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    shapes["model.norm.weight"] = (HIDDEN,)
+    for layer in range(n_layers):
+        for part in "qkvo":
+            shapes[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = (HIDDEN, HIDDEN)
+        mlp = {"gate": (INTERMEDIATE, HIDDEN), "up": (INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
+        for part, shape in mlp.items():
+            shapes[f"model.layers.{layer}.mlp.{part}_proj.weight"] = shape
+        for part in ("input", "post_attention"):
+            shapes[f"model.layers.{layer}.{part}_layernorm.weight"] = (HIDDEN,)
+    base = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}
+    paths = []
+    for number in range(N_SOURCES + 1):
+        spread = 0.002 if number else 0.0
+        tensors = {name: (tensor + spread * torch.randn(tensor.shape)).bfloat16() for name, tensor in base.items()}
+        path = folder / f"model_{number}"
+        path.mkdir()
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_hidden_layers": n_layers,
+            "hidden_size": HIDDEN,
+            "intermediate_size": INTERMEDIATE,
+            "num_attention_heads": 10,
+            "vocab_size": VOCABULARY,
+        }
+        (path / "config.json").write_text(json.dumps(config))
+        paths.append(path)
+    return paths
+
+
+def make_recipe(method: str, references: list[str], n_layers: int) -> Recipe:
+    declared = METHODS[method]
+    base = None if declared.base == "none" else references[0]
+    values = {"weight": (0.37, 0.91, 0.22), "density": (DENSITY,) * N_SOURCES}
+    per_model = {p.name: values[p.name] for p in declared.parameters if p.per_model and p.name in values}
+    group = GroupRecipe("all", (0, n_layers), ("embedding", "head"), (ParameterSet(None, {}, per_model),))
+    return Recipe(method, tuple(references[1:]), base, n_layers, (group,), dtype="bfloat16")
+
+
+def best_of(repeats: int, action: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def copy_all(merger: Merger, resident: dict[str, torch.Tensor]) -> None:
+    for name, tensor in resident.items():
+        for checkpoint in merger.checkpoints.values():
+            tensor.copy_(checkpoint.get(name))
+
+
+def merge_all(merger: Merger, recipe: Recipe, resident: dict[str, torch.Tensor]) -> None:
+    for _ in merger.merge(recipe, out=resident.get):
+        pass
+
+
+def run_mergekit(recipe: Recipe) -> None:
+    from mergekit.architecture import get_architecture_info
+    from mergekit.config import MergeConfiguration
+    from mergekit.graph import Executor
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+
+    config = MergeConfiguration.model_validate(yaml.safe_load(to_mergekit(recipe)) | {"dtype": "bfloat16"})
+    options = MergeOptions(quiet=True)
+    LoaderCache().setup(options=options)
+    model_config = config.referenced_models()[0].config()
+    planner = MergePlanner(config, get_architecture_info(config, options), options, model_config)
+    planner._plan()  # plan_in_memory wraps these tasks once more, which fails with pydantic 2.12
+    for _ in Executor([task for _, task in planner._tensors], math_device="cpu", storage_device="cpu").run(quiet=True):
+        pass
+
+
+def peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
