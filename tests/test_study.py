@@ -102,16 +102,18 @@ def test_sigterm_is_a_clean_stop_too(objective: MergeObjective) -> None:
     assert states[:4] == [TrialState.COMPLETE] * 3 + [TrialState.WAITING]
 
 
-def test_the_timeout_ends_between_trials(objective: MergeObjective) -> None:
+def test_the_timeout_ends_between_trials(objective: MergeObjective, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+
     class Slow(Watcher):
         def trial_started(self, trial: optuna.Trial) -> None:
-            time.sleep(0.3)
+            now[0] += 30.0
 
-    options = objective.config.study.model_copy(update={"timeout": 0.5})
+    options = objective.config.study.model_copy(update={"timeout": 50.0})
     config = objective.config.model_copy(update={"study": options})
-    outcome = run_study(config, objective, Slow())
-    assert outcome.timed_out
-    assert 1 <= outcome.n_finished <= 3
+    assert run_study(config, objective, Slow()) == study.Outcome(2, timed_out=True)
+    assert run_study(config, objective, Slow()) == study.Outcome(4, timed_out=True)
 
 
 def test_a_changed_study_file_is_refused_by_name(objective: MergeObjective, study_file: Callable[..., Path]) -> None:
