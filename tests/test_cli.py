@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from optuna_merge.cli.app import app
+from optuna_merge.methods import METHODS
 from optuna_merge.testing import write_tiny_models
 
 ROOT = Path(__file__).parent.parent
@@ -295,6 +296,14 @@ class TestWhatIsPromised:
         assert file in {"studies/quickstart.yaml", "studies/spartqa_alpaca.yaml"}
         assert (ROOT / file).exists()
         assert all(word in text for word in rest if word.startswith("--"))
+
+    def test_methods_lists_every_method(self) -> None:
+        shown = invoke("methods").stdout
+        rows = json.loads(invoke("methods", "--json").stdout)
+        assert [row["name"] for row in rows] == list(METHODS)
+        for method in METHODS.values():
+            assert f"{method.name}: {method.summary} ({method.reference})" in shown
+        assert "density (each model): fraction of entries kept; default 1, searched in [0.1, 1]" in shown
 
     def test_help_loads_nothing_heavy(self) -> None:
         code = "import sys, optuna_merge.cli.app; print([m for m in ('torch', 'optuna') if m in sys.modules])"

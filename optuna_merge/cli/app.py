@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from optuna_merge.cli import check, export, prepare_data, report, run_study, status
+from optuna_merge.cli import check, export, methods, prepare_data, report, run_study, status
 from optuna_merge.cli.options import INTERRUPTED
 from optuna_merge.errors import OptunaMergeError
 
@@ -44,6 +44,7 @@ app.command("check")(check.check)
 app.command("status")(status.status)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("methods")(methods.methods)
 app.command("prepare-data")(prepare_data.prepare_data)
 
 
