@@ -84,6 +84,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
             study = store.open_study(url, config.study.name, create=True)
             study.sampler, study.pruner = objective.sampler(), objective.pruner()
             store.check_fingerprint(study, objective.fingerprint())
+            study.set_metric_names(["score"])
             requeued = store.requeue_lost(study, alone=store.local_file(url) is not None)
             objective.enqueue_baselines(study)
             write_best_config(study, objective)
