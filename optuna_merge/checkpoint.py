@@ -1,13 +1,14 @@
 """Checkpoints: from a model reference to lazily read tensors, and from a stream of tensors to files.
 
-Knows folders in Hugging Face's layout: safetensors in one file or in shards, ``config.json``, tokenizer files.
-Weights are mapped into memory and read when they are asked for. Knows nothing of merging.
+Knows folders in Hugging Face's layout: safetensors in one file or in shards, ``config.json``, tokenizer files, and
+adapters on top of them. Weights are mapped into memory and read when they are asked for. Knows nothing of merging.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from optuna_merge.adapter import CONFIG_FILE as ADAPTER_CONFIG
+from optuna_merge.adapter import Adapter
 from optuna_merge.errors import CheckpointError
+from optuna_merge.files import TensorFiles, read_json, write_json
 from optuna_merge.layers import find_layer_stack, is_buffer
+from optuna_merge.recipe import split_reference
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -39,19 +43,6 @@ TOKENIZER_FILES = (
 """What a tokenizer may consist of."""
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_BLOCK_BYTES = 4096
 _N_SHOWN = 10
 _CONVERT = (
     'convert it once: python -c "from transformers import AutoModelForCausalLM as M; import sys; '
@@ -66,15 +57,30 @@ class ResolvedReference:
 
     Attributes:
         reference: As somebody wrote it.
-        name: The same model for any reader: an absolute path, or ``org/name@commit`` for a model of the hub.
+        name: The same model for any reader: an absolute path, or ``org/name@commit`` for a model of the hub; two of
+            them, joined with ``+``, for a model with an adapter.
         path: The folder.
         is_local: Whether it was a folder from the start, and not fetched from the hub.
+        adapter: Of the model, if it has one.
     """
 
     reference: str
     name: str
     path: Path
     is_local: bool
+    adapter: ResolvedReference | None = None
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """``name``, or the names of model and adapter, to what a reader elsewhere should be told.
+
+        That is a hub name as it was written, or the absolute path of a folder.
+        """
+        if self.adapter is None:
+            return {self.name: self.name if self.is_local else self.reference}
+        model, _ = split_reference(self.name)
+        written = self.reference.removesuffix(f"+{self.adapter.reference}")
+        return {model: model if self.is_local else written} | self.adapter.spellings
 
 
 def resolve(reference: str, relative_to: Path | None = None) -> ResolvedReference:
@@ -82,16 +88,25 @@ def resolve(reference: str, relative_to: Path | None = None) -> ResolvedReferenc
 
     Args:
         reference: A folder (absolute, or relative to ``relative_to``), or ``org/name`` or ``org/name@revision`` on
-            the model hub. What starts with ``.``, ``/`` or ``~`` is always a folder.
+            the model hub. What starts with ``.``, ``/`` or ``~`` is always a folder. Two of them joined with ``+``
+            are a model and its adapter, unless there is a folder of that name.
         relative_to: Folder of the file that holds the reference; None: the working directory.
 
     Raises:
         CheckpointError: If it is neither; the message names both readings.
     """
-    folder = (relative_to or Path.cwd()) / Path(reference).expanduser()
+    start = relative_to or Path.cwd()
+    folder = start / Path(reference).expanduser()
     if folder.is_dir():
         absolute = folder.resolve()
+        if split_reference(str(absolute))[1] is not None:
+            raise CheckpointError(f"{absolute}: path must not read like a model with an adapter; rename the folder")
         return ResolvedReference(reference, str(absolute), absolute, is_local=True)
+    if "+" in reference:
+        splits = [(reference[:at], reference[at + 1 :]) for at, sign in enumerate(reference) if sign == "+"]
+        model, adapter = next((pair for pair in splits if (start / Path(pair[0]).expanduser()).is_dir()), splits[0])
+        base, added = resolve(model, start), resolve(adapter, start)
+        return ResolvedReference(reference, f"{base.name}+{added.name}", base.path, base.is_local, added)
     if reference.startswith((".", "/", "~")):
         raise CheckpointError(f"model {reference!r} must be an existing folder, found none at {folder}")
     return _fetch(reference, folder)
@@ -104,20 +119,22 @@ class Checkpoint:
         reference: What messages call it.
         path: The folder.
         config: ``config.json``; must not be changed.
+        tokenizer_path: The folder that holds the tokenizer.
         names: Tensor names in the order of the files.
     """
 
-    def __init__(self, path: Path, reference: str) -> None:
+    def __init__(self, path: Path, reference: str, adapter: ResolvedReference | None = None) -> None:
         self.path = path
         self.reference = reference
         self.config = _read_config(path, reference)
-        self.files = _weight_files(path, reference)
-        self._home: dict[str, Any] = {}  # name -> the open file that holds it
-        for file in self.files:
-            handle = _open_safetensors(file)
-            self._home.update(dict.fromkeys(handle.offset_keys(), handle))
-        self.names: tuple[str, ...] = tuple(self._home)
-        _check_index(path, self._home, reference)
+        self.tokenizer_path = path
+        self._tensors = TensorFiles(_weight_files(path, reference), reference)
+        self.files = self._tensors.files
+        self.names = self._tensors.names
+        _check_index(path, self._tensors)
+        self._adapter = None if adapter is None else _open_adapter(adapter, self._tensors)
+        if self._adapter is not None:
+            self._adopt_vocabulary(self._adapter)
 
     @classmethod
     def open(cls, reference: str | ResolvedReference, relative_to: Path | None = None) -> Checkpoint:
@@ -127,14 +144,15 @@ class Checkpoint:
             CheckpointError: If there is none, or if its files are damaged or of a kind that is not read.
         """
         resolved = resolve(reference, relative_to) if isinstance(reference, str) else reference
-        return cls(resolved.path, resolved.reference)
+        return cls(resolved.path, resolved.reference, resolved.adapter)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._home
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        return tuple(self._slice(name).get_shape())
+        replaced = None if self._adapter is None else self._adapter.replaced_shape(name)
+        return self._tensors.shape(name) if replaced is None else replaced
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, from the file's header.
@@ -142,19 +160,15 @@ class Checkpoint:
         Raises:
             CheckpointError: If it is one that merging does not know, such as a quantized one.
         """
-        code = self._slice(name).get_dtype()
-        if code not in _DTYPES:
-            raise CheckpointError(
-                f"{self.reference}: dtype of {name} must be one of {', '.join(_DTYPES)}, got {code}; "
-                "merge the unquantized model"
-            )
-        return _DTYPES[code]
+        return self._tensors.dtype(name)
 
     def get(self, name: str) -> Tensor:
-        """A tensor, as a live map of the file: it costs no memory of its own and must never be written to."""
-        self._slice(name)
-        tensor: Tensor = self._home[name].get_tensor(name)
-        return tensor
+        """A tensor; must never be written to.
+
+        A live map of the file, which costs no memory of its own; a new tensor where an adapter changes it.
+        """
+        stored = self._tensors.get(name)
+        return stored if self._adapter is None else self._adapter.apply(name, stored)
 
     @cached_property
     def n_layers(self) -> int:
@@ -179,7 +193,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all weight files."""
-        return sum(file.stat().st_size for file in self.files)
+        return self._tensors.nbytes + (0 if self._adapter is None else self._adapter.files.nbytes)
 
     @property
     def vocab_size(self) -> int | None:
@@ -191,39 +205,75 @@ class Checkpoint:
 
     def vocabulary(self) -> dict[str, int] | None:
         """Token to id, added tokens included; None if the folder holds no tokenizer."""
-        return _read_vocabulary(self.path, self.reference)
+        return _read_vocabulary(self.tokenizer_path, self.reference)
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether configuration and tokenizer are those in ``path``."""
+        return self.tokenizer_path == self.path and self.config == _read_config(self.path, self.reference)
+
+    def write_description(self, folder: Path, dtype: str, *, copy_code: bool) -> None:
+        """Write everything but the weights: configuration, generation configuration, tokenizer.
+
+        Args:
+            folder: An existing folder.
+            dtype: Of the weights that will be beside it.
+            copy_code: Copy the model's own Python files too.
+        """
+        config = dict(self.config)
+        config.pop("torch_dtype", None)  # the older name of the same key
+        config["dtype"] = dtype
+        if not copy_code:
+            config.pop("auto_map", None)  # it names files that are not copied
+        write_json(folder / "config.json", config)
+        copied = [self.path / "generation_config.json"]
+        copied += sorted(self.path.glob("*.py")) if copy_code else []
+        for file in copied:
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        self.write_tokenizer(folder)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the files of the tokenizer into an existing folder."""
+        for name in TOKENIZER_FILES:
+            if (self.tokenizer_path / name).is_file():
+                shutil.copyfile(self.tokenizer_path / name, folder / name)
 
     def content_digest(self) -> str:
         """Hex SHA-256 that changes when the content changes, whatever the folder is called and however it is sharded.
 
-        Covers :meth:`weights_digest` and every byte of the JSON and tokenizer files.
+        Covers :attr:`weights_digest` and every byte of the JSON and tokenizer files, an adapter's too.
         """
         digest = hashlib.sha256(self.weights_digest.encode())
-        files = {file for file in self.path.glob("*.json") if file.name != INDEX_FILE}
-        files |= {file for name in TOKENIZER_FILES if (file := self.path / name).is_file()}
-        for file in sorted(files):
-            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        for folder in [self.path] + ([] if self._adapter is None else [self._adapter.path]):
+            files = {file for file in folder.glob("*.json") if file.name != INDEX_FILE}
+            files |= {file for name in TOKENIZER_FILES if (file := folder / name).is_file()}
+            for file in sorted(files):
+                digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
 
-    @cached_property
+    @property
     def weights_digest(self) -> str:
-        """Hex SHA-256 over each tensor's name, dtype, shape and three blocks of 4 KiB: its ends and its middle.
+        """Hex SHA-256 of the stored tensors, those of an adapter too; see :attr:`.files.TensorFiles.digest`."""
+        if self._adapter is None:
+            return self._tensors.digest
+        return hashlib.sha256(f"{self._tensors.digest}+{self._adapter.files.digest}".encode()).hexdigest()
 
-        Cheap, and of small tensors complete. A change elsewhere in large tensors alone goes unseen; training changes
-        nearly every element.
-        """
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            digest.update(f"{name}\0{self._slice(name).get_dtype()}\0{self.shape(name)}\0".encode())
-            stored = self.get(name).reshape(-1).view(torch.uint8)
-            for start in sorted({0, (stored.numel() - _BLOCK_BYTES) // 2, stored.numel() - _BLOCK_BYTES}):
-                digest.update(stored[max(0, start) : max(0, start) + _BLOCK_BYTES].numpy().tobytes())
-        return digest.hexdigest()
-
-    def _slice(self, name: str) -> Any:
-        if name not in self._home:
-            raise CheckpointError(f"{self.reference}: has no tensor named {name}")
-        return self._home[name].get_slice(name)
+    def _adopt_vocabulary(self, adapter: Adapter) -> None:
+        """Take over the vocabulary of an adapter that brings a larger or smaller embedding."""
+        rows = self.vocab_size
+        for name in self.names:
+            own, replaced = self._tensors.shape(name), self.shape(name)
+            if own == replaced:
+                continue
+            if own[:1] != (rows,) or own[1:] != replaced[1:]:
+                raise CheckpointError(
+                    f"{self.reference}: shape of {name} must match the model {list(own)}, got {list(replaced)}; "
+                    "is it an adapter of this model?"
+                )
+            self.config = with_vocab_size(self.config, replaced[0])
+            if any((adapter.path / file).is_file() for file in TOKENIZER_FILES):
+                self.tokenizer_path = adapter.path
 
     def _count_layers(self) -> int:
         stack = self.layer_stack
@@ -262,6 +312,13 @@ def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | 
     if problems:
         more = [f"and {len(problems) - _N_SHOWN} more differences"] if len(problems) > _N_SHOWN else []
         raise CheckpointError("\n".join(problems[:_N_SHOWN] + more))
+
+
+def with_vocab_size(config: Mapping[str, Any], n_rows: int) -> dict[str, Any]:
+    """A ``config.json`` that states another number of embedding rows."""
+    if isinstance(config.get("text_config"), Mapping):
+        return {**config, "text_config": {**config["text_config"], "vocab_size": n_rows}}
+    return {**config, "vocab_size": n_rows}
 
 
 def write_checkpoint(
@@ -314,29 +371,27 @@ def _fetch(reference: str, looked_at: Path) -> ResolvedReference:
     return ResolvedReference(reference, f"{name}@{path.name}", path, is_local=False)
 
 
+def _open_adapter(resolved: ResolvedReference, tensors: TensorFiles) -> Adapter:
+    if not (resolved.path / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{resolved.reference}: adapter must hold {ADAPTER_CONFIG}, found none in {resolved.path}"
+        )
+    return Adapter(resolved.path, resolved.reference, tensors.names)
+
+
 def _read_config(path: Path, reference: str) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{reference}: must be an existing folder, found none at {path}")
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{reference}: must hold a config.json, found none in {path}")
-    return _read_json(file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{file}: must be readable JSON, got {exc}; fetch the model again") from exc
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(file)
 
 
 def _weight_files(path: Path, reference: str) -> tuple[Path, ...]:
     index = path / INDEX_FILE
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: weight_map must name the file of each tensor, got {weight_map!r}")
         files = [path / name for name in sorted(set(weight_map.values()))]
@@ -354,19 +409,12 @@ def _weight_files(path: Path, reference: str) -> tuple[Path, ...]:
     raise CheckpointError(f"{reference}: must hold {SINGLE_FILE} or {INDEX_FILE}, found neither in {path}")
 
 
-def _open_safetensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")  # compares the header with the size of the file
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{file}: must be a whole safetensors file, got: {exc}; fetch it again") from exc
-
-
-def _check_index(path: Path, home: Mapping[str, Any], reference: str) -> None:
+def _check_index(path: Path, tensors: TensorFiles) -> None:
     index = path / INDEX_FILE
     if not index.is_file():
         return
-    listed = _read_json(index)["weight_map"]
-    if missing := [name for name in listed if name not in home]:
+    listed = read_json(index)["weight_map"]
+    if missing := [name for name in listed if name not in tensors]:
         raise CheckpointError(f"{index}: {missing[0]} must be in {listed[missing[0]]}, which does not hold it")
 
 
@@ -469,7 +517,7 @@ def _compare_vocabularies(checkpoints: Sequence[Checkpoint]) -> list[str]:
 def _read_vocabulary(path: Path, reference: str) -> dict[str, int] | None:
     fast = path / "tokenizer.json"
     if fast.is_file():
-        content = _read_json(fast)
+        content = read_json(fast)
         vocab = content["model"].get("vocab", {})
         tokens = dict(vocab) if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
         return tokens | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}

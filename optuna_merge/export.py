@@ -7,7 +7,6 @@ said about scores is given to it as text.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,11 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from optuna_merge.checkpoint import TOKENIZER_FILES, Checkpoint, write_checkpoint
+from optuna_merge.checkpoint import write_checkpoint
 from optuna_merge.errors import ExportError
 from optuna_merge.merge import Merger
 from optuna_merge.mergekit import to_mergekit
-from optuna_merge.recipe import Recipe
+from optuna_merge.recipe import Recipe, split_reference
 
 RECIPE_FILE = "mergekit_config.yml"
 
@@ -48,7 +47,8 @@ def export(
         recipe: What is merged.
         folder: The model's folder; its parents are made.
         merger: Holds the checkpoints of the recipe.
-        references: Model reference of the recipe to its original spelling, for the card and the merge file.
+        references: Model reference of the recipe to its original spelling, for the card and the merge file; model and
+            adapter apart.
         comment: Lines above the merge file, without ``#``.
         results: Markdown for the model card, such as tables of scores.
         overwrite: Replace a folder that is not empty.
@@ -79,13 +79,7 @@ def export(
     )
     with _whole_or_nothing(folder) as partial:
         write_checkpoint(partial, merger.merge(recipe), max_shard_bytes=max_shard_bytes)
-        _write_json(partial / "config.json", _config(template, recipe, keep_code=copy_code))
-        copied = ["generation_config.json", *TOKENIZER_FILES]
-        if copy_code:
-            copied += [file.name for file in sorted(template.path.glob("*.py"))]
-        for name in copied:
-            if (template.path / name).is_file():
-                shutil.copyfile(template.path / name, partial / name)
+        template.write_description(partial, recipe.dtype, copy_code=copy_code)
         (partial / RECIPE_FILE).write_text(merge_file, encoding="utf-8")
         card = model_card(recipe, folder.name, merge_file, references=references, results=results)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -96,8 +90,10 @@ def model_card(
     recipe: Recipe, name: str, merge_file: str, *, references: Mapping[str, str] | None = None, results: str = ""
 ) -> str:
     """The README.md of a merged model: what it was made of and how to make it again."""
-    spelled = {reference: (references or {}).get(reference, reference) for reference in recipe.references}
-    on_hub = [spelling for reference, spelling in spelled.items() if not Path(reference).is_absolute()]
+    parts = {reference: [part for part in split_reference(reference) if part] for reference in recipe.references}
+    written = {part: (references or {}).get(part, part) for pair in parts.values() for part in pair}
+    spelled = {reference: "+".join(written[part] for part in pair) for reference, pair in parts.items()}
+    on_hub = [spelling for part, spelling in written.items() if not Path(part).is_absolute()]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "mergekit", "optuna-merge"]}
     if on_hub:
         metadata["base_model"] = [spelling.partition("@")[0] for spelling in on_hub]
@@ -155,16 +151,3 @@ def _reason(exc: Exception) -> str:
     if isinstance(exc, OSError) and exc.errno is not None:
         return f"{os.strerror(exc.errno)} ({errno.errorcode.get(exc.errno, exc.errno)})"
     return str(exc)
-
-
-def _config(template: Checkpoint, recipe: Recipe, *, keep_code: bool) -> dict[str, Any]:
-    config = dict(template.config)
-    config.pop("torch_dtype", None)  # the older name of the same key
-    config["dtype"] = recipe.dtype
-    if not keep_code:
-        config.pop("auto_map", None)  # it names files that are not copied
-    return config
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

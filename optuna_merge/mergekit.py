@@ -16,7 +16,7 @@ from optuna_merge.errors import MethodError, RecipeError
 from optuna_merge.layers import find_layer_stack, group_name, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.choice import slerp_choice
-from optuna_merge.recipe import PASSTHROUGH, Dtype, GroupRecipe, ParameterSet, Recipe, Role
+from optuna_merge.recipe import PASSTHROUGH, Dtype, GroupRecipe, ParameterSet, Recipe, Role, split_reference
 
 KNOWN_ENDS = frozenset(
     """
@@ -49,7 +49,8 @@ def to_mergekit(
         names: The checkpoint's tensor names. Needed where the embedding or the head has a layer group of its own, or
             where mergekit does not know the architecture: their parameters are then written as filters.
         architecture: ``architectures[0]`` of the models' ``config.json``; None: one that mergekit knows.
-        references: Model reference of the recipe to how the file shall spell it; missing: as in the recipe.
+        references: Model reference of the recipe to how the file shall spell it, model and adapter apart; missing: as
+            in the recipe.
         comment: Lines above the YAML, without ``#``.
 
     Raises:
@@ -128,10 +129,16 @@ class _Speller:
         self._references = references
 
     def __call__(self, reference: str) -> str | dict[str, Any]:
-        spelled = self._references.get(reference, reference)
-        if spelled.startswith("/") and ("@" in spelled or "+" in spelled):
-            return {"model": {"path": spelled}}  # in a plain string they would begin a revision or an adapter
-        return spelled
+        model, adapter = (
+            None if part is None else self._references.get(part, part) for part in split_reference(reference)
+        )
+        assert model is not None
+        parts = [model] if adapter is None else [model, adapter]
+        if not any(part.startswith("/") and ("@" in part or "+" in part) for part in parts):
+            return "+".join(parts)
+        # in a plain string they would begin a revision or an adapter
+        written: list[Any] = [{"path": part} if part.startswith("/") else part for part in parts]
+        return dict(zip(("model", "lora"), written, strict=False))
 
 
 class _EndFilters:
@@ -377,8 +384,9 @@ def _read_setting(where: str, setting: Any) -> _Values:
 def _reference(value: Any, where: str, *, optional: bool = False) -> str | None:
     if value is None and optional:
         return None
-    if isinstance(value, dict) and isinstance(value.get("model"), dict) and set(value) == {"model"}:
-        value = value["model"].get("path")
+    if isinstance(value, dict) and "model" in value and value.keys() <= {"model", "lora"}:
+        parts = [part.get("path") if isinstance(part, dict) else part for part in value.values()]
+        value = "+".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else value
     if not isinstance(value, str):
         raise RecipeError(f"{where}: must be a model reference, got {value!r}")
     return value

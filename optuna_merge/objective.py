@@ -40,8 +40,8 @@ class StudyModels:
 
     Attributes:
         refs: Their resolved references, depth and the merged model's dtype.
-        spelling: Resolved reference to what a reader elsewhere should be told: a hub name as it was written, or the
-            absolute path of a folder.
+        spelling: Resolved reference, model and adapter apart, to what a reader elsewhere should be told: a hub name
+            as it was written, or the absolute path of a folder.
         checkpoints: Resolved reference to checkpoint, the base first.
     """
 
@@ -71,7 +71,8 @@ class StudyModels:
             dtype=config.dtype or _stored_dtype(first),
             tokenizer_source=_tokenizer_source(config, resolved, next(iter(checkpoints))),
         )
-        return cls(refs, {found.name: _spell(found) for found in resolved.values()}, checkpoints)
+        spelling = {name: written for found in resolved.values() for name, written in found.spellings.items()}
+        return cls(refs, spelling, checkpoints)
 
     @cached_property
     def contents(self) -> Mapping[str, str]:
@@ -469,7 +470,3 @@ def _stored_dtype(checkpoint: Checkpoint) -> Dtype:
         if dtype == most:
             return dtype
     raise CheckpointError(f"{checkpoint.reference}: dtype must be one of {', '.join(_DTYPES)}, got {most}")
-
-
-def _spell(found: ResolvedReference) -> str:
-    return found.name if found.is_local else found.reference

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,21 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 PASSTHROUGH = "passthrough"
 """The method of a recipe with one model and no arithmetic: how a source is scored as it stands."""
+
+_WITH_ADAPTER = re.compile(r"(?P<model>.+?)\+(?P<adapter>/.+|[^/@+]+(?:/[^/@+]+)?@[^/@+]+)")
+
+
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """A resolved model reference as model and adapter.
+
+    Args:
+        reference: An absolute path or ``org/name@commit``; or two of them, joined with ``+``.
+
+    Returns:
+        The reference and None, or both parts.
+    """
+    match = _WITH_ADAPTER.fullmatch(reference)
+    return (reference, None) if match is None else (match["model"], match["adapter"])
 
 
 @dataclass(frozen=True)

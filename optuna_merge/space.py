@@ -323,8 +323,11 @@ def model_labels(references: tuple[str, ...]) -> tuple[str, ...]:
     """Short, unique names for models: the last part of each reference, with what is before it where they clash.
 
     None is the name of another baseline.
+    Of a model with an adapter, the last part is the adapter.
+
     """
-    parts = [PurePosixPath(reference.replace("\\", "/").replace("@", "_")).parts or (".",) for reference in references]
+    paths = [reference.replace("\\", "/").replace("@", "_").replace("+", "/") for reference in references]
+    parts = [PurePosixPath(path).parts or (".",) for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["_".join(part.strip("/") for part in path[-length:]) for path in parts]
         if len(set(labels)) == len(labels) and _OTHER_BASELINES.isdisjoint(labels):

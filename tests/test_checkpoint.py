@@ -61,6 +61,31 @@ def test_counts_layers_of_any_decoder(tmp_path: Path, architecture: str) -> None
     assert Checkpoint.open(str(base)).n_layers == 2
 
 
+def test_model_and_adapter_are_two_references(tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(tiny[0]))
+    base, model = (str(path) for path in tiny)
+    mixed = resolve("org/name@v1+./model_0", tiny[0].parent)
+    assert (mixed.path, mixed.adapter.path) == (tiny[0], tiny[1])
+    assert mixed.name == f"org/name@base+{model}"
+    assert mixed.spellings == {"org/name@base": "org/name@v1", model: model}
+    local = resolve("base+org/lora", tiny[0].parent)
+    assert local.spellings == {base: base, "org/lora@base": "org/lora"}
+    with pytest.raises(CheckpointError, match=r"model './nowhere' must be an existing folder"):
+        resolve("base+./nowhere", tiny[0].parent)
+    with pytest.raises(
+        CheckpointError, match=r"model_0: adapter must hold adapter_config.json, found none in .*model_0"
+    ):
+        Checkpoint.open("base+model_0", tiny[0].parent)
+
+
+def test_a_folder_with_a_plus_is_a_folder(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    for name in ("a+b", "c+/d"):
+        (tmp_path / name).mkdir(parents=True)
+    assert resolve("a+b", tmp_path).adapter is None
+    with pytest.raises(CheckpointError, match="path must not read like a model with an adapter; rename the folder"):
+        resolve("c+/d", tmp_path)
+
+
 def test_shard_layout_changes_no_tensor(tmp_path: Path) -> None:
     whole, _ = write_tiny_models(tmp_path / "whole", 0)
     shards, _ = write_tiny_models(tmp_path / "shards", 0, max_shard_size="20KB")

@@ -21,8 +21,9 @@ PACKAGE = Path(optuna_merge.__file__).parent
 ARROWS = {
     "__init__": set(),
     "__main__": {"cli.app"},
+    "adapter": {"files"},
     "check": {"checkpoint", "config", "evaluation.engine", "objective", "sampler", "space", "vocabulary"},
-    "checkpoint": {"layers"},
+    "checkpoint": {"adapter", "files", "layers", "recipe"},
     "config": {"methods", "recipe"},
     "data": set(),
     "errors": set(),
@@ -34,6 +35,7 @@ ARROWS = {
     "evaluation.quiet": set(),
     "evaluation.tasks": {"evaluation.engine", "evaluation.quiet"},
     "export": {"checkpoint", "merge", "mergekit", "recipe"},
+    "files": set(),
     "holdout": {"evaluation.tasks", "objective", "report", "store"},
     "layers": {"recipe"},
     "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe", "vocabulary"},

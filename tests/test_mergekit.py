@@ -244,6 +244,29 @@ def test_a_path_with_signs_that_mergekit_splits_at(tmp_path: Path) -> None:
     assert from_mergekit(to_mergekit(recipe)) == recipe
 
 
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("/m+/a", "/m+/a"),
+        ("o/m@c0+/a", "o/m@v1+/a"),
+        ("/m+o/a@c1", "/m+o/a"),
+        ("/m@2+/a+b", {"model": {"path": "/m@2"}, "lora": {"path": "/a+b"}}),
+        ("o/m@c0+/a+b", {"model": "o/m@v1", "lora": {"path": "/a+b"}}),
+    ],
+)
+def test_a_model_with_an_adapter(source: str, written: Any) -> None:
+    from mergekit.common import ModelReference
+
+    recipe = make_recipe(("/base", source), "task_arithmetic", [(0.5,)])
+    text = to_mergekit(recipe, references={"o/m@c0": "o/m@v1", "o/a@c1": "o/a"})
+    slices = yaml.safe_load(text)["slices"]
+    assert slices[0]["sources"][0]["model"] == written
+    read = ModelReference.model_validate(written)
+    spelled = source.replace("c0", "v1").replace("@c1", "")
+    assert f"{read.model}+{read.lora}" == spelled
+    assert from_mergekit(text).models == (spelled,)
+
+
 def test_unknown_architecture_gives_the_head_its_own_values(models: Any, tmp_path: Path) -> None:
     """mergekit infers the layout of such a model and puts the head into the first slice."""
     import json

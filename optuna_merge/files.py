@@ -1,0 +1,133 @@
+"""The files of a model folder: JSON, and tensors in safetensors. Opens and maps them, and knows no names in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from optuna_merge.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_BLOCK_BYTES = 4096
+
+
+class TensorFiles:
+    """The tensors of some safetensors files, read when they are asked for.
+
+    Attributes:
+        reference: What messages call them.
+        files: As given.
+        names: Tensor names in the order of the files.
+    """
+
+    def __init__(self, files: Iterable[Path], reference: str) -> None:
+        """Open the files and read their headers.
+
+        Raises:
+            CheckpointError: If one is damaged or cut short.
+        """
+        self.reference = reference
+        self.files = tuple(files)
+        self._home: dict[str, Any] = {}  # name -> the open file that holds it
+        for file in self.files:
+            handle = _open(file)
+            self._home.update(dict.fromkeys(handle.offset_keys(), handle))
+        self.names: tuple[str, ...] = tuple(self._home)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the file's header.
+
+        Raises:
+            CheckpointError: If it is one that merging does not know, such as a quantized one.
+        """
+        code = self._slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise CheckpointError(
+                f"{self.reference}: dtype of {name} must be one of {', '.join(_DTYPES)}, got {code}; "
+                "merge the unquantized model"
+            )
+        return _DTYPES[code]
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, as a live map of the file: it costs no memory of its own and must never be written to."""
+        self._slice(name)
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 over each tensor's name, dtype, shape and three blocks of 4 KiB: its ends and its middle.
+
+        Cheap, and of small tensors complete. A change elsewhere in large tensors alone goes unseen; training changes
+        nearly every element.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.names):
+            digest.update(f"{name}\0{self._slice(name).get_dtype()}\0{self.shape(name)}\0".encode())
+            stored = self.get(name).reshape(-1).view(torch.uint8)
+            for start in sorted({0, (stored.numel() - _BLOCK_BYTES) // 2, stored.numel() - _BLOCK_BYTES}):
+                digest.update(stored[max(0, start) : max(0, start) + _BLOCK_BYTES].numpy().tobytes())
+        return digest.hexdigest()
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._home:
+            raise CheckpointError(f"{self.reference}: has no tensor named {name}")
+        return self._home[name].get_slice(name)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: If it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{file}: must be readable JSON, got {exc}; fetch the model again") from exc
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write an object as a JSON file."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")  # compares the header with the size of the file
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{file}: must be a whole safetensors file, got: {exc}; fetch it again") from exc
