@@ -18,12 +18,12 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
         Model soups, arXiv:2203.05482.
     """
     weights = inputs.per_model["weight"]
-    divisor = torch.tensor(weights, dtype=torch.float32).sum().item() if inputs.switches["normalize"] else None
+    divisor = torch.tensor(weights, dtype=torch.float32).sum().item() if inputs.switches["normalize"] else 1.0
     flat = out.view(-1)
     for chunk in inputs.chunks():
-        total = chunk.zeros("total")
-        for index, weight in enumerate(weights):
+        total = torch.mul(chunk.model(0), weights[0], out=chunk.scratch("total"))
+        for index, weight in enumerate(weights[1:], start=1):
             total.add_(chunk.model(index), alpha=weight)
-        if divisor is not None:
-            total /= divisor
+        if divisor != 1:
+            total /= divisor  # at the end: weights divided before give other bits, the more often the rounder they are
         flat[chunk.span] = total

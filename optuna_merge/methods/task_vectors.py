@@ -13,6 +13,7 @@ from optuna_merge.methods.rescale import Sparsifier
 Thin = Callable[[MergeInput, int], Sparsifier]
 """Makes the sparsifier of one source's tensor."""
 
+_SIGN_BIT = -(1 << 31)
 _NO_DIVISOR = 1e-8  # mergekit: a smaller sum of weights divides by 1 instead
 
 
@@ -53,20 +54,22 @@ def elect_task_vectors(inputs: MergeInput, out: Tensor, thin: Thin) -> None:
         weighted = []
         total = chunk.zeros("total")
         for index, weight in enumerate(weights):
+            # Products are rounded before they are added: opposite ones then cancel, and elect plus.
             sparse = sparsifiers[index](chunk, chunk.task_vector(index))
             weighted.append(torch.mul(sparse, weight, out=chunk.scratch(f"weighted_{index}")))
             total += weighted[index]
-        sign = torch.ge(total, 0, out=chunk.scratch("sign")).mul_(2).sub_(1)
-        total.zero_()
+        elected = total.view(torch.int32).bitwise_and_(_SIGN_BIT)  # where the sum was
+        agreeing = chunk.zeros("agreeing")
         divisor = chunk.zeros("divisor")
         for index, weight in enumerate(weights):
-            agreeing = weighted[index].mul_(sign).clamp_(min=0)
-            total += agreeing
+            weighted[index].view(torch.int32).bitwise_xor_(elected)
+            agreeing += weighted[index].clamp_(min=0)
             if inputs.switches["normalize"]:
-                divisor.add_(agreeing.sign_(), alpha=weight)
+                divisor.add_(weighted[index].sign_(), alpha=weight)
         if inputs.switches["normalize"]:
-            total /= divisor.add_(torch.eq(divisor, 0, out=chunk.scratch("no_divisor")))
-        flat[chunk.span] = _on_base(chunk, total.mul_(sign))
+            agreeing /= divisor.add_(torch.eq(divisor, 0, out=chunk.scratch("no_divisor")))
+        agreeing.view(torch.int32).bitwise_xor_(elected)
+        flat[chunk.span] = _on_base(chunk, agreeing)
 
 
 def _on_base(chunk: Chunk, total: Tensor) -> Tensor:
