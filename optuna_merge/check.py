@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 
-from optuna_merge.checkpoint import check_compatible
 from optuna_merge.config import StudyConfig
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.engine import Engine
 from optuna_merge.objective import StudyModels, build_scorer, make_describing_engine, make_sampler
 from optuna_merge.sampler import StableCmaEsSampler
 from optuna_merge.space import SearchSpace
-from optuna_merge.vocabulary import align
 
 _HIDDEN_COPIES = 12
 """Activations that live at once, in hidden widths of each token: attention, a gated feed-forward part and residuals."""
@@ -70,8 +68,6 @@ def check_study(config: StudyConfig) -> Check:
     if config.engine.backend == "vllm":
         raise EngineError("engine.backend must be hf, got vllm: the vLLM engine is not built yet")
     models = StudyModels.open(config)
-    check_compatible(list(models.checkpoints.values()), models.refs.tokenizer_source)
-    align(models.checkpoints, models.refs.tokenizer_source)
     engine = make_describing_engine(config, models)
     tasks = build_scorer(config, engine).describe()
     space = SearchSpace(config, models.refs)

@@ -271,13 +271,69 @@ class Checkpoint:
                     f"{self.reference}: shape of {name} must match the model {list(own)}, got {list(replaced)}; "
                     "is it an adapter of this model?"
                 )
-            self.config = with_vocab_size(self.config, replaced[0])
+            self.config = restated(self.config, vocab_size=replaced[0])
             if any((adapter.path / file).is_file() for file in TOKENIZER_FILES):
                 self.tokenizer_path = adapter.path
 
     def _count_layers(self) -> int:
         stack = self.layer_stack
         return len({name[len(stack) :].split(".")[0] for name in self.names if name.startswith(stack)})
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint as a merge shall see it: what a subclass does not override is the checkpoint's own."""
+
+    def __init__(self, checkpoint: Checkpoint, **changes: Any) -> None:
+        """Look at a checkpoint.
+
+        Args:
+            checkpoint: Or another view of one.
+            **changes: What its ``config.json`` shall say instead.
+        """
+        self._inner = checkpoint
+        self.path = checkpoint.path
+        self.reference = checkpoint.reference
+        self.files = checkpoint.files
+        self.names = checkpoint.names
+        self.tokenizer_path = checkpoint.tokenizer_path
+        self.config = restated(checkpoint.config, **changes) if changes else checkpoint.config
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._inner
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return self._inner.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the file's header."""
+        return self._inner.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor; must never be written to."""
+        return self._inner.get(name)
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token to id, added tokens included; None if the folder holds no tokenizer."""
+        return self._inner.vocabulary()
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the files of the tokenizer into an existing folder."""
+        self._inner.write_tokenizer(folder)
+
+    def content_digest(self) -> str:
+        """Of the checkpoint itself."""
+        return self._inner.content_digest()
+
+    @property
+    def weights_digest(self) -> str:
+        """Of the checkpoint itself."""
+        return self._inner.weights_digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return self._inner.nbytes
 
 
 def compare(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = None) -> list[str]:
@@ -314,11 +370,17 @@ def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | 
         raise CheckpointError("\n".join(problems[:_N_SHOWN] + more))
 
 
-def with_vocab_size(config: Mapping[str, Any], n_rows: int) -> dict[str, Any]:
-    """A ``config.json`` that states another number of embedding rows."""
+def restated(config: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """A ``config.json`` with other values, also where it describes the text model of several in one."""
+    changed = {**config, **values}
     if isinstance(config.get("text_config"), Mapping):
-        return {**config, "text_config": {**config["text_config"], "vocab_size": n_rows}}
-    return {**config, "vocab_size": n_rows}
+        changed["text_config"] = {**config["text_config"], **values}
+    return changed
+
+
+def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """The names of the tensors that all checkpoints have, in the order of the first."""
+    return tuple(name for name in checkpoints[0].names if all(name in checkpoint for checkpoint in checkpoints))
 
 
 def write_checkpoint(

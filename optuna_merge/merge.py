@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optuna_merge.checkpoint import Checkpoint, ResolvedReference, check_compatible
+from optuna_merge.checkpoint import Checkpoint, ResolvedReference, common_names
 from optuna_merge.errors import MergeError
 from optuna_merge.layers import Place, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
-from optuna_merge.vocabulary import align
+from optuna_merge.vocabulary import unify
 
 Destination = Callable[[str], Tensor | None]
 """Tensor name to the memory that its merged tensor is written into, or None for a new tensor."""
@@ -51,14 +51,13 @@ class Merger:
             checkpoints: Reference to checkpoint; the first is the one that the others are compared with, and whose
                 tensor order the stream has: the base, if there is one.
             device: ``cpu``, ``cuda`` or ``cuda:<i>``.
-            tokenizer_source: ``base`` (the first), or a key of ``checkpoints``; None: all have one vocabulary.
+            tokenizer_source: ``base`` (the first), ``union``, or a key of ``checkpoints``; None: they agree already.
             chunk_elements: Elements merged at a time; None: by device.
 
         Raises:
             CheckpointError: If they differ in names, shapes, architecture or vocabulary.
         """
-        check_compatible(list(checkpoints.values()), tokenizer_source)
-        self.checkpoints = align(checkpoints, tokenizer_source)
+        self.checkpoints = unify(checkpoints, tokenizer_source)
         self.device = torch.device(device)
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
         self._buffers: dict[str, Tensor] = {}
@@ -86,7 +85,7 @@ class Merger:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the merged tensors, in the order of the stream."""
-        return tuple(name for name in self._first.names if all(name in c for c in self.checkpoints.values()))
+        return common_names(list(self.checkpoints.values()))
 
     def merge(self, recipe: Recipe, out: Destination | None = None) -> Iterator[tuple[str, Tensor]]:
         """Merge one tensor after the other.
@@ -114,10 +113,6 @@ class Merger:
         if recipe.tokenizer_source in self.checkpoints:
             return self.checkpoints[recipe.tokenizer_source]
         return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]
-
-    @property
-    def _first(self) -> Checkpoint:
-        return next(iter(self.checkpoints.values()))
 
     def _merge_tensor(self, plan: _Plan, name: str, destination: Tensor | None) -> Tensor:
         template = plan.template

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import store
-from optuna_merge.checkpoint import Checkpoint, ResolvedReference, resolve
+from optuna_merge.checkpoint import Checkpoint, ResolvedReference, common_names, resolve
 from optuna_merge.config import StudyConfig, TaskConfig, load_study
 from optuna_merge.errors import CheckpointError, EngineError, NonFiniteMergeError, StudyError
 from optuna_merge.evaluation.engine import Engine
@@ -30,6 +32,7 @@ from optuna_merge.mergekit import to_mergekit
 from optuna_merge.recipe import Dtype, Recipe
 from optuna_merge.sampler import PAIRED_ESTIMATE, StableCmaEsSampler, StableRandomSampler
 from optuna_merge.space import ModelRefs, SearchSpace
+from optuna_merge.vocabulary import unify
 
 _DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 
@@ -90,11 +93,37 @@ class StudyModels:
     @property
     def template(self) -> Checkpoint:
         """The checkpoint whose configuration and tokenizer the merged model has."""
-        return self.checkpoints[self.refs.tokenizer_source or next(iter(self.checkpoints))]
+        first = next(iter(self.views))
+        return self.views.get(self.refs.tokenizer_source or first, self.views[first])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the merged model's tensors."""
+        return common_names(list(self.views.values()))
+
+    @contextmanager
+    def described(self) -> Iterator[Path]:
+        """A folder with the merged model's configuration and tokenizer, for as long as it is needed."""
+        if self.template.is_as_stored:
+            yield self.template.path
+            return
+        with TemporaryDirectory(prefix="optuna-merge-") as folder:
+            self.template.write_description(Path(folder), self.refs.dtype, copy_code=True)
+            yield Path(folder)
 
 
 class MergeObjective:
+            tokenizer_source=self.contents.get(recipe.tokenizer_source or "", recipe.tokenizer_source),
     """Scores the merge that a trial asks for.
+
+    @cached_property
+    def views(self) -> Mapping[str, Checkpoint]:
+        """Resolved reference to its checkpoint as the merge sees it: in one vocabulary, with the same tensors.
+
+        Raises:
+            CheckpointError: If the models do not go together.
+        """
+        return unify(self.checkpoints, self.refs.tokenizer_source)
 
     Calling it with a trial returns the objective value, to be maximised; NaN if the merge has a NaN or infinity, which
     makes Optuna fail the trial and go on. It raises ``optuna.TrialPruned`` when the study's pruner says so.
@@ -143,11 +172,8 @@ class MergeObjective:
             raise EngineError("engine.backend must be hf, got vllm; the vLLM engine is not built yet")
         models = StudyModels.open(config)
         engine = make_engine(config, models)
-        merger = Merger(
-            models.checkpoints,
-            device=engine.device if config.engine.merge_device == "auto" else config.engine.merge_device,
-            tokenizer_source=models.refs.tokenizer_source,
-        )
+        device = engine.device if config.engine.merge_device == "auto" else config.engine.merge_device
+        merger = Merger(models.views, device=device, tokenizer_source=models.refs.tokenizer_source)
         return cls(config, models, merger, engine, build_scorer(config, engine))
 
     def __call__(self, trial: optuna.Trial) -> float:
@@ -349,13 +375,15 @@ def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
     from optuna_merge.evaluation.hf import HFEngine
 
     size = config.engine.batch_size
-    return HFEngine(
-        models.template.path,
-        dtype=models.refs.dtype,
-        device=config.engine.device,
-        batch_tokens="auto" if size == "auto" else size * _longest_sequence(config, models),
-        trust_remote_code=config.engine.trust_remote_code,
-    )
+    with models.described() as folder:
+        return HFEngine(
+            folder,
+            dtype=models.refs.dtype,
+            device=config.engine.device,
+            batch_tokens="auto" if size == "auto" else size * _longest_sequence(config, models),
+            names=models.names,
+            trust_remote_code=config.engine.trust_remote_code,
+        )
 
 
 def make_describing_engine(config: StudyConfig, models: StudyModels) -> Engine:
@@ -363,7 +391,8 @@ def make_describing_engine(config: StudyConfig, models: StudyModels) -> Engine:
     from optuna_merge.evaluation.hf import HFEngine
 
     trust = config.engine.trust_remote_code
-    return HFEngine.tokenizer_only(models.template.path, dtype=models.refs.dtype, trust_remote_code=trust)
+    with models.described() as folder:
+        return HFEngine.tokenizer_only(folder, dtype=models.refs.dtype, trust_remote_code=trust)
 
 
 def _longest_sequence(config: StudyConfig, models: StudyModels) -> int:

@@ -22,7 +22,7 @@ ARROWS = {
     "__init__": set(),
     "__main__": {"cli.app"},
     "adapter": {"files"},
-    "check": {"checkpoint", "config", "evaluation.engine", "objective", "sampler", "space", "vocabulary"},
+    "check": {"config", "evaluation.engine", "objective", "sampler", "space"},
     "checkpoint": {"adapter", "files", "layers", "recipe"},
     "config": {"methods", "recipe"},
     "data": set(),
@@ -53,6 +53,7 @@ ARROWS = {
         "sampler",
         "space",
         "store",
+        "vocabulary",
     },
     "recipe": set(),
     "report": {"config", "store"},
@@ -173,8 +174,9 @@ def test_evaluation_knows_nothing_of_optuna() -> None:
 
 
 def test_only_the_engines_know_their_libraries() -> None:
-    # checkpoint reads tokenizers; testing makes tiny checkpoints.
-    assert importers("transformers") == {"checkpoint", "evaluation.hf", "evaluation.hf_weights", "testing"}
+    # checkpoint and vocabulary read tokenizers; testing makes tiny checkpoints.
+    users = {"checkpoint", "evaluation.hf", "evaluation.hf_weights", "testing", "vocabulary"}
+    assert importers("transformers") == users
     assert importers("vllm") <= {"evaluation.vllm"}
     assert {module for module in importers("lm_eval") if not module.startswith("evaluation.")} == {"data"}
     assert importers("mergekit") == set()

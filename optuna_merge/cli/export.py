@@ -59,7 +59,7 @@ def export(
     folder = export(
         recipe,
         out,
-        merger=Merger(models.checkpoints, tokenizer_source=models.refs.tokenizer_source),
+        merger=Merger(models.views, tokenizer_source=models.refs.tokenizer_source),
         references=models.spelling,
         comment=[f"study {study.study_name}, trial {chosen.number}, score {chosen.value}"],
         results=markdown_table(summarize(study, config)),

@@ -98,16 +98,18 @@ class HFEngine:
         dtype: Dtype = "float32",
         device: str = "auto",
         batch_tokens: int | Literal["auto"] = "auto",
+        names: Iterable[str] | None = None,
         trust_remote_code: bool = False,
         attention: str | None = None,
     ) -> None:
-        """Build model and tokenizer from a checkpoint folder; reads no weights.
+        """Build model and tokenizer from a checkpoint folder; reads no weights, and needs the folder no longer.
 
         Args:
-            path: Folder with ``config.json`` and tokenizer; the names of its tensors are those that will be loaded.
+            path: Folder with ``config.json`` and tokenizer.
             dtype: Of the resident weights.
             device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:<i>``, or ``meta`` to hold no weights.
             batch_tokens: Padded tokens of one forward pass, about; at least 1.
+            names: Of the tensors that will be loaded; None: those of the weights in the folder.
             trust_remote_code: Run model code that the folder brings.
             attention: An attention implementation of transformers; None lets it choose.
 
@@ -122,6 +124,7 @@ class HFEngine:
             folder,
             dtype=getattr(torch, dtype),
             device=target,
+            names=names,
             trust_remote_code=trust_remote_code,
             attention=attention,
         )

@@ -56,15 +56,24 @@ class ResidentModel:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        names: Iterable[str] | None = None,
         trust_remote_code: bool = False,
         attention: str | None = None,
     ) -> None:
         """Build the model from a folder's ``config.json``; its weights are not read.
 
+        Args:
+            path: The folder.
+            dtype: Of the model.
+            device: Where it lives.
+            names: Of the tensors that will be loaded; None: those of the weights in the folder.
+            trust_remote_code: Run model code that the folder brings.
+            attention: An attention implementation of transformers; None lets it choose.
+
         Raises:
             EngineError: If transformers cannot build it.
         """
-        stored = _stored_names(path)
+        stored = _stored_names(path) if names is None else list(names)
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         if attention is not None:
             options["attn_implementation"] = attention

@@ -116,3 +116,14 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     (base / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(EngineError, match="the names of its tensors cannot be read"):
         resident(base)
+
+
+def test_a_head_among_the_names_breaks_a_tie(tmp_path: Path) -> None:
+    base, _ = write_tiny_models(tmp_path, 0, "qwen2", tied=True)
+    weights = stored(base)
+    names = [*weights, "lm_head.weight"]
+    model = ResidentModel(base, dtype=torch.float32, device=torch.device("cpu"), names=names)
+    model.load([*weights.items(), ("lm_head.weight", torch.ones(320, 16))])
+    assert torch.equal(model.resident("lm_head.weight"), torch.ones(320, 16))  # type: ignore[arg-type]
+    embedding = model.resident("model.embed_tokens.weight")
+    assert torch.equal(embedding, weights["model.embed_tokens.weight"])  # type: ignore[arg-type]
