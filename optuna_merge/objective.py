@@ -88,7 +88,17 @@ class StudyModels:
             recipe,
             models=tuple(self.contents[model] for model in recipe.models),
             base_model=None if recipe.base_model is None else self.contents[recipe.base_model],
+            tokenizer_source=self.contents.get(recipe.tokenizer_source or "", recipe.tokenizer_source),
         ).digest()
+
+    @cached_property
+    def views(self) -> Mapping[str, Checkpoint]:
+        """Resolved reference to its checkpoint as the merge sees it: in one vocabulary, with the same tensors.
+
+        Raises:
+            CheckpointError: If the models do not go together.
+        """
+        return unify(self.checkpoints, self.refs.tokenizer_source)
 
     @property
     def template(self) -> Checkpoint:
@@ -113,17 +123,7 @@ class StudyModels:
 
 
 class MergeObjective:
-            tokenizer_source=self.contents.get(recipe.tokenizer_source or "", recipe.tokenizer_source),
     """Scores the merge that a trial asks for.
-
-    @cached_property
-    def views(self) -> Mapping[str, Checkpoint]:
-        """Resolved reference to its checkpoint as the merge sees it: in one vocabulary, with the same tensors.
-
-        Raises:
-            CheckpointError: If the models do not go together.
-        """
-        return unify(self.checkpoints, self.refs.tokenizer_source)
 
     Calling it with a trial returns the objective value, to be maximised; NaN if the merge has a NaN or infinity, which
     makes Optuna fail the trial and go on. It raises ``optuna.TrialPruned`` when the study's pruner says so.

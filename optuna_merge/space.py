@@ -322,9 +322,9 @@ class SearchSpace:
 def model_labels(references: tuple[str, ...]) -> tuple[str, ...]:
     """Short, unique names for models: the last part of each reference, with what is before it where they clash.
 
-    None is the name of another baseline.
     Of a model with an adapter, the last part is the adapter.
 
+    None is the name of another baseline.
     """
     paths = [reference.replace("\\", "/").replace("@", "_").replace("+", "/") for reference in references]
     parts = [PurePosixPath(path).parts or (".",) for path in paths]
