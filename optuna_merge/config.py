@@ -35,6 +35,15 @@ KNOWN_BENCHMARKS = tuple(
 )
 """Benchmarks whose own tasks are no objective: a merge searched on them has been fitted to the test."""
 
+PRUNER_OPTIONS = {
+    "wilcoxon": ("p_threshold", "n_startup_steps"),
+    "median": ("n_startup_trials", "n_warmup_steps"),
+    "hyperband": ("min_resource", "reduction_factor"),
+    "successive_halving": ("min_resource", "reduction_factor"),
+    "none": (),
+}
+"""Pruner to the options that it has."""
+
 _List = Strict(False)  # a YAML list is a Python list; the frozen config holds tuples
 
 
@@ -92,6 +101,7 @@ class GenomeConfig(_Section):
         layer_granularity: Layers in a layer group; 0: one group. Need not divide the depth.
         allow_negative_weights: Lets the default range of ``weight`` go below 0.
         normalize: Divide by the sum of weights; None: the method's default.
+        rescale: Make up for the entries that a sparsifying method drops; None: the method's default.
         smooth: Interpolate the groups' values across depth instead of stepping.
         filters: Parts of tensor names; each gets parameters of its own, the remaining tensors too.
     """
@@ -103,6 +113,7 @@ class GenomeConfig(_Section):
     layer_granularity: int = Field(0, ge=0)
     allow_negative_weights: bool = False
     normalize: bool | None = None
+    rescale: bool | None = None
     smooth: bool = False
     filters: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _List] = ()
 
@@ -150,20 +161,35 @@ class SamplerConfig(_Section):
 class PrunerConfig(_Section):
     """Which Optuna pruner ends a trial before all documents are scored.
 
+    The options are Optuna's own; what is left out has Optuna's default, except as noted.
+
     Attributes:
-        name: ``wilcoxon`` or ``none``.
-        p_threshold: For ``wilcoxon``: a trial is stopped when it is worse than the best one at this level.
-        n_startup_steps: Chunks that every trial is scored on.
+        name: ``wilcoxon``, ``median``, ``hyperband``, ``successive_halving`` or ``none``.
+        p_threshold: Of ``wilcoxon``: a trial is stopped when it is worse than the best one at this level.
+        n_startup_steps: Of ``wilcoxon``: chunks that every trial is scored on; 4.
+        n_startup_trials: Of ``median``: trials that are not pruned.
+        n_warmup_steps: Of ``median``: chunks that every trial is scored on; 4.
+        min_resource: Of ``hyperband`` and ``successive_halving``: chunks before the first comparison; 4.
+        reduction_factor: Of ``hyperband`` and ``successive_halving``: one of this many trials goes on.
     """
 
-    name: Literal["wilcoxon", "none"] = "wilcoxon"
-    p_threshold: float = Field(0.1, gt=0, lt=1)
-    n_startup_steps: int = Field(4, ge=0)
+    name: Literal["wilcoxon", "median", "hyperband", "successive_halving", "none"] = "wilcoxon"
+    p_threshold: float | None = Field(None, gt=0, lt=1)
+    n_startup_steps: int | None = Field(None, ge=0)
+    n_startup_trials: int | None = Field(None, ge=0)
+    n_warmup_steps: int | None = Field(None, ge=0)
+    min_resource: int | None = Field(None, ge=1)
+    reduction_factor: int | None = Field(None, ge=2)
 
     @model_validator(mode="before")
     @classmethod
     def _name_only(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given of the named pruner's options."""
+        return {name: value for name, value in self.model_dump(exclude={"name"}).items() if value is not None}
 
 
 class StudyOptions(_Section):
@@ -231,20 +257,27 @@ class EngineConfig(_Section):
 
 
 class PriorConfig(_Section):
-    """First standard deviations of the weights, in units of weight.
+    """First standard deviations of the weights.
 
-    The first step of CMA-ES is drawn from the sum of three parts: one common to all weights, one for each model,
-    one for each single weight.
+    ``structured``: the first step of CMA-ES is drawn from the sum of three parts, in units of weight: one common to
+    all weights, one for each model, one for each single weight. ``isotropic``: independent, a sixth of each range.
 
     Attributes:
+        name: ``structured`` or ``isotropic``.
         common: Of the part that all weights share.
         model: Of the part that the weights of one model share.
         weight: Of each weight's own part; not 0, which would leave directions that are never searched.
     """
 
+    name: Literal["structured", "isotropic"] = "structured"
     common: float = Field(0.2, ge=0, le=10)
     model: float = Field(0.15, ge=0, le=10)
     weight: float = Field(0.12, ge=0.001, le=10)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_only(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class SearchConfig(_Section):
@@ -464,7 +497,7 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> list[str]:
         inner = data.get(key)
         if inner is None:
             inner = {}
-        elif isinstance(inner, str) and key in ("sampler", "pruner"):  # their short form
+        elif isinstance(inner, str) and key in ("sampler", "pruner", "prior"):  # their short form
             inner = {"name": inner}
         elif not isinstance(inner, dict):
             rule, fix = _RULES["model_type"]
@@ -608,6 +641,7 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
         where = f"genome.filters[{genome.filters.index('rest')}]"
         yield f"{where} must be another part of a tensor name, got 'rest'; in parameter names it means what is left"
     yield from _task_problems(config)
+    yield from _search_problems(config)
     try:
         method = config.method
     except MethodError as exc:
@@ -624,14 +658,16 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
             f"genome.tokenizer_source must be base, union or one of the models, got {genome.tokenizer_source!r};"
             " spell it as in genome.models"
         )
-    least, most = method.n_models
+    has_base = genome.base_model is not None
+    least, most = method.n_models_for(has_base)
     n_models = len(config.sources)
     if n_models < least or (most is not None and n_models > most):
         wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
         yield f"genome.models must name {wanted} models for {method.name}, got {n_models}; add or remove some"
-    if genome.normalize is not None and "normalize" not in dict(method.switches):
-        yield f"genome.normalize must be absent for {method.name}, got {genome.normalize}; remove it"
-    known = {parameter.name: parameter for parameter in method.parameters}
+    for switch, is_on in (("normalize", genome.normalize), ("rescale", genome.rescale)):
+        if is_on is not None and switch not in dict(method.switches):
+            yield f"genome.{switch} must be absent for {method.name}, got {is_on}; remove it"
+    known = {parameter.name: parameter for parameter in method.parameters_for(has_base)}
     for name, interval in config.search.ranges.items():
         parameter = known.get(name)
         if parameter is None:
@@ -647,6 +683,24 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
         if name == "weight" and interval.low < 0 and not genome.allow_negative_weights:
             fix = "raise it or set genome.allow_negative_weights: true"
             yield f"search.weight.low must be at least 0, got {interval.low:g}; {fix}"
+
+
+def _search_problems(config: StudyConfig) -> Iterator[str]:
+    """Options of another pruner or prior than the one that is named."""
+    pruner, prior = config.study.pruner, config.search.prior
+    for option in pruner.options:
+        owners = [name for name, options in PRUNER_OPTIONS.items() if option in options]
+        if pruner.name not in owners:
+            yield (
+                f"study.pruner.{option} must be absent for {pruner.name}, got {_short(pruner.options[option])};"
+                f" it belongs to {' and '.join(owners)}"
+            )
+    if prior.name == "isotropic":
+        for part in sorted(prior.model_fields_set - {"name"}):
+            yield (
+                f"search.prior.{part} must be absent for isotropic, got {_short(getattr(prior, part))};"
+                " it belongs to structured"
+            )
 
 
 def _task_problems(config: StudyConfig) -> Iterator[str]:

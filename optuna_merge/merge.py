@@ -191,7 +191,7 @@ def _no_function(inputs: MergeInput, out: Tensor) -> None:
 def _check_models(method: MergeMethod, recipe: Recipe) -> None:
     if method.base == "required" and recipe.base_model is None:
         raise MergeError(f"recipe: {method.name} must have a base_model, got none")
-    least, greatest = method.n_models
+    least, greatest = method.n_models_for(recipe.base_model is not None)
     n_models = len([model for model in recipe.models if model != recipe.base_model or method.base != "required"])
     if n_models < least or (greatest is not None and n_models > greatest):
         rule = f"at least {least}" if greatest is None else f"{least} to {greatest}"

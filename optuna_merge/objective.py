@@ -29,11 +29,19 @@ from optuna_merge.evaluation.engine import Engine
 from optuna_merge.evaluation.tasks import ChunkResult, EvalTask, Score, Scorer
 from optuna_merge.merge import Merger
 from optuna_merge.mergekit import to_mergekit
+from optuna_merge.pruner import SignedRankPruner
 from optuna_merge.recipe import Dtype, Recipe
 from optuna_merge.sampler import PAIRED_ESTIMATE, StableCmaEsSampler, StableRandomSampler
 from optuna_merge.space import ModelRefs, SearchSpace
 from optuna_merge.vocabulary import unify
 
+_PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
+    "wilcoxon": SignedRankPruner,
+    "median": optuna.pruners.MedianPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+    "none": optuna.pruners.NopPruner,
+}
 _DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 
 
@@ -267,6 +275,7 @@ class MergeObjective:
             "genome.layer_granularity": genome.layer_granularity,
             "genome.filters": list(genome.filters),
             "genome.normalize": genome.normalize,
+            "genome.rescale": genome.rescale,
             "genome.smooth": genome.smooth,
             "genome.tokenizer_source": genome.tokenizer_source,
             "search.embed_group": config.search.embed_group,
@@ -440,14 +449,8 @@ def make_sampler(config: StudyConfig, space: SearchSpace) -> optuna.samplers.Bas
 
 def make_pruner(config: StudyConfig) -> optuna.pruners.BasePruner:
     """The pruner that a study file asks for."""
-    options = config.study.pruner
-    if options.name == "none":
-        return optuna.pruners.NopPruner()
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.pruners.WilcoxonPruner(p_threshold=options.p_threshold, n_startup_steps=options.n_startup_steps)
+    name, options = config.study.pruner.name, config.study.pruner.options
+    return _PRUNERS[name](**options)
 
 
 def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]:

@@ -117,6 +117,8 @@ class StableCmaEsSampler(CmaEsSampler):
         """Draw a point, from a random state of this trial's own."""
         if "fixed_params" in trial.system_attrs:
             return {}
+        # HyperbandPruner shows each trial its bracket alone; what the others scored is worth as much
+        study = getattr(study, "_study", study)
         key = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]
         self._cma_rng = LazyRandomState(int(key))
         self._study = study

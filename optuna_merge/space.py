@@ -88,6 +88,7 @@ class SearchSpace:
         self._config = config
         self._models = models
         self.labels = model_labels(config.sources)
+        self._parameters = config.method.parameters_for(has_base=models.base is not None)
         self._step_groups = self._make_groups()
         self._slots = dict(sorted(self._make_slots().items()))
         self.distributions = {
@@ -123,8 +124,8 @@ class SearchSpace:
         if genome.smooth:
             groups = self._interpolate(groups)
         options: dict[str, bool | float | str] = dict(self._config.method.switches)
-        if genome.normalize is not None:
-            options["normalize"] = genome.normalize
+        given = {"normalize": genome.normalize, "rescale": genome.rescale}
+        options |= {switch: value for switch, value in given.items() if value is not None}
         return Recipe(
             method=genome.merge_method,
             models=self._models.sources,
@@ -205,13 +206,13 @@ class SearchSpace:
         Returns:
             Shape ``[n_dimensions, n_dimensions]``, in the order of ``distributions``, positive definite. Weights
             share a common part and a part for each model (``search.prior``); any other parameter is independent
-            with a sixth of its range. With ``sampler.sigma0`` all are independent with that fraction.
+            with a sixth of its range. With the isotropic prior all are, and with ``sampler.sigma0`` with that
+            fraction.
         """
         slots = [self._slots[name] for name in self.distributions]
-        sigma0 = self._config.study.sampler.sigma0
-        if sigma0 is not None:
-            return np.eye(len(slots)) * sigma0**2
-        prior = self._config.search.prior
+        sigma0, prior = self._config.study.sampler.sigma0, self._config.search.prior
+        if sigma0 is not None or prior.name == "isotropic":
+            return np.eye(len(slots)) * (sigma0 or _ISOTROPIC_SIGMA) ** 2
         is_weight = np.array([slot.parameter.name == "weight" for slot in slots])
         model = np.array([-1 if slot.model is None else slot.model for slot in slots])
         width = np.array([slot.interval.high - slot.interval.low for slot in slots])
@@ -249,7 +250,7 @@ class SearchSpace:
     def _make_slots(self) -> dict[str, _Slot]:
         slots = {}
         for group in self._step_groups:
-            for parameter in self._config.method.parameters:
+            for parameter in self._parameters:
                 interval = self._interval(parameter)
                 models = range(len(self.labels)) if parameter.per_model else (None,)
                 for model in models:
@@ -288,7 +289,7 @@ class SearchSpace:
         for tensor_filter in self._filters_of(group):
             shared: dict[str, float] = {}
             per_model: dict[str, tuple[float, ...]] = {}
-            for parameter in self._config.method.parameters:
+            for parameter in self._parameters:
                 if parameter.per_model:
                     per_model[parameter.name] = tuple(
                         values[self._name(group, model, tensor_filter, parameter.name)]

@@ -205,7 +205,10 @@ ADDED = {
     "study: {sampler: {popsiz: 8}}": (
         ":7: study.sampler.popsiz must be a known key, got 'popsiz'; did you mean 'popsize'?"
     ),
-    "study: {pruner: median}": ":7: study.pruner.name must be 'wilcoxon' or 'none', got 'median'; choose one of them",
+    "study: {pruner: medain}": (
+        ":7: study.pruner.name must be 'wilcoxon', 'median', 'hyperband', 'successive_halving' or 'none', got 'medain';"
+        " choose one of them"
+    ),
     "study: {pruner: {p_threshold: 1}}": ":7: study.pruner.p_threshold must be less than 1.0, got 1; lower it",
     "study: {pruner: {p_treshold: 0.2}}": (
         ":7: study.pruner.p_treshold must be a known key, got 'p_treshold'; did you mean 'p_threshold'?"

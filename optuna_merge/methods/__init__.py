@@ -59,6 +59,7 @@ class MergeMethod:
         parameters: The numbers it takes.
         base: Whether it needs a base model, takes one, or has no use for it.
         n_models: Least and greatest number of models besides the base; None: no limit.
+        n_models_with_base: The same where a base is given, if that differs.
         switches: Options that are on or off, with their defaults, such as ``normalize``.
         is_random: Whether it draws masks, which ``Recipe.seed`` fixes.
     """
@@ -70,8 +71,17 @@ class MergeMethod:
     parameters: tuple[MethodParameter, ...]
     base: BaseUse
     n_models: tuple[int, int | None] = (1, None)
+    n_models_with_base: tuple[int, int | None] | None = None
     switches: tuple[tuple[str, bool], ...] = ()
     is_random: bool = False
+
+    def parameters_for(self, has_base: bool) -> tuple[MethodParameter, ...]:
+        """The parameters that mean something with, or without, a base."""
+        return tuple(p for p in self.parameters if p.with_base is None or p.with_base == has_base)
+
+    def n_models_for(self, has_base: bool) -> tuple[int, int | None]:
+        """Least and greatest number of models besides the base, with a base or without."""
+        return self.n_models_with_base or self.n_models if has_base else self.n_models
 
     def load(self) -> MergeFunction:
         """Import the tensor function."""
@@ -187,6 +197,8 @@ METHODS: dict[str, MergeMethod] = {
                 MethodParameter("t", "from the base to the model", 0.5, 0.0, 1.0, (0.0, 1.0), False, with_base=True),
             ),
             base="optional",
+            n_models=(2, None),
+            n_models_with_base=(1, 1),
         ),
         MergeMethod(
             name="nuslerp",

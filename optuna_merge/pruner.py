@@ -1,0 +1,74 @@
+"""When a trial has shown enough: the signed-rank test against the best trial.
+
+Intermediate values are the scores of single chunks; step is the number of the chunk, the same documents for every trial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import optuna
+from optuna.pruners import BasePruner
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+
+_DIGITS = 12
+
+
+class SignedRankPruner(BasePruner):
+    """Stops a trial that is worse than the best one on the chunks that both were scored on.
+
+    Departures from ``optuna.pruners.WilcoxonPruner``:
+
+    - the p-value is exact for any number of chunks, ties and zeros included, and costs less than a millisecond. Scipy's
+      tries every combination of signs one by one where there are ties, as there are between accuracies: 0.2 s on
+      average in a study of 20 chunks, more than it takes to score a chunk of a small model;
+    - only the shared chunks count. Optuna's also keeps a trial whose mean so far is above the best trial's mean over
+      all chunks, as it is when the first ones are easy.
+
+    Args:
+        p_threshold: One-sided level, in (0, 1).
+        n_startup_steps: Chunks before the first comparison; at least 2.
+    """
+
+    def __init__(self, *, p_threshold: float = 0.1, n_startup_steps: int = 4) -> None:
+        self._p_threshold = p_threshold
+        self._n_startup_steps = max(2, n_startup_steps)
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether the test says that the trial is worse."""
+        try:
+            best = study.best_trial.intermediate_values
+        except ValueError:
+            return False
+        ahead = [value - best[step] for step, value in trial.intermediate_values.items() if step in best]
+        if len(ahead) < self._n_startup_steps or not all(map(math.isfinite, ahead)):
+            return False
+        if study.direction == StudyDirection.MINIMIZE:
+            ahead = [-difference for difference in ahead]
+        return signed_rank_p(ahead) < self._p_threshold
+
+
+def signed_rank_p(differences: Sequence[float]) -> float:
+    """One-sided p-value of the Wilcoxon signed-rank test that differences tend to be below 0.
+
+    The exact distribution of the rank sum over all combinations of signs, given the ranks. Zeros are ranked and count
+    half for either side (``zsplit``); equal sizes, up to 12 digits, share the mean of their ranks.
+
+    Args:
+        differences: At least one, finite.
+
+    Returns:
+        In (0, 1]; 1 if all are 0.
+    """
+    signed = np.round(differences, _DIGITS)
+    size = np.abs(signed)
+    # doubled, so that shared ranks are whole numbers
+    ranks = 2 * (size < size[:, None]).sum(axis=1) + (size == size[:, None]).sum(axis=1) + 1
+    n_combinations = np.ones(1)  # by doubled sum of the ranks above 0
+    for rank in ranks[signed != 0]:
+        n_combinations = np.pad(n_combinations, (0, rank)) + np.pad(n_combinations, (rank, 0))
+    observed = ranks[signed > 0].sum()
+    return float(n_combinations[: observed + 1].sum() / n_combinations.sum())
