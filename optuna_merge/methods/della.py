@@ -12,7 +12,7 @@ from optuna_merge.methods.rescale import Sparsifier
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
 
 _FRACTION_BITS = 4  # of the magnitude, that tell bins apart: 16 bins in an octave
-_N_BINS = 512  # 32 octaves below the largest magnitude of a row; what is smaller is in the last
+_N_BINS = 256  # 16 octaves below the largest magnitude of a row; what is smaller is in the last
 
 
 def della_linear(inputs: MergeInput, out: Tensor) -> None:
@@ -58,8 +58,7 @@ def magprune(inputs: MergeInput, index: int) -> Sparsifier:
     rescale = inputs.switches["rescale"]
 
     def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
-        rank = _relative_ranks(task_vector.view(-1, inputs.row_elements))
-        probability = rank.mul_(2 * epsilon).add_(density - epsilon)
+        probability = _probabilities(chunk, task_vector, density - epsilon, density + epsilon)
         chance = chunk.scratch("chance").copy_(uniform(chunk, key)).add_(LEVELS // 2 + 0.5).div_(LEVELS)
         task_vector *= torch.lt(chance, probability, out=chance)
         return task_vector.div_(probability) if rescale else task_vector
@@ -67,13 +66,20 @@ def magprune(inputs: MergeInput, index: int) -> Sparsifier:
     return sparsify
 
 
-def _relative_ranks(task_vector: Tensor) -> Tensor:
-    """From 0 for the smallest magnitude of a row to 1 for the largest, shape ``[n_rows * n_columns]``."""
-    n_rows, n_columns = task_vector.shape
-    bits = (task_vector.view(torch.int32) & 0x7FFFFFFF) >> (23 - _FRACTION_BITS)  # in the order of the magnitudes
-    bins = torch.sub(bits.amax(1, keepdim=True), bits).clamp_(max=_N_BINS - 1)  # 0: as the largest
-    bins += torch.arange(n_rows, dtype=torch.int32, device=bins.device).mul_(_N_BINS).unsqueeze(1)
-    counts = torch.bincount(bins.view(-1), minlength=n_rows * _N_BINS).view(n_rows, _N_BINS)
-    n_larger = counts.cumsum(1).sub_(counts)
-    mean_rank = (n_columns - 1 - n_larger) - (counts - 1) / 2
-    return mean_rank.div_(max(1, n_columns - 1)).view(-1).index_select(0, bins.view(-1))
+def _probabilities(chunk: Chunk, task_vector: Tensor, lowest: float, highest: float) -> Tensor:
+    """From ``lowest`` for the smallest magnitude of a row to ``highest`` for the largest, shape ``[n]``."""
+    n_columns = chunk.inputs.row_elements
+    bins = chunk.integers("bins")
+    torch.bitwise_and(task_vector.view(torch.int32), 0x7FFFFFFF, out=bins)
+    bins >>= 23 - _FRACTION_BITS  # in the order of the magnitudes
+    rows = bins.view(-1, n_columns)
+    largest = rows.amax(1, keepdim=True)
+    torch.sub(largest, rows, out=rows).clamp_(max=_N_BINS - 1)  # 0: as the largest
+    rows += torch.arange(len(rows), dtype=torch.int32, device=rows.device).mul_(_N_BINS).unsqueeze(1)
+    counts = torch.bincount(bins, minlength=len(rows) * _N_BINS).view(len(rows), _N_BINS)
+    counts = counts.float()
+    slope = (highest - lowest) / max(1, n_columns - 1)
+    # The mean rank in a bin is n_columns - 1/2 - (entries in it and in the bins of larger ones) + (entries in it) / 2.
+    of_bins = counts.cumsum(1).mul_(-1).add_(counts, alpha=0.5).mul_(slope).add_(lowest + slope * (n_columns - 0.5))
+    of_bins.clamp_(lowest, highest)  # not 0 by rounding: what is kept is divided by it
+    return torch.index_select(of_bins.view(-1), 0, bins, out=chunk.scratch("probability"))
