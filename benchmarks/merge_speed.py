@@ -5,18 +5,24 @@
     python benchmarks/merge_speed.py --no-mergekit --device cuda
 
 Checkpoints are random bfloat16, made on the spot; sources are read once before anything is measured. The copy
-bandwidth is that of copying the same tensors into the resident model, read plus written, in the same run.
+bandwidth is that of copying the same tensors into the resident model, read plus written, in the same run. Each repeat
+has another density, as the trials of a search have; "kept" is the time of a merge whose density is that of the one
+before. "MiB" is the memory used beyond the resident model and the mapped files: the run fails if it is over 512. On the
+CPU it is that of anonymous pages, looked at every 5 ms (on Linux alone), for the peak that the kernel keeps counts
+the pages of mapped files too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 import torch
 import yaml
@@ -31,6 +37,7 @@ from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
 N_SOURCES = 3
 HIDDEN, INTERMEDIATE, VOCABULARY = 1280, 3456, 32000
 DENSITY = 0.5
+EXTRA_MIB = 512
 
 
 def main() -> None:
@@ -49,26 +56,34 @@ def main() -> None:
             for name in merger.names
         }
         n_elements = sum(tensor.numel() for tensor in resident.values())
-        copy_s = best_of(args.repeats + 1, lambda: copy_all(merger, resident))  # the first one warms the page cache
+        copy_all(merger, resident)  # warms the page cache
+        copy_s = statistics.median(seconds_of(lambda: copy_all(merger, resident)) for _ in range(args.repeats))
         bandwidth = 2 * 2 * len(references) * n_elements / copy_s
         print(
             f"{len(references)} checkpoints of {n_elements / 1e6:.0f} M parameters, {torch.get_num_threads()} threads"
         )
         print(f"copying: {bandwidth / 1e9:.1f} GB/s")
-        print(f"{'method':18}{'first s':>9}{'s':>9}{'GB/s':>7}{'of copy':>9}{'mergekit s':>12}{'times':>7}{'MiB':>7}")
+        print(
+            f"{'method':18}{'first s':>9}{'s':>9}{'kept s':>9}{'GB/s':>7}{'of copy':>9}{'mergekit s':>12}{'times':>7}"
+            f"{'MiB':>7}"
+        )
         for method in args.methods.split(","):
-            recipe = make_recipe(method, references, args.n_layers)
-            before = peak_bytes(args.device)
-            first_s = best_of(1, lambda recipe=recipe: merge_all(merger, recipe, resident))
-            seconds = best_of(args.repeats, lambda recipe=recipe: merge_all(merger, recipe, resident))
-            grown = (peak_bytes(args.device) - before) / 2**20
-            speed = 2 * (len(recipe.references) - (method == "linear") + 1) * n_elements / seconds
-            theirs = best_of(1, lambda recipe=recipe: run_mergekit(recipe)) if args.mergekit else float("nan")
+            recipes = [
+                make_recipe(method, references, args.n_layers, DENSITY - 0.001 * i) for i in range(args.repeats + 1)
+            ]
+            with ExtraMemory(args.device) as memory:
+                times = [seconds_of(lambda recipe=recipe: merge_all(merger, recipe, resident)) for recipe in recipes]
+                kept_s = seconds_of(lambda recipe=recipes[-1]: merge_all(merger, recipe, resident))
+            seconds = statistics.median(times[1:])
+            n_read = len(recipes[0].references) - (method == "linear")  # which does not read its base
+            speed = 2 * (n_read + 1) * n_elements / seconds
+            theirs = seconds_of(lambda recipe=recipes[0]: run_mergekit(recipe)) if args.mergekit else float("nan")
             print(
-                f"{method:18}{first_s:9.2f}{seconds:9.2f}{speed / 1e9:7.1f}{speed / bandwidth:9.0%}{theirs:12.2f}"
-                f"{theirs / seconds:7.1f}{grown:7.0f}",
+                f"{method:18}{times[0]:9.2f}{seconds:9.2f}{kept_s:9.2f}{speed / 1e9:7.1f}{speed / bandwidth:9.0%}"
+                f"{theirs:12.2f}{theirs / seconds:7.1f}{memory.peak_mib:7.0f}",
                 flush=True,
             )
+            assert memory.peak_mib <= EXTRA_MIB, f"{method}: {memory.peak_mib:.0f} MiB beyond model and files"
 
 
 def write_models(folder: Path, n_layers: int) -> list[Path]:
@@ -105,24 +120,21 @@ def write_models(folder: Path, n_layers: int) -> list[Path]:
     return paths
 
 
-def make_recipe(method: str, references: list[str], n_layers: int) -> Recipe:
+def make_recipe(method: str, references: list[str], n_layers: int, density: float) -> Recipe:
     declared = METHODS[method]
     base = None if declared.base == "none" else references[0]
-    values = {"weight": (0.37, 0.91, 0.22), "density": (DENSITY,) * N_SOURCES}
+    values = {"weight": (0.37, 0.91, 0.22), "density": (density,) * N_SOURCES}
     per_model = {p.name: values[p.name] for p in declared.parameters if p.per_model and p.name in values}
     group = GroupRecipe("all", (0, n_layers), ("embedding", "head"), (ParameterSet(None, {}, per_model),))
     return Recipe(method, tuple(references[1:]), base, n_layers, (group,), dtype="bfloat16")
 
 
-def best_of(repeats: int, action: Callable[[], None]) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def seconds_of(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def copy_all(merger: Merger, resident: dict[str, torch.Tensor]) -> None:
@@ -154,10 +166,44 @@ def run_mergekit(recipe: Recipe) -> None:
         pass
 
 
-def peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class ExtraMemory:
+    """The peak of the memory used within a ``with`` block, beyond what was used before it."""
+
+    def __init__(self, device: str) -> None:
+        self.peak_mib = 0.0
+        self._is_cuda = device.startswith("cuda")
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> ExtraMemory:
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._before = anonymous_bytes()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_cuda:
+            self._note(torch.cuda.max_memory_allocated())
+        else:
+            self._is_over.set()
+            self._thread.join()
+
+    def _look(self) -> None:
+        while not self._is_over.wait(0.005):
+            self._note(anonymous_bytes())
+
+    def _note(self, n_bytes: int) -> None:
+        self.peak_mib = max(self.peak_mib, (n_bytes - self._before) / 2**20)
+
+
+def anonymous_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
