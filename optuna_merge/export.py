@@ -51,7 +51,7 @@ def export(
             adapter apart.
         comment: Lines above the merge file, without ``#``.
         results: Markdown for the model card, such as tables of scores.
-        overwrite: Replace a folder that is not empty.
+        overwrite: Replace the folder of an earlier export.
         copy_code: Copy the model's own Python files too, which run when it is loaded with ``trust_remote_code``.
         max_shard_bytes: Weights are split into files of at most this size.
 
@@ -59,16 +59,14 @@ def export(
         The folder, absolute.
 
     Raises:
-        ExportError: If the folder is not empty, or cannot be written.
+        ExportError: If the folder holds anything but an earlier export that may be replaced, or cannot be written.
         MergeError: If the merge fails.
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder}: must be a folder or a new name, got a file; choose another")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ExportError(
-            f"{folder}: must be empty or new, got a folder with files; choose another or allow overwriting"
-        )
+    if folder.is_dir() and any(folder.iterdir()):
+        _refuse_to_replace(folder, merger, overwrite=overwrite)
     template = merger.template(recipe)
     merge_file = to_mergekit(
         recipe,
@@ -108,6 +106,20 @@ def model_card(
         f"```yaml\n{merge_file.rstrip()}\n```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _refuse_to_replace(folder: Path, merger: Merger, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise ExportError(
+            f"{folder}: must be empty or new, got a folder with files; choose another or allow overwriting"
+        )
+    if not (folder / RECIPE_FILE).is_file():
+        raise ExportError(
+            f"{folder}: must be an earlier export to be replaced, got a folder without {RECIPE_FILE}; choose another"
+        )
+    for checkpoint in merger.checkpoints.values():
+        if checkpoint.path.resolve().is_relative_to(folder.resolve()):
+            raise ExportError(f"{folder}: must hold none of the models that are merged, got one; choose another")
 
 
 @contextmanager

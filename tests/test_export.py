@@ -112,10 +112,25 @@ def test_a_folder_with_files_is_kept_unless_told_otherwise(references: tuple[str
     with pytest.raises(ExportError, match=r"mine.txt: must be a folder or a new name, got a file"):
         export(recipe_of(references), out / "mine.txt", merger=merger)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
-    export(recipe_of(references), out, merger=merger, overwrite=True)
-    assert not (out / "mine.txt").exists()
-    assert (out / "model.safetensors").exists()
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ExportError, match=r"out: must be an earlier export to be replaced, got a folder without merge"):
+        export(recipe_of(references), out, merger=merger, overwrite=True)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    exported = export(recipe_of(references), tmp_path / "exported", merger=merger)
+    (exported / "mine.txt").write_text("stale")
+    export(recipe_of(references), exported, merger=merger, overwrite=True)
+    assert not (exported / "mine.txt").exists()
+    assert (exported / "model.safetensors").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["exported", "out"]
+
+
+def test_a_model_that_is_merged_is_not_replaced(references: tuple[str, ...], tmp_path: Path) -> None:
+    first = export(recipe_of(references), tmp_path / "first", merger=Merger.open(references))
+    again = (references[0], str(first), references[2])
+    for folder in (first, tmp_path):
+        (folder / "mergekit_config.yml").touch()
+        with pytest.raises(ExportError, match=r"must hold none of the models that are merged, got one"):
+            export(recipe_of(again), folder, merger=Merger.open(again), overwrite=True)
+    assert (first / "model.safetensors").exists()
 
 
 def test_nothing_is_left_when_the_disk_is_full(
