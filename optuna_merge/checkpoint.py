@@ -580,6 +580,8 @@ def _read_vocabulary(path: Path, reference: str) -> dict[str, int] | None:
     fast = path / "tokenizer.json"
     if fast.is_file():
         content = read_json(fast)
+        if not isinstance(content.get("model"), dict):
+            raise CheckpointError(f"{fast}: must hold a tokenizer, got none under its key 'model'; fetch it again")
         vocab = content["model"].get("vocab", {})
         tokens = dict(vocab) if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
         return tokens | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}

@@ -406,6 +406,7 @@ def load_study(path: Path | str, overrides: Mapping[str, Any] | None = None) -> 
     data, problems, lines = _parse_yaml(path)
     for key, value in (overrides or {}).items():
         problems += _set(data, key.split("."), value)
+        lines[key] = 0  # no line of the file says it
     problems += _unknown_spellings(data)
     config, wrong = _validate(data, path)
     problems += wrong
@@ -517,6 +518,8 @@ def _with_paths(data: dict[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(study, dict) and not study.get("name"):
         result["study"] = study = {**study, "name": path.stem}
     name = study.get("name", path.stem) if isinstance(study, dict) else path.stem
+    if isinstance(study, dict) and isinstance(study.get("storage"), str):
+        result["study"] = {**study, "storage": absolute_storage(study["storage"], folder)}
     storage = data.get("storage_path")
     storage = f"{name}_study" if storage is None else storage
     result["storage_path"] = folder / Path(storage).expanduser() if isinstance(storage, str | Path) else storage
@@ -722,6 +725,12 @@ def _task_problems(config: StudyConfig) -> Iterator[str]:
             yield f"task_search_path[{index}] must be a folder, got {folder}; paths are relative to the study file"
 
 
+def absolute_storage(url: str, folder: Path) -> str:
+    """A storage URL whose file, if it is a relative one, starts at a folder."""
+    relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///|journal://)(?!/|file:|:memory:)(.+)", url)
+    return url if relative is None else f"{relative[1]}{folder.absolute() / Path(relative[2]).expanduser()}"
+
+
 def is_benchmark(task: str) -> bool:
     """Whether an eval task's name is that of a known benchmark; ``..._train`` never is."""
     if task.endswith("_train"):
@@ -734,7 +743,7 @@ def _locate(path: Path, lines: dict[str, int], problem: str) -> str:
     key = re.split(r" must |: ", problem, maxsplit=1)[0]
     while key and key not in lines:
         key = re.sub(r"(\[\d+\]|\.?[^.\[\]]*)$", "", key) if re.search(r"[.\[]", key) else ""
-    return f"{path}:{lines[key]}: {problem}" if key else f"{path}: {problem}"
+    return f"{path}:{lines[key]}: {problem}" if lines.get(key) else f"{path}: {problem}"
 
 
 def _short(value: Any) -> str:

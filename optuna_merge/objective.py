@@ -9,8 +9,9 @@ line runs the same object.
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,6 +74,7 @@ class StudyModels:
             reference: resolve(reference, folder)
             for reference in dict.fromkeys([*([base] if base else []), *config.sources])
         }
+        _refuse_twice(resolved.values())
         checkpoints = {found.name: Checkpoint.open(found) for found in resolved.values()}
         first = next(iter(checkpoints.values()))
         refs = ModelRefs(
@@ -134,7 +136,8 @@ class MergeObjective:
     """Scores the merge that a trial asks for.
 
     Calling it with a trial returns the objective value, to be maximised; NaN if the merge has a NaN or infinity, which
-    makes Optuna fail the trial and go on. It raises ``optuna.TrialPruned`` when the study's pruner says so.
+    makes Optuna fail the trial and go on. It raises ``optuna.TrialPruned`` when the study's pruner says so. There is
+    one resident model: with ``n_jobs`` above 1, trials wait for each other.
 
     Attributes:
         config: The study file.
@@ -159,6 +162,7 @@ class MergeObjective:
         self._engine = engine
         self._documents = store.DocumentScores(config.storage_path / "documents" / config.study.name)
         self._loaded: str | None = None
+        self._alone = threading.Lock()
 
     @classmethod
     def from_file(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> MergeObjective:
@@ -180,22 +184,37 @@ class MergeObjective:
             raise EngineError("engine.backend must be hf, got vllm; the vLLM engine is not built yet")
         models = StudyModels.open(config)
         engine = make_engine(config, models)
-        device = engine.device if config.engine.merge_device == "auto" else config.engine.merge_device
+        device = _merge_device(config.engine.merge_device, engine)
         merger = Merger(models.views, device=device, tokenizer_source=models.refs.tokenizer_source)
         return cls(config, models, merger, engine, build_scorer(config, engine))
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """Merge and score one trial; see the class."""
+        """Merge and score one trial; see the class.
+
+        Raises:
+            StudyError: If the study does not maximise one value.
+        """
+        if trial.study.directions != [optuna.study.StudyDirection.MAXIMIZE]:
+            directions = ", ".join(direction.name.lower() for direction in trial.study.directions)
+            raise StudyError(
+                f"study {trial.study.study_name!r}: direction must be maximize, got {directions};"
+                ' create it with direction="maximize"'
+            )
+        with self._alone:
+            return self._evaluate(trial)
+
+    def _evaluate(self, trial: optuna.Trial) -> float:
         baseline = trial.user_attrs.get(store.BASELINE)
         recipe = self.space.suggest(trial) if baseline is None else self._baseline_recipe(trial, baseline)
-        trial.set_user_attr(store.RECIPE_DIGEST, self.models.identify(recipe))
+        digest = self.models.identify(recipe)
+        trial.set_user_attr(store.RECIPE_DIGEST, digest)
         try:
             merge_s = self.load(recipe)
         except NonFiniteMergeError as exc:
             trial.set_user_attr(store.FAILURE, str(exc))
             return math.nan
         trial.set_user_attr(store.MERGE_SECONDS, round(merge_s, 4))
-        score = self._score(trial, recipe, prunable=baseline is None)
+        score = self._score(trial, digest, prunable=baseline is None)
         for name, task in score.tasks.items():
             trial.set_user_attr(f"{store.SCORE} {name}", task.value)
             if task.stderr is not None:
@@ -266,35 +285,17 @@ class MergeObjective:
 
     def fingerprint(self) -> dict[str, Any]:
         """Readable name to value of everything that decides what a score of this study means."""
-        config, genome = self.config, self.config.genome
-        ranges = {name: [d.low, d.high] for name, d in self.space.distributions.items()}
-        refs, contents = self.models.refs, self.models.contents
+        config = self.config
         return {
-            "genome.models": list(self.space.labels),
-            "genome.merge_method": genome.merge_method,
-            "genome.layer_granularity": genome.layer_granularity,
-            "genome.filters": list(genome.filters),
-            "genome.normalize": genome.normalize,
-            "genome.rescale": genome.rescale,
-            "genome.smooth": genome.smooth,
-            "genome.tokenizer_source": genome.tokenizer_source,
-            "search.embed_group": config.search.embed_group,
-            "search constants": {n: r.low for n, r in config.search.ranges.items() if r.is_constant},
-            "search space": ranges,
+            **merge_fingerprint(config, self.models, self.space),
             "tasks": [f"{task.weight:g} x {task.name} {task.metric}" for task in config.tasks],
             "limit": config.limit,
             "num_fewshot": config.num_fewshot,
             "shuffle": config.shuffle,
             "holdout": None if config.holdout is None else config.holdout.model_dump(mode="json"),
-            "study.seed": config.study.seed,
             "engine.backend": config.engine.backend,
-            "dtype": refs.dtype,
+            store.CHUNKS: self.scorer.n_chunks,
             store.REQUESTS: self.scorer.fingerprint()[:16],
-            "content of base_model": None if refs.base is None else contents[refs.base][:16],
-            **{
-                f"content of {label}": contents[source][:16]
-                for label, source in zip(self.space.labels, refs.sources, strict=True)
-            },
         }
 
     def describe(self) -> list[str]:
@@ -322,10 +323,10 @@ class MergeObjective:
             self.space.suggest(trial)  # records the enqueued values as the trial's parameters
         return recipe
 
-    def _score(self, trial: optuna.Trial, recipe: Recipe, *, prunable: bool) -> Score:
+    def _score(self, trial: optuna.Trial, digest: str, *, prunable: bool) -> Score:
         frozen = trial.study._storage.get_trial(trial._trial_id)
         reported = sorted(frozen.intermediate_values)
-        lines = self._documents.begin(trial.number, self.models.identify(recipe), len(reported))
+        lines = self._documents.begin(trial.number, digest, len(reported))
         results = [ChunkResult.from_json(line) for line in lines]
         spent = frozen.user_attrs.get(store.EVALUATION_SECONDS, 0.0)
         for chunk in range(len(results), self.scorer.n_chunks):
@@ -379,6 +380,31 @@ def paired_estimate(study: optuna.Study, results: list[ChunkResult]) -> float | 
     return best.value + math.fsum(ours - theirs for ours, theirs in pairs) / len(pairs)
 
 
+def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpace) -> dict[str, Any]:
+    """The part of a study's fingerprint that decides what a trial's parameters are merged to."""
+    genome, refs, contents = config.genome, models.refs, models.contents
+    return {
+        "genome.models": list(space.labels),
+        "genome.merge_method": genome.merge_method,
+        "genome.layer_granularity": genome.layer_granularity,
+        "genome.filters": list(genome.filters),
+        "genome.normalize": genome.normalize,
+        "genome.rescale": genome.rescale,
+        "genome.smooth": genome.smooth,
+        "genome.tokenizer_source": genome.tokenizer_source,
+        "search.embed_group": config.search.embed_group,
+        "search constants": {name: r.low for name, r in config.search.ranges.items() if r.is_constant},
+        "search space": {name: [d.low, d.high] for name, d in space.distributions.items()},
+        "study.seed": config.study.seed,
+        "dtype": refs.dtype,
+        "content of base_model": None if refs.base is None else contents[refs.base][:16],
+        **{
+            f"content of {label}": contents[source][:16]
+            for label, source in zip(space.labels, refs.sources, strict=True)
+        },
+    }
+
+
 def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
     """The resident engine of a study, its weights not yet loaded."""
     from optuna_merge.evaluation.hf import HFEngine
@@ -402,6 +428,21 @@ def make_describing_engine(config: StudyConfig, models: StudyModels) -> Engine:
     trust = config.engine.trust_remote_code
     with models.described() as folder:
         return HFEngine.tokenizer_only(folder, dtype=models.refs.dtype, trust_remote_code=trust)
+
+
+def _merge_device(wanted: str, engine: Engine) -> str:
+    if wanted == "auto":
+        return engine.device
+    if wanted == "cpu":
+        return wanted
+    import torch
+
+    index, n_devices = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= n_devices:
+        raise EngineError(
+            f"engine.merge_device must be there, got {wanted} ({n_devices} CUDA devices found); use cpu or auto"
+        )
+    return f"cuda:{index}"
 
 
 def _longest_sequence(config: StudyConfig, models: StudyModels) -> int:
@@ -482,6 +523,17 @@ def recipe_of(space: SearchSpace, models: StudyModels, trial: FrozenTrial) -> Re
 
 def _eval_task(task: TaskConfig) -> EvalTask:
     return EvalTask(task.name, task.weight, task.metric, task.metadata or None)
+
+
+def _refuse_twice(models: Iterable[ResolvedReference]) -> None:
+    seen: dict[str, str] = {}
+    for model in models:
+        if model.name in seen:
+            raise CheckpointError(
+                f"genome: {model.reference!r} and {seen[model.name]!r} must be different models, both are {model.name};"
+                " drop one or spell them alike"
+            )
+        seen[model.name] = model.reference
 
 
 def _tokenizer_source(config: StudyConfig, resolved: Mapping[str, ResolvedReference], first: str) -> str | None:

@@ -77,7 +77,7 @@ class Summary:
 
     Attributes:
         study: Its name.
-        n_trials: How many trials it shall have.
+        n_trials: How many trials its latest run was asked for.
         states: Trial state to number of trials.
         rows: Sources, base, uniform merges, best merge.
         best_trial: Number of the best merge; None if none is scored yet.
@@ -133,7 +133,7 @@ def summarize(study: optuna.Study, config: StudyConfig) -> Summary:
         rows.append(_row(best, "best merge", "best", holdout, order))
     return Summary(
         study=study.study_name,
-        n_trials=config.study.n_trials,
+        n_trials=study.user_attrs.get(store.WANTED, config.study.n_trials),
         states=dict(Counter(trial.state.name.lower() for trial in trials)),
         rows=rows,
         best_trial=None if best is None else best.number,

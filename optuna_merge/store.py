@@ -33,6 +33,10 @@ FINGERPRINT = "fingerprint"
 """Study: readable name to value of everything that decides what a score means."""
 REQUESTS = "prompts and documents"
 """In the fingerprint: digest of every request of the eval tasks."""
+CHUNKS = "study.n_chunks"
+"""In the fingerprint: parts that the documents are cut into."""
+WANTED = "n_trials"
+"""Study: how many trials the latest run was asked for."""
 START = "start"
 """Study: where the search began, once it has."""
 
@@ -113,6 +117,8 @@ def open_storage(url: str) -> BaseStorage:
         StudyError: If it cannot be opened or written.
     """
     file = local_file(url)
+    if file is None and url.startswith("sqlite"):
+        raise StudyError(f"storage must outlive the process, got {url}; name a file, such as sqlite:///study.db")
     try:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +236,22 @@ def n_finished(study: optuna.Study) -> int:
     return len(study.get_trials(deepcopy=False, states=FINISHED))
 
 
+def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
+    """The fingerprint that a study was started with; empty if it was not.
+
+    Raises:
+        StudyError: If the storage cannot be opened.
+    """
+    file = local_file(url)
+    if file is not None and not file.exists():
+        return {}
+    storage = open_storage(url)
+    if name not in optuna.get_all_study_names(storage):
+        return {}
+    recorded: Mapping[str, Any] = optuna.load_study(storage=storage, study_name=name).user_attrs.get(FINGERPRINT, {})
+    return recorded
+
+
 def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
     """Record what the study's scores mean, or compare with what was recorded.
 
@@ -240,17 +262,26 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     Raises:
         StudyMismatchError: If the study was made otherwise; one line for each difference.
     """
-    now = json.loads(json.dumps(fingerprint))
-    then = study.user_attrs.get(FINGERPRINT)
-    name = study.study_name
-    if then is None:
+    if FINGERPRINT not in study.user_attrs:
         if study.get_trials(deepcopy=False):
             raise StudyMismatchError(
-                f"study {name!r} must be made by optuna-merge, its storage holds trials of something else;"
+                f"study {study.study_name!r} must be made by optuna-merge, its storage holds trials of something else;"
                 " use a new study name or storage_path"
             )
-        study.set_user_attr(FINGERPRINT, now)
+        study.set_user_attr(FINGERPRINT, json.loads(json.dumps(fingerprint)))
+    refuse_differences(study, fingerprint)
+
+
+def refuse_differences(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
+    """Compare a fingerprint, or a part of one, with that of a study, if it has one.
+
+    Raises:
+        StudyMismatchError: With one line for each difference.
+    """
+    then, name = study.user_attrs.get(FINGERPRINT), study.study_name
+    if then is None:
         return
+    now = json.loads(json.dumps(fingerprint))
     changed = [key for key in now if then.get(key) != now[key]]
     if len(changed) > 1:  # a digest changes with what it is made of, which has been named
         changed = [key for key in changed if key != REQUESTS]

@@ -61,6 +61,22 @@ class Outcome:
     timed_out: bool = False
 
 
+def as_started(config: StudyConfig) -> StudyConfig:
+    """A study file that cuts the documents into as many chunks as its study was started with.
+
+    Where the file does not say, their number follows the batches of the device; a study may go on on another one.
+
+    Raises:
+        StudyError: If the storage cannot be opened.
+    """
+    url = store.storage_url(config.storage_path, config.study.storage)
+    recorded = store.recorded_fingerprint(url, config.study.name)
+    if config.study.n_chunks is not None or store.CHUNKS not in recorded:
+        return config
+    options = config.study.model_copy(update={"n_chunks": recorded[store.CHUNKS]})
+    return config.model_copy(update={"study": options})
+
+
 def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher | None = None) -> Outcome:
     """Run a study up to its ``n_trials``, whatever part of it is done.
 
@@ -84,6 +100,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
             study = store.open_study(url, config.study.name, create=True)
             study.sampler, study.pruner = objective.sampler(), objective.pruner()
             store.check_fingerprint(study, objective.fingerprint())
+            study.set_user_attr(store.WANTED, config.study.n_trials)
             study.set_metric_names(["score"])
             requeued = store.requeue_lost(study, alone=store.local_file(url) is not None)
             objective.enqueue_baselines(study)
@@ -139,7 +156,6 @@ def _run_trials(study: optuna.Study, objective: MergeObjective, watcher: Watcher
 
 
 def _run_trial(study: optuna.Study, objective: MergeObjective, watcher: Watcher) -> None:
-    before = best_merge(study)
     trial = study.ask()
     try:
         store.claim(study, trial._trial_id)
@@ -147,21 +163,19 @@ def _run_trial(study: optuna.Study, objective: MergeObjective, watcher: Watcher)
         try:
             value = objective(trial)
         except optuna.TrialPruned:
-            study.tell(trial, state=TrialState.PRUNED)
+            finished = study.tell(trial, state=TrialState.PRUNED)
         else:
-            if math.isfinite(value):
-                study.tell(trial, value)
-            else:
-                study.tell(trial, state=TrialState.FAIL)
+            state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
+            finished = study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
     except BaseException:
         # Nothing of the trial is lost: its parameters and the chunks that it reported stay in the storage.
         _put_back(study, trial)
         raise
-    after = best_merge(study)
-    is_best = after is not None and (before is None or after.number != before.number)
+    best = best_merge(study)
+    is_best = best is not None and best.number == trial.number
     if is_best:
         write_best_config(study, objective)
-    watcher.trial_finished(study, study.trials[trial.number], is_best)
+    watcher.trial_finished(study, finished, is_best)
 
 
 def _put_back(study: optuna.Study, trial: optuna.Trial) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,44 @@ class TestAWholeStudy:
         assert (tmp_path / "elsewhere" / "best_config.yaml").exists()
         assert not (tmp_path / "out").exists()
 
+    def test_the_line_that_it_ends_with_exports(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file(task_search_path=None)
+        options = ["--task-search-path", tmp_path / "tasks", "--storage-path", tmp_path / "with space"]
+        options += ["--storage", f"journal://{tmp_path}/study.log", "--seed", 5]
+        run = invoke("run-study", file, *options, "--n-trials", 7)
+        assert run.exit_code == 0, run.output
+        [line] = [line for line in run.stdout.splitlines() if line.startswith("model:")]
+        command = shlex.split(line.removeprefix("model:"))
+        command[command.index("OUT")] = str(tmp_path / "merged")
+        assert command.pop(0) == "optuna-merge"
+        exported = invoke(*command)
+        assert exported.exit_code == 0, exported.output
+        assert invoke("report", file, *options).exit_code == 0
+        assert invoke("check", file, *options[:2]).exit_code == 0
+        status = invoke("status", file, *options[2:6])
+        assert "7 of 7 trials" in status.stdout  # and not of the file's 10
+        unseeded = [part for part in command if part not in ("--random-seed", "5", "export")]
+        error = error_of(invoke("export", *unseeded, "--overwrite"))
+        assert "study 'tiny' was created with study.seed=5, now it is 3" in error
+
+    def test_a_relative_storage_starts_at_the_working_directory(
+        self, study_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        assert invoke("run-study", study_file(), "--n-trials", 1, "--storage", "sqlite:///s.db").exit_code == 0
+        assert (tmp_path / "here" / "s.db").exists()
+
+    def test_other_batches_go_on_with_the_same_chunks(self, study_file: Callable[..., Path]) -> None:
+        file = study_file(study={"name": "tiny", "n_trials": 7, "seed": 3})
+        first = invoke("run-study", file, "--n-trials", 3)
+        again = invoke("run-study", file, "--batch-size", 2)
+        assert "in 1 chunks" in first.stderr
+        assert "in 1 chunks" in again.stderr
+        assert again.exit_code == 0, again.output
+        other = study_file(study={"name": "tiny", "n_trials": 8, "seed": 3, "n_chunks": 2})
+        assert "was created with study.n_chunks=1, now it is 2" in error_of(invoke("run-study", other))
+
     @pytest.mark.parametrize(
         ("option", "words"),
         [
@@ -279,6 +318,32 @@ class TestBadInput:
         error = error_of(invoke("export", file, tmp_path / "x", "--trial", 77))
         assert "--trial must be in [0, 5], got 77; see status" in error
         assert not (tmp_path / "x").exists()
+
+    def test_a_failed_trial_is_not_exported(
+        self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        model = broken(lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+        file = study_file(genome=with_model(genome, model))
+        invoke("run-study", file, "--n-trials", 6)
+        error = error_of(invoke("export", file, tmp_path / "x", "--trial", 0))
+        assert "trial 0: must have a score, it failed: model.norm.weight: must be finite" in error
+        assert not (tmp_path / "x").exists()
+
+    def test_a_tokenizer_file_without_a_tokenizer(
+        self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]
+    ) -> None:
+        model = broken(lambda _: None)
+        (model / "tokenizer.json").write_text('{"version": "1.0"}')
+        error = error_of(invoke("check", study_file(genome=with_model(genome, model))))
+        assert f"{model}/tokenizer.json: must hold a tokenizer, got none under its key 'model'" in error
+
+    def test_an_unknown_task_says_where_it_looked(self, study_file: Callable[..., Path]) -> None:
+        error = error_of(invoke("check", study_file(tasks=["xyzzy_plugh"])))
+        assert "unknown task 'xyzzy_plugh'; name its folder in task_search_path (looked in /" in error
+
+    def test_a_storage_in_memory_is_refused_before_anything_is_computed(self, study_file: Callable[..., Path]) -> None:
+        error = error_of(invoke("run-study", study_file(), "--storage", "sqlite://"))
+        assert "storage must outlive the process, got sqlite://; name a file" in error
 
     def test_a_wrong_option_is_wrong_usage(self) -> None:
         assert invoke("run-study", "x.yaml", "--n-trails", 3).exit_code == 2

@@ -9,7 +9,15 @@ import pytest
 from pydantic import BaseModel
 
 from optuna_merge import config as module
-from optuna_merge.config import KNOWN_BENCHMARKS, Range, StudyConfig, TaskConfig, is_benchmark, load_study
+from optuna_merge.config import (
+    KNOWN_BENCHMARKS,
+    Range,
+    StudyConfig,
+    TaskConfig,
+    absolute_storage,
+    is_benchmark,
+    load_study,
+)
 from optuna_merge.errors import ConfigError
 from optuna_merge.methods import METHODS
 
@@ -586,3 +594,30 @@ def test_tokenizer_source_is_one_of_the_models(load: Any, source: str) -> None:
 def test_a_tokenizer_source_that_is_none(load: Any) -> None:
     with pytest.raises(ConfigError, match=r"my_study.yaml:5: genome.tokenizer_source must be base, union or one of "):
         load(STUDY.replace("base_model: base", "base_model: base\n  tokenizer_source: other"))
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("sqlite:///a/study.db", "sqlite:////folder/a/study.db"),
+        ("sqlite+pysqlite:///study.db", "sqlite+pysqlite:////folder/study.db"),
+        ("journal://study.log", "journal:///folder/study.log"),
+        ("sqlite:////a/study.db", "sqlite:////a/study.db"),
+        ("journal:///a/study.log", "journal:///a/study.log"),
+        ("sqlite://", "sqlite://"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql://host/db", "postgresql://host/db"),
+    ],
+)
+def test_a_relative_storage_starts_at_a_folder(url: str, expected: str) -> None:
+    assert absolute_storage(url, Path("/folder")) == expected
+
+
+def test_a_relative_storage_starts_at_the_file(load: Any, tmp_path: Path) -> None:
+    assert load(STUDY + "study: {storage: 'sqlite:///s.db'}\n").study.storage == f"sqlite:///{tmp_path}/s.db"
+
+
+def test_an_override_has_no_line(problems: Any) -> None:
+    assert problems(STUDY + "study: {n_trials: 3}\n", {"study.n_trials": 0}) == [
+        "my_study.yaml: study.n_trials must be at least 1, got 0; raise it"
+    ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from optuna.trial import TrialState
 
 from optuna_merge import store
 from optuna_merge.config import load_study
-from optuna_merge.errors import CheckpointError, NonFiniteMergeError, StudyError
+from optuna_merge.errors import CheckpointError, EngineError, NonFiniteMergeError, StudyError
 from optuna_merge.merge import Merger
 from optuna_merge.objective import MergeObjective, StudyModels, build_scorer, paired_estimate, recipe_of
 from optuna_merge.space import SearchSpace
@@ -208,7 +209,7 @@ def test_the_fingerprint_covers_the_models_content(
 ) -> None:
     genome = load_study(study_file(gold="0")).genome.model_dump(mode="json")
     (tmp_path / "swapped").mkdir()
-    (tmp_path / "swapped" / "model_0").symlink_to(tiny_models / "model_1")
+    shutil.copytree(tiny_models / "model_1", tmp_path / "swapped" / "model_0")
     genome["models"] = ["swapped/model_0", str(tiny_models / "model_1")]
     other = fake_objective(study_file(gold="0", genome=genome)).fingerprint()
     differing = {key for key, value in objective.fingerprint().items() if other[key] != value}
@@ -224,3 +225,36 @@ def test_missing_models_are_named(study_file: Callable[..., Path], tiny_models: 
 def test_auto_dtype_is_the_base_models(study_file: Callable[..., Path]) -> None:
     assert StudyModels.open(load_study(study_file(engine={"dtype": "auto"}))).refs.dtype == "float32"
     assert StudyModels.open(load_study(study_file(engine={"dtype": "bfloat16"}))).refs.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "maximize"]])
+def test_a_study_that_does_not_maximise_is_refused(objective: MergeObjective, directions: list[str]) -> None:
+    study = optuna.create_study(study_name="mine", directions=directions)
+    message = rf"study 'mine': direction must be maximize, got {', '.join(directions)}; create it with"
+    with pytest.raises(StudyError, match=message):
+        objective(study.ask())
+
+
+def test_trials_in_threads_take_turns_with_the_model(objective: MergeObjective) -> None:
+    sampler, pruner = optuna.samplers.RandomSampler(seed=1), optuna.pruners.NopPruner()
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+    study.optimize(objective, n_trials=8, n_jobs=4)
+    for trial in study.trials:
+        objective.load(objective.recipe(trial))
+        assert objective.scorer.score_all().value == trial.value
+
+
+@pytest.mark.parametrize("again", ["models", "base_model"])
+def test_one_model_by_two_names_is_refused(study_file: Callable[..., Path], tiny_models: Path, again: str) -> None:
+    genome = {"models": [str(tiny_models / "model_0")], "base_model": str(tiny_models / "base")}
+    other = "base" if again == "base_model" else "model_0"
+    genome["models"].append(str(tiny_models / "model_1" / ".." / other))
+    path = study_file(genome={**genome, "merge_method": "task_arithmetic"})
+    with pytest.raises(CheckpointError, match=rf"must be different models, both are .*{other}; drop one or spell them"):
+        StudyModels.open(load_study(path))
+
+
+def test_a_merge_device_that_is_not_there(study_file: Callable[..., Path]) -> None:
+    config = load_study(study_file(), {"engine.merge_device": "cuda:99"})
+    with pytest.raises(EngineError, match=r"engine.merge_device must be there, got cuda:99 \(\d+ CUDA devices found\)"):
+        MergeObjective.from_config(config)

@@ -447,3 +447,28 @@ def test_a_reason_is_one_line() -> None:
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = ValueError("inner")
     assert store.reason(wrapped) == "inner"
+
+
+def test_a_storage_that_dies_with_the_process_is_refused() -> None:
+    for url in ("sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(StudyError, match=r"storage must outlive the process, got sqlite:.*; name a file"):
+            store.open_study(url, "mine", create=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recorded_fingerprint(tmp_path: Path, kind: str) -> None:
+    url = f"{kind}{tmp_path}/study.db"
+    assert store.recorded_fingerprint(url, "mine") == {}
+    assert not (tmp_path / "study.db").exists()
+    store.check_fingerprint(store.open_study(url, "mine", create=True), {"limit": 3})
+    assert store.recorded_fingerprint(url, "mine") == {"limit": 3}
+    assert store.recorded_fingerprint(url, "yours") == {}
+
+
+def test_a_part_of_a_fingerprint_is_compared_alone() -> None:
+    study = optuna.create_study(study_name="mine")
+    store.refuse_differences(study, {"limit": 4})
+    store.check_fingerprint(study, {"limit": 3, "seed": 1})
+    store.refuse_differences(study, {"seed": 1})
+    with pytest.raises(StudyMismatchError, match=r"created with limit=3, now it is 4"):
+        store.refuse_differences(study, {"limit": 4})

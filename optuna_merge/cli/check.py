@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from optuna_merge.cli.options import Json, StudyFile, print_json
+from optuna_merge.cli.options import Json, StudyFile, TaskSearchPath, overrides_of, print_json
 
 if TYPE_CHECKING:
     from optuna_merge.check import Check
 
 
-def check(file: StudyFile, as_json: Json = False) -> None:
+def check(file: StudyFile, task_search_path: TaskSearchPath = None, as_json: Json = False) -> None:
     """Check a study file against its models and eval tasks, in seconds, without loading weights.
 
     It checks, and prints: the study file; the number of dimensions and the population; names, shapes and vocabularies
@@ -23,7 +23,7 @@ def check(file: StudyFile, as_json: Json = False) -> None:
     from optuna_merge.check import check_study
     from optuna_merge.config import load_study
 
-    result = check_study(load_study(file))
+    result = check_study(load_study(file, overrides_of(task_search_path=task_search_path)))
     if as_json:
         print_json(result.as_dict())
         return
@@ -39,7 +39,7 @@ def _lines(result: Check) -> list[str]:
         " names, shapes and vocabularies agree",
         f"search     {space['n_dimensions']} dimensions, population {space['population']},"
         f" {space['n_baselines']} baselines first, {result.n_trials} trials in all",
-        f"           {space['first']} ... {space['last']}",
+        *([f"           {space['first']} ... {space['last']}"] if space["n_dimensions"] else []),
     ]
     for task in tasks:
         kind = "" if task["weight"] is None else f"{task['weight']:g} x "

@@ -9,13 +9,14 @@ import typer
 
 from optuna_merge.cli.options import (
     Json,
+    Seed,
     StoragePath,
     StorageUrl,
     StudyFile,
     note,
     open_started,
+    overrides_of,
     print_json,
-    storage_overrides,
 )
 from optuna_merge.errors import StudyError
 
@@ -26,9 +27,10 @@ def export(
     trial: Annotated[
         int | None, typer.Option("--trial", metavar="N", help="Number of the trial; the best merge by default.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier export.")] = False,
     storage_path: StoragePath = None,
     storage: StorageUrl = None,
+    seed: Seed = None,
     as_json: Json = False,
 ) -> None:
     """Write the merged model of a trial: the tensors that were scored, tokenizer, model card and merge file.
@@ -38,11 +40,12 @@ def export(
     from optuna_merge.config import load_study
     from optuna_merge.export import export
     from optuna_merge.merge import Merger
-    from optuna_merge.objective import StudyModels, recipe_of
+    from optuna_merge.objective import StudyModels, merge_fingerprint, recipe_of
     from optuna_merge.report import best_merge, markdown_table, summarize
     from optuna_merge.space import SearchSpace
+    from optuna_merge.store import FAILURE, refuse_differences
 
-    config = load_study(file, storage_overrides(storage_path, storage))
+    config = load_study(file, overrides_of(storage_path, storage, seed=seed))
     study = open_started(config)
     trials = study.get_trials(deepcopy=False)
     if trial is None:
@@ -53,20 +56,28 @@ def export(
         raise StudyError(f"--trial must be in [0, {len(trials) - 1}], got {trial}; see status")
     else:
         chosen = trials[trial]
+    if chosen.state.name == "FAIL":
+        reason = chosen.user_attrs.get(FAILURE, "no reason recorded")
+        raise StudyError(f"trial {chosen.number}: must have a score, it failed: {reason}; choose another, see status")
     models = StudyModels.open(config)
-    recipe = recipe_of(SearchSpace(config, models.refs), models, chosen)
+    space = SearchSpace(config, models.refs)
+    refuse_differences(study, merge_fingerprint(config, models, space))
+    recipe = recipe_of(space, models, chosen)
+    score = chosen.value if chosen.state.name == "COMPLETE" else None
+    origin = f"study {study.study_name}, trial {chosen.number}, "
+    origin += f"{chosen.state.name.lower()}" if score is None else f"score {score}"
     note(f"merging trial {chosen.number}")
     folder = export(
         recipe,
         out,
         merger=Merger(models.views, tokenizer_source=models.refs.tokenizer_source),
         references=models.spelling,
-        comment=[f"study {study.study_name}, trial {chosen.number}, score {chosen.value}"],
-        results=markdown_table(summarize(study, config)),
+        comment=[origin],
+        results=f"This is {origin}.\n\n{markdown_table(summarize(study, config))}",
         overwrite=overwrite,
         copy_code=config.engine.trust_remote_code,
     )
     if as_json:
-        print_json({"trial": chosen.number, "score": chosen.value, "folder": str(folder)})
+        print_json({"trial": chosen.number, "score": score, "folder": str(folder)})
     else:
         typer.echo(str(folder))

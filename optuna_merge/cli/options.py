@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +30,38 @@ StorageUrl = Annotated[
 ]
 
 
-def storage_overrides(storage_path: Path | None, storage: str | None) -> dict[str, Any]:
-    """What the storage options replace in the study file; a path given here is relative to the working directory."""
-    overrides: dict[str, Any] = {}
-    if storage_path is not None:
-        overrides["storage_path"] = storage_path.absolute()
-    if storage is not None:
-        overrides["study.storage"] = storage
-    return overrides
+TaskSearchPath = Annotated[
+    list[Path] | None,
+    typer.Option("--task-search-path", metavar="DIR", help="Folder with eval tasks; may be given several times."),
+]
+Seed = Annotated[
+    int | None, typer.Option("--random-seed", "--seed", metavar="N", help="Decides every draw of the study.")
+]
+
+
+def overrides_of(
+    storage_path: Path | None = None,
+    storage: str | None = None,
+    task_search_path: Sequence[Path] | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """What the common options replace in the study file; a path given here is relative to the working directory."""
+    from optuna_merge.config import absolute_storage
+
+    given = {
+        "storage_path": storage_path and storage_path.absolute(),
+        "study.storage": storage and absolute_storage(storage, Path.cwd()),
+        "task_search_path": [path.absolute() for path in task_search_path] if task_search_path else None,
+        "study.seed": seed,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def export_line(file: Path, storage_path: Path | None, storage: str | None, seed: int | None) -> str:
+    """The command that exports the best merge of a study that was run with these options."""
+    options = {"--storage-path": storage_path, "--storage": storage, "--random-seed": seed}
+    given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
+    return shlex.join(["optuna-merge", "export", str(file), "OUT", *given])
 
 
 def open_started(config: StudyConfig) -> optuna.Study:

@@ -8,22 +8,29 @@ import typer
 
 from optuna_merge.cli.options import (
     Json,
+    Seed,
     StoragePath,
     StorageUrl,
     StudyFile,
+    TaskSearchPath,
     note,
     open_started,
+    overrides_of,
     print_json,
     print_table,
 )
-from optuna_merge.cli.options import storage_overrides as overrides_of
 
 if TYPE_CHECKING:
     from optuna_merge.report import HoldoutRow, Row, Summary
 
 
 def report(
-    file: StudyFile, storage_path: StoragePath = None, storage: StorageUrl = None, as_json: Json = False
+    file: StudyFile,
+    storage_path: StoragePath = None,
+    storage: StorageUrl = None,
+    task_search_path: TaskSearchPath = None,
+    seed: Seed = None,
+    as_json: Json = False,
 ) -> None:
     """Print one table: sources, base, uniform merges and best merge on searched and held-out documents.
 
@@ -34,14 +41,15 @@ def report(
     from optuna_merge.config import load_study
     from optuna_merge.report import needs_holdout, summarize
 
-    config = load_study(file, overrides_of(storage_path, storage))
+    config = load_study(file, overrides_of(storage_path, storage, task_search_path, seed))
     study = open_started(config)
     if config.holdout is not None and needs_holdout(study, config.storage_path):
         from optuna_merge.holdout import score_holdout
         from optuna_merge.objective import MergeObjective
         from optuna_merge.store import check_fingerprint
+        from optuna_merge.study import as_started
 
-        objective = MergeObjective.from_config(config)
+        objective = MergeObjective.from_config(as_started(config))
         check_fingerprint(study, objective.fingerprint())
         score_holdout(study, objective, note)
         objective.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,13 +9,16 @@ import typer
 from optuna_merge.cli.options import (
     INTERRUPTED,
     Json,
+    Seed,
     StoragePath,
     StorageUrl,
     StudyFile,
+    TaskSearchPath,
+    export_line,
     note,
     open_started,
+    overrides_of,
     print_json,
-    storage_overrides,
 )
 from optuna_merge.cli.report import print_summary
 from optuna_merge.errors import EngineError, OptunaMergeError, StudyError
@@ -32,10 +34,7 @@ def run_study(
     ] = None,
     storage_path: StoragePath = None,
     storage: StorageUrl = None,
-    task_search_path: Annotated[
-        list[Path] | None,
-        typer.Option("--task-search-path", metavar="DIR", help="Folder with eval tasks; may be given several times."),
-    ] = None,
+    task_search_path: TaskSearchPath = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:<index>.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", help="Longest sequences in one forward pass.")
@@ -43,9 +42,7 @@ def run_study(
     sigma0: Annotated[
         float | None, typer.Option("--sigma0", help="First step of CMA-ES as a fraction of each range.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--random-seed", "--seed", metavar="N", help="Decides every draw of the study.")
-    ] = None,
+    seed: Seed = None,
     timeout: Annotated[
         float | None, typer.Option("--timeout", metavar="S", help="Seconds after which no further trial begins.")
     ] = None,
@@ -75,10 +72,9 @@ def run_study(
         raise OptunaMergeError("--no-in-memory must be absent: every merge is made in memory; drop the option")
     if wandb:
         raise OptunaMergeError("--wandb must be absent: logging to Weights & Biases is not built yet; drop the option")
-    overrides: dict[str, Any] = storage_overrides(storage_path, storage)
-    given = {
+    overrides = overrides_of(storage_path, storage, task_search_path, seed)
+    given: dict[str, Any] = {
         "study.n_trials": n_trials,
-        "study.seed": seed,
         "study.timeout": timeout,
         "study.sampler.sigma0": sigma0,
         "engine.device": device,
@@ -86,7 +82,6 @@ def run_study(
         "engine.backend": "vllm" if vllm else None,
         "engine.trust_remote_code": trust_remote_code or None,
         "engine.merge_device": {True: "cuda", False: "cpu", None: None}[merge_cuda],
-        "task_search_path": [path.absolute() for path in task_search_path] if task_search_path else None,
     }
     overrides |= {key: value for key, value in given.items() if value is not None}
 
@@ -103,6 +98,7 @@ def run_study(
     from optuna_merge.report import summarize
 
     note(f"reading models and eval tasks of {file}")
+    config = studies.as_started(config)
     objective = MergeObjective.from_config(config)
     for line in objective.describe():
         note(line)
@@ -118,7 +114,7 @@ def run_study(
         print_summary(summary)
         if summary.best_trial is not None:
             typer.echo(f"recipe: {config.storage_path / studies.BEST_CONFIG}")
-            typer.echo(f"model:  optuna-merge export {file} OUT")
+            typer.echo(f"model:  {export_line(file, storage_path, storage, seed)}")
     objective.close()
     if outcome.interrupted:
         note(f"interrupted after {outcome.n_finished} of {config.study.n_trials} trials; the same command continues")

@@ -10,8 +10,8 @@ from optuna_merge.cli.options import (
     StorageUrl,
     StudyFile,
     open_started,
+    overrides_of,
     print_json,
-    storage_overrides,
 )
 
 
@@ -25,7 +25,7 @@ def status(
     from optuna_merge.config import load_study
     from optuna_merge.report import summarize
 
-    config = load_study(file, storage_overrides(storage_path, storage))
+    config = load_study(file, overrides_of(storage_path, storage))
     summary = summarize(open_started(config), config)
     if as_json:
         print_json(summary.as_dict())

@@ -820,9 +820,9 @@ class _Loader:
 
     def _unknown(self, name: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ";"
-        places = [*map(str, self._paths), "lm-eval's own tasks"]
-        message = f"unknown task '{name}'{hint} (looked in {', '.join(places)})"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "name its folder in task_search_path"
+        places = [*(str(path.resolve()) for path in self._paths), "lm-eval's own tasks"]
+        message = f"unknown task '{name}'; {hint} (looked in {', '.join(places)})"
         # lm-eval skips files that it cannot read without a word
         for path in sorted(file for folder in self._paths for file in folder.glob("**/*.yaml")):
             try:
