@@ -201,6 +201,11 @@ def _check_models(method: MergeMethod, recipe: Recipe) -> None:
 def _check_destination(
     name: str, destination: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
+    if tuple(destination.shape) != tuple(shape):
+        raise MergeError(
+            f"{name}: shape must be {list(shape)} as in the model files, got {list(destination.shape)} in the resident"
+            " model; the config.json of the base, or of the first model, must describe its weights"
+        )
     wanted = (tuple(shape), dtype, device.type)
     got = (tuple(destination.shape), destination.dtype, destination.device.type)
     if wanted != got or not destination.is_contiguous():

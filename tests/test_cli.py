@@ -329,6 +329,22 @@ class TestBadInput:
         assert "trial 0: must have a score, it failed: model.norm.weight: must be finite" in error
         assert not (tmp_path / "x").exists()
 
+    def test_a_model_without_a_tokenizer(
+        self, study_file: Callable[..., Path], genome: dict, tiny_models: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(tiny_models / "base", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+        error = error_of(invoke("check", study_file(genome={**genome, "base_model": str(tmp_path / "mute")})))
+        assert f"{tmp_path}/mute: must hold a tokenizer, found no file of one" in error
+
+    def test_a_config_that_does_not_describe_the_weights(
+        self, study_file: Callable[..., Path], genome: dict, tiny_models: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(tiny_models / "base", tmp_path / "other")
+        config = json.loads((tmp_path / "other" / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+        error = error_of(invoke("run-study", study_file(genome={**genome, "base_model": str(tmp_path / "other")})))
+        assert re.search(r"mlp.\w+.weight: shape must be \[.*\] as in the model files, got \[.*40.*\]", error)
+
     def test_a_tokenizer_file_without_a_tokenizer(
         self, study_file: Callable[..., Path], genome: dict, broken: Callable[..., Path]
     ) -> None:

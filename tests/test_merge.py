@@ -145,7 +145,7 @@ def test_writes_into_the_memory_it_is_given(references: tuple[str, ...]) -> None
 )
 def test_a_destination_that_does_not_fit_is_refused(references: tuple[str, ...], destination: torch.Tensor) -> None:
     merger = Merger.open(references)
-    with pytest.raises(MergeError, match=r"lm_head.weight: destination must be contiguous"):
+    with pytest.raises(MergeError, match=r"lm_head.weight: (destination must be contiguous|shape must be \[320, 16\])"):
         list(merger.merge(recipe_of(references), out=lambda name: destination if "lm_head" in name else None))
 
 

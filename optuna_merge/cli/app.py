@@ -39,13 +39,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("run-study")(run_study.run_study)
-app.command("check")(check.check)
-app.command("status")(status.status)
-app.command("report")(report.report)
-app.command("export")(export.export)
-app.command("methods")(methods.methods)
-app.command("prepare-data")(prepare_data.prepare_data)
+app.command("run-study", short_help="Start a study, or go on with it.")(run_study.run_study)
+app.command("check", short_help="Check a study file; load no weights.")(check.check)
+app.command("status", short_help="Say how far a study is.")(status.status)
+app.command("report", short_help="Compare the best merge with the rest.")(report.report)
+app.command("export", short_help="Write a trial's merge as a model.")(export.export)
+app.command("methods", short_help="List the merge methods.")(methods.methods)
+app.command("prepare-data", short_help="Make the documents of the eval tasks.")(prepare_data.prepare_data)
 
 
 def _print_version(asked: bool) -> None:

@@ -49,14 +49,15 @@ def run_study(
     merge_cuda: Annotated[
         bool | None,
         typer.Option(
-            "--merge-cuda/--no-merge-cuda", help="Merge on the GPU or on the CPU; by default where is scored."
+            "--merge-cuda/--no-merge-cuda", help="Merge on the GPU or on the CPU; by default where it is scored."
         ),
     ] = None,
     in_memory: Annotated[
-        bool, typer.Option("--in-memory/--no-in-memory", help="Merges are always made in memory.")
+        bool,
+        typer.Option("--in-memory/--no-in-memory", help="Understood and needless: every merge is made in memory."),
     ] = True,
-    vllm: Annotated[bool, typer.Option("--vllm", help="Score with vLLM.")] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Score with vLLM; not built yet.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases; not built yet.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that a model folder brings along.")
     ] = False,

@@ -426,6 +426,8 @@ def _language_model(model: Any, folder: Path, trust_remote_code: bool) -> HFLM:
         with quietly():
             return _CachingHFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=1)
     except (OSError, ValueError, ImportError, KeyError, AssertionError) as exc:
+        if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.tiktoken")):
+            raise EngineError(f"{folder}: must hold a tokenizer, found no file of one; copy it there") from exc
         reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
         raise EngineError(f"{folder}: the tokenizer cannot be loaded: {reason}") from exc
 

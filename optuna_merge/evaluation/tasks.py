@@ -387,20 +387,6 @@ class Scorer:
             self._holdout = _Batch(self._engine, parts)
         return _aggregate(self._holdout_goals, self._holdout.score(self._engine), stderr=stderr)
 
-    def paired_estimate(self, results: Sequence[ChunkResult], reference: Score) -> float:
-        """Estimate a trial's full value from some of its chunks and another trial's full score.
-
-        Args:
-            results: The chunks that the trial was scored on.
-            reference: Full score of another trial on the searched documents.
-
-        Returns:
-            The reference's value plus the difference on the documents that both were scored on.
-        """
-        partial = self.total(results)
-        shared = _aggregate(self._goals, _restricted(reference.documents, partial.documents), stderr=False)
-        return reference.value + partial.value - shared.value
-
     def paired_difference(self, score: Score, other: Score) -> tuple[float, float]:
         """Difference of two values on the same documents, searched or holdout, and its standard error.
 
@@ -942,15 +928,6 @@ def _in_document_order(documents: Documents) -> Documents:
         order = sorted(range(len(columns["doc_id"])), key=columns["doc_id"].__getitem__)
         ordered[name] = {key: [values[i] for i in order] for key, values in columns.items()}
     return ordered
-
-
-def _restricted(documents: Documents, to: Documents) -> Documents:
-    restricted: Documents = {}
-    for name, columns in documents.items():
-        wanted = set(to.get(name, {}).get("doc_id", []))
-        kept = [i for i, doc_id in enumerate(columns["doc_id"]) if doc_id in wanted]
-        restricted[name] = {key: [values[i] for i in kept] for key, values in columns.items()}
-    return restricted
 
 
 def _plain(value: Any, task: str, metric: str) -> Any:

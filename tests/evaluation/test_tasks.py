@@ -358,21 +358,6 @@ def test_a_paired_difference_of_a_metric_that_is_no_mean(engine: HFEngine, model
     assert scorer.paired_difference(first, second) == (difference, error)
 
 
-def test_the_paired_estimate_by_hand(right: Path) -> None:
-    engine, scorer = fake(right, terms=[EvalTask("right")], n_chunks=4)
-    loaded(engine, 0.3)
-    best = scorer.score_all()
-    loaded(engine, 0.8)
-    partial = [scorer.score_chunk(0), scorer.score_chunk(2)]
-    shared = [doc_id for result in partial for doc_id in result.documents["right"]["doc_id"]]
-    values = [value for result in partial for value in result.documents["right"]["acc,none"]]
-    by_id = dict(zip(best.documents["right"]["doc_id"], best.documents["right"]["acc,none"], strict=True))
-    expected = best.value + statistics.mean(values) - statistics.mean(by_id[doc_id] for doc_id in shared)
-    assert scorer.paired_estimate(partial, best) == pytest.approx(expected)
-    everything = [scorer.score_chunk(chunk) for chunk in range(4)]
-    assert scorer.paired_estimate(everything, best) == pytest.approx(scorer.score_all().value)
-
-
 def test_shuffling_draws_other_documents_with_the_prompts_of_a_full_run(engine: HFEngine, tasks: Path) -> None:
     def prompts(**options: Any) -> dict[int, Any]:
         scorer = Scorer.build(engine, [EvalTask("shots")], task_search_path=[tasks], num_fewshot=2, **options)
