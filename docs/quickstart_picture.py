@@ -17,7 +17,7 @@ COLOURS = {"source": "#8c9bb0", "base": "#c3ccd8", "uniform": "#e0a458", "best":
 
 def main() -> None:
     """Read the report from standard input and write the picture."""
-    rows = [row for row in json.load(sys.stdin)["rows"] if row["holdout"]]
+    rows = [row for row in json.load(sys.stdin)["rows"] if row["holdout"] and row["kind"] != "runner-up"]
     height = 56 + ROW * len(rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',

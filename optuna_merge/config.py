@@ -161,16 +161,16 @@ class SamplerConfig(_Section):
 class PrunerConfig(_Section):
     """Which Optuna pruner ends a trial before all documents are scored.
 
-    The options are Optuna's own; what is left out has Optuna's default, except as noted.
+    The options are Optuna's own, and so are the defaults of ``median``, ``hyperband`` and ``successive_halving``.
 
     Attributes:
         name: ``wilcoxon``, ``median``, ``hyperband``, ``successive_halving`` or ``none``.
-        p_threshold: Of ``wilcoxon``: a trial is stopped when it is worse than the best one at this level.
+        p_threshold: Of ``wilcoxon``: a trial is stopped when it is worse than the best one at this level; 0.1.
         n_startup_steps: Of ``wilcoxon``: chunks that every trial is scored on; 4.
-        n_startup_trials: Of ``median``: trials that are not pruned.
-        n_warmup_steps: Of ``median``: chunks that every trial is scored on; 4.
-        min_resource: Of ``hyperband`` and ``successive_halving``: chunks before the first comparison; 4.
-        reduction_factor: Of ``hyperband`` and ``successive_halving``: one of this many trials goes on.
+        n_startup_trials: Of ``median``: trials that are not pruned; 5.
+        n_warmup_steps: Of ``median``: chunks after which the first comparison comes; 0.
+        min_resource: Of ``hyperband`` and ``successive_halving``: chunks after which the first comparison comes; 1.
+        reduction_factor: Of both: one of so many trials goes on; 3 for ``hyperband``, 4 for ``successive_halving``.
     """
 
     name: Literal["wilcoxon", "median", "hyperband", "successive_halving", "none"] = "wilcoxon"

@@ -1,7 +1,8 @@
 """What a study found, read from its storage: the figures behind ``status`` and ``report``. Loads no torch.
 
-Its rows are the sources, the base, the uniform merges and the best merge, each with the score on the searched documents
-and, once ``holdout.py`` has scored it, on the holdout.
+Its rows are the sources, the base, the uniform merges and the best merges, each with the score on the searched
+documents and, once ``holdout.py`` has scored it, on the holdout. The best merge is the one that the searched documents
+say is best; the holdout chooses nothing, so that its figure is not biased upward as a maximum over many trials is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from optuna_merge import store
 from optuna_merge.config import StudyConfig
 
 HOLDOUT_FILE = "holdout.json"
+N_BEST = 5
+"""Merges that a report scores on the holdout, best first on the searched documents."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class HoldoutRow:
         tasks: Eval task to its figure.
         difference: The best merge's value minus this one's.
         difference_stderr: Its standard error, paired by document.
+        p_value: Of a difference at least as large in either direction if there were none (paired z test).
     """
 
     trial: int
@@ -49,6 +53,7 @@ class HoldoutRow:
     tasks: dict[str, TaskFigure]
     difference: float
     difference_stderr: float
+    p_value: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class SearchedTask:
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the report: ``kind`` is ``source``, ``base``, ``uniform`` or ``best``."""
+    """One model of the report: ``kind`` is ``source``, ``base``, ``uniform``, ``runner-up`` or ``best``."""
 
     name: str
     kind: str
@@ -79,7 +84,7 @@ class Summary:
         study: Its name.
         n_trials: How many trials its latest run was asked for.
         states: Trial state to number of trials.
-        rows: Sources, base, uniform merges, best merge.
+        rows: Sources, base, uniform merges, runners-up, best merge.
         best_trial: Number of the best merge; None if none is scored yet.
         best_value: Its score on the searched documents.
         failures: Number and reason of each failed trial.
@@ -104,23 +109,36 @@ class Summary:
 
 def best_merge(study: optuna.Study) -> FrozenTrial | None:
     """The best trial that is a merge and was scored on every document; a source as it stands is none."""
+    return next(iter(best_merges(study, 1)), None)
+
+
+def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
+    """The best merge, which may be a uniform one, and the next best trials that the search drew.
+
+    Args:
+        study: The study.
+        n: How many at most.
+    """
     merges = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if trial.user_attrs.get(store.BASELINE_KIND) not in ("source", "base")
     ]
-    return max(merges, key=lambda trial: (trial.value or -math.inf, -trial.number), default=None)
+    merges.sort(key=lambda trial: (-math.inf if trial.value is None else trial.value, -trial.number), reverse=True)
+    return merges[:1] + [trial for trial in merges[1:] if store.BASELINE not in trial.user_attrs][: n - 1]
 
 
-def summarize(study: optuna.Study, config: StudyConfig) -> Summary:
+def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summary:
     """Read a study, running or not.
 
     Args:
         study: The study.
         config: Its study file, for the order of the tasks and the folder of the holdout's figures.
+        n_best: How many of the best merges get a row.
     """
     trials = study.get_trials(deepcopy=False)
-    best = best_merge(study)
+    merges = best_merges(study, n_best)
+    best = merges[0] if merges else None
     holdout = _read_holdout(config.storage_path / HOLDOUT_FILE, study, best)
     order = [task.name for task in config.tasks]
     rows = [
@@ -129,6 +147,8 @@ def summarize(study: optuna.Study, config: StudyConfig) -> Summary:
         for trial in trials
         if trial.state == TrialState.COMPLETE and trial.user_attrs.get(store.BASELINE_KIND) == kind
     ]
+    for rank, trial in reversed(list(enumerate(merges[1:], start=2))):
+        rows.append(_row(trial, f"best merge, rank {rank}", "runner-up", holdout, order))
     if best is not None:
         rows.append(_row(best, "best merge", "best", holdout, order))
     return Summary(
@@ -152,10 +172,37 @@ def summarize(study: optuna.Study, config: StudyConfig) -> Summary:
     )
 
 
-def needs_holdout(study: optuna.Study, storage_path: Path) -> bool:
-    """Whether there is a best merge whose figures on the holdout are not there yet."""
-    best = best_merge(study)
-    return best is not None and not _read_holdout(storage_path / HOLDOUT_FILE, study, best)
+def needs_holdout(study: optuna.Study, storage_path: Path, n_best: int) -> bool:
+    """Whether the figures on the holdout of one of the best merges are not there yet."""
+    best = best_merges(study, n_best)
+    scored = _read_holdout(storage_path / HOLDOUT_FILE, study, next(iter(best), None))
+    return any(trial.number not in scored for trial in best)
+
+
+def verdict(summary: Summary) -> str:
+    """One sentence: the best merge on the holdout against the best source and the best uniform merge.
+
+    Which source and which uniform merge that is, the searched documents say, as they do for the best merge.
+
+    Returns:
+        Empty if none of them has been scored on the holdout.
+    """
+    parts = []
+    for kind, title in (("source", "source"), ("uniform", "uniform merge")):
+        rows = [row for row in summary.rows if row.kind == kind and row.holdout and row.trial != summary.best_trial]
+        if rows:
+            row = max(rows, key=lambda row: row.value)
+            assert row.holdout is not None
+            ahead, stderr, p_value = row.holdout.difference, row.holdout.difference_stderr, row.holdout.p_value
+            how = "better" if ahead >= 0 else "worse"
+            shown = f"p = {p_value:.4f}" if p_value >= 1e-4 else "p < 0.0001"
+            parts.append(f"{abs(ahead):.4f} ± {stderr:.4f} {how} than the best {title} ({row.name}; {shown})")
+    if not parts:
+        return ""
+    return (
+        f"On the holdout the best merge, chosen on the searched documents, is {' and '.join(parts)}: two-sided z tests,"
+        " paired by document."
+    )
 
 
 def markdown_table(summary: Summary) -> str:
@@ -174,7 +221,10 @@ def markdown_table(summary: Summary) -> str:
             ahead = f"{row.holdout.difference:+.4f} ± {row.holdout.difference_stderr:.4f}"
             cells += [f"{row.holdout.value:.4f}", "" if row.kind == "best" else ahead]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "± is one standard error, paired by document."])
+    lines += ["", "± is one standard error, paired by document."]
+    if sentence := verdict(summary):
+        lines += ["", sentence]
+    return "\n".join(lines)
 
 
 def _row(trial: FrozenTrial, name: str, kind: str, holdout: dict[int, HoldoutRow], order: list[str]) -> Row:

@@ -7,19 +7,29 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 from optuna.pruners import BasePruner, NopPruner
+from optuna.trial import FrozenTrial
 from scipy.stats import wilcoxon
 
-from optuna_merge.pruner import SignedRankPruner, signed_rank_p
+from optuna_merge.pruner import SignedRankPruner, best_point, signed_rank_p
+
+
+def point(value: float, intermediate_values: dict[int, float] | None = None) -> FrozenTrial:
+    """A complete trial with a parameter."""
+    return optuna.trial.create_trial(
+        value=value,
+        params={"x": 0.5},
+        distributions={"x": FloatDistribution(0, 1)},
+        intermediate_values=intermediate_values,
+    )
 
 
 def study_of(*finished: Sequence[float], direction: str = "maximize") -> optuna.Study:
     """A study with complete trials: each reported these values and is worth their mean."""
     study = optuna.create_study(direction=direction, pruner=NopPruner())
     for values in finished:
-        study.add_trial(
-            optuna.trial.create_trial(value=float(np.mean(values)), intermediate_values=dict(enumerate(values)))
-        )
+        study.add_trial(point(float(np.mean(values)), dict(enumerate(values))))
     return study
 
 
@@ -81,13 +91,26 @@ def test_only_the_shared_chunks_count() -> None:
     best = [0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1]
     assert stops_after(SignedRankPruner(), study_of(best), [0.8] * 4) == 4
     study = optuna.create_study(direction="maximize")
-    study.add_trial(optuna.trial.create_trial(value=1.0, intermediate_values={2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5}))
+    study.add_trial(point(1.0, {2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5}))
     assert stops_after(SignedRankPruner(), study, [0.9, 0.9, 0.1, 0.1, 0.1, 0.1]) == 6
 
 
 def test_nothing_to_compare_with_stops_nothing() -> None:
     assert stops_after(SignedRankPruner(), study_of(), [0.1] * 6) is None
     study = optuna.create_study(direction="maximize")
-    study.add_trial(optuna.trial.create_trial(value=1.0))
+    study.add_trial(point(1.0))
     assert stops_after(SignedRankPruner(), study, [0.1] * 6) is None
     assert stops_after(SignedRankPruner(), study_of([0.5] * 6), [0.1, float("nan"), 0.1, 0.1, 0.1, 0.1]) is None
+
+
+def test_a_source_that_beats_every_merge_does_not_stop_them() -> None:
+    study = study_of([0.5] * 5)
+    study.add_trial(optuna.trial.create_trial(value=0.9, intermediate_values=dict.fromkeys(range(5), 0.9)))
+    assert best_point(study).number == 0
+    assert stops_after(SignedRankPruner(), study, [0.6] * 5) is None
+    assert best_point(optuna.create_study()) is None
+
+
+@pytest.mark.parametrize(("direction", "best"), [("maximize", 1), ("minimize", 0)])
+def test_of_equally_good_points_the_first_counts(direction: str, best: int) -> None:
+    assert best_point(study_of([0.2], [0.4], [0.4], [0.2], direction=direction)).number == best

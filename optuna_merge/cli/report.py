@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,22 +28,26 @@ def report(
     file: StudyFile,
     storage_path: StoragePath = None,
     storage: StorageUrl = None,
+    best: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="How many of the best merges; 5 by default.")
+    ] = None,
     task_search_path: TaskSearchPath = None,
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Print one table: sources, base, uniform merges and best merge on searched and held-out documents.
+    """Print sources, base, uniform merges and best merges on searched and held-out documents, and a paired test.
 
     Example: optuna-merge report studies/quickstart.yaml
 
-    Where the best merge has not been scored on the holdout yet, this loads the models and does it.
+    Where one of the best merges has not been scored on the holdout yet, this loads the models and does it.
     """
     from optuna_merge.config import load_study
-    from optuna_merge.report import needs_holdout, summarize
+    from optuna_merge.report import N_BEST, needs_holdout, summarize
 
+    best = best or N_BEST
     config = load_study(file, overrides_of(storage_path, storage, task_search_path, seed))
     study = open_started(config)
-    if config.holdout is not None and needs_holdout(study, config.storage_path):
+    if config.holdout is not None and needs_holdout(study, config.storage_path, best):
         from optuna_merge.holdout import score_holdout
         from optuna_merge.objective import MergeObjective
         from optuna_merge.store import check_fingerprint
@@ -51,9 +55,9 @@ def report(
 
         objective = MergeObjective.from_config(as_started(config))
         check_fingerprint(study, objective.fingerprint())
-        score_holdout(study, objective, note)
+        score_holdout(study, objective, note, best)
         objective.close()
-    summary = summarize(study, config)
+    summary = summarize(study, config, best)
     if as_json:
         print_json(summary.as_dict())
     else:
@@ -62,6 +66,8 @@ def report(
 
 def print_summary(summary: Summary) -> None:
     """The table and what follows from it, on stdout."""
+    from optuna_merge.report import verdict
+
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
     typer.echo(f"study {summary.study}: {states}; {summary.n_documents} documents scored in {summary.seconds:.0f} s")
     if not summary.rows:
@@ -76,6 +82,7 @@ def print_summary(summary: Summary) -> None:
         header = ["holdout documents", "trial", "score", *held_tasks, "best merge − this"]
         print_table(header, [_held_out(row, row.holdout, held_tasks) for row in summary.rows if row.holdout])
         typer.echo("± is one standard error; differences are paired by document.")
+        typer.echo(verdict(summary))
     for number, reason in summary.failures.items():
         typer.echo(f"trial {number} failed: {reason}")
 

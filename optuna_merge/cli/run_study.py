@@ -96,7 +96,7 @@ def run_study(
     from optuna_merge.cli.progress import TerminalWatcher
     from optuna_merge.holdout import score_holdout
     from optuna_merge.objective import MergeObjective
-    from optuna_merge.report import summarize
+    from optuna_merge.report import N_BEST, summarize
 
     note(f"reading models and eval tasks of {file}")
     config = studies.as_started(config)
@@ -108,7 +108,7 @@ def run_study(
     study = open_started(config)
     if not outcome.interrupted:
         score_holdout(study, objective, note)
-    summary = summarize(study, config)
+    summary = summarize(study, config, N_BEST)
     if as_json:
         print_json(summary.as_dict())
     else:

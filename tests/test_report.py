@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import create_trial
+
+from optuna_merge import store
+from optuna_merge.config import StudyConfig, load_study
+from optuna_merge.report import (
+    HOLDOUT_FILE,
+    HoldoutRow,
+    TaskFigure,
+    best_merge,
+    best_merges,
+    markdown_table,
+    needs_holdout,
+    summarize,
+    verdict,
+)
+
+
+@pytest.fixture
+def config(study_file: Callable[..., Path]) -> StudyConfig:
+    return load_study(study_file())
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    """Trials 0 to 3: uniform, uniform x2, a source, the base; then drawn merges, the best of them trial 6."""
+    study = optuna.create_study(study_name="tiny", direction="maximize")
+    baselines = [("uniform", "uniform", 0.5), ("uniform x2", "uniform", 0.6), ("model_0", "source", 0.9)]
+    for name, kind, value in [*baselines, ("base", "base", 0.2)]:
+        study.add_trial(create_trial(value=value, user_attrs={store.BASELINE: name, store.BASELINE_KIND: kind}))
+    for value in (0.55, 0.7, 0.8, 0.7, 0.3):
+        study.add_trial(create_trial(value=value))
+    study.add_trial(create_trial(state=optuna.trial.TrialState.PRUNED, intermediate_values={0: 0.99}))
+    return study
+
+
+def held(trial: int, value: float, difference: float = 0.0, stderr: float = 0.0, p_value: float = 1.0) -> HoldoutRow:
+    return HoldoutRow(trial, value, {"one": TaskFigure("acc,none", value, 0.1, 10)}, difference, stderr, p_value)
+
+
+def write(config: StudyConfig, rows: list[HoldoutRow], best: int = 6, study: str = "tiny") -> None:
+    config.storage_path.mkdir(exist_ok=True)
+    data = {"study": study, "best_trial": best, "rows": [asdict(row) for row in rows]}
+    (config.storage_path / HOLDOUT_FILE).write_text(json.dumps(data))
+
+
+def test_the_best_merges_are_those_of_the_searched_documents(study: optuna.Study) -> None:
+    assert best_merge(study).number == 6
+    assert [trial.number for trial in best_merges(study, 4)] == [6, 5, 7, 4]  # of equal ones, the earlier first
+    assert [trial.number for trial in best_merges(study, 99)] == [6, 5, 7, 4, 8]
+    assert best_merge(optuna.create_study(direction="maximize")) is None
+
+
+def test_a_uniform_merge_can_be_the_best_but_no_runner_up() -> None:
+    study = optuna.create_study(direction="maximize")
+    for name, value in (("uniform", 0.5), ("uniform x2", 0.6), (None, 0.4)):
+        attributes = {} if name is None else {store.BASELINE: name, store.BASELINE_KIND: "uniform"}
+        study.add_trial(create_trial(value=value, user_attrs=attributes))
+    assert [trial.number for trial in best_merges(study, 5)] == [1, 2]
+
+
+def test_rows_end_with_the_best(study: optuna.Study, config: StudyConfig) -> None:
+    rows = summarize(study, config, 3).rows
+    assert [(row.name, row.kind, row.trial) for row in rows] == [
+        ("model_0", "source", 2),
+        ("base", "base", 3),
+        ("uniform", "uniform", 0),
+        ("uniform x2", "uniform", 1),
+        ("best merge, rank 3", "runner-up", 7),
+        ("best merge, rank 2", "runner-up", 5),
+        ("best merge", "best", 6),
+    ]
+    assert [row.kind for row in summarize(study, config).rows].count("runner-up") == 0
+
+
+def test_the_holdout_is_needed_until_each_best_merge_is_scored(study: optuna.Study, config: StudyConfig) -> None:
+    assert needs_holdout(study, config.storage_path, 1)
+    write(config, [held(6, 0.7), held(5, 0.6)])
+    assert not needs_holdout(study, config.storage_path, 2)
+    assert needs_holdout(study, config.storage_path, 3)
+    write(config, [held(6, 0.7)], best=5)
+    assert needs_holdout(study, config.storage_path, 1)
+    write(config, [held(6, 0.7)], study="another")
+    assert needs_holdout(study, config.storage_path, 1)
+
+
+def test_the_verdict(study: optuna.Study, config: StudyConfig) -> None:
+    assert verdict(summarize(study, config)) == ""
+    others = [held(0, 0.65, 0.05, 0.02, 0.0124), held(1, 0.72, -0.02, 0.04, 0.6171), held(2, 0.4, 0.3, 0.03, 1e-9)]
+    write(config, [held(6, 0.7), *others])
+    summary = summarize(study, config)
+    # "uniform x2" is the better uniform merge on the searched documents
+    assert verdict(summary) == (
+        "On the holdout the best merge, chosen on the searched documents, is 0.3000 ± 0.0300 better than the best"
+        " source (model_0; p < 0.0001) and 0.0200 ± 0.0400 worse than the best uniform merge (uniform x2; p = 0.6171):"
+        " two-sided z tests, paired by document."
+    )
+    assert markdown_table(summary).endswith(verdict(summary))
+    assert "| model_0 | 0.9000 | 0.4000 | +0.3000 ± 0.0300 |" in markdown_table(summary)
+
+
+def test_a_best_uniform_merge_is_not_compared_with_itself(config: StudyConfig) -> None:
+    study = optuna.create_study(study_name="tiny", direction="maximize")
+    study.add_trial(create_trial(value=0.5, user_attrs={store.BASELINE: "uniform", store.BASELINE_KIND: "uniform"}))
+    write(config, [held(0, 0.7)], best=0)
+    assert verdict(summarize(study, config)) == ""
