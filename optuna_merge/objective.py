@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_merge import store
 from optuna_merge.checkpoint import Checkpoint, ResolvedReference, common_names, resolve
 from optuna_merge.config import StudyConfig, TaskConfig, load_study
-from optuna_merge.errors import CheckpointError, EngineError, NonFiniteMergeError, StudyError
+from optuna_merge.errors import CheckpointError, EngineError, NonFiniteMergeError, StudyError, TaskError
 from optuna_merge.evaluation.engine import Engine
 from optuna_merge.evaluation.tasks import ChunkResult, EvalTask, Score, Scorer
 from optuna_merge.merge import Merger
@@ -327,7 +327,13 @@ class MergeObjective:
         frozen = trial.study._storage.get_trial(trial._trial_id)
         reported = sorted(frozen.intermediate_values)
         lines = self._documents.begin(trial.number, digest, len(reported))
-        results = [ChunkResult.from_json(line) for line in lines]
+        try:
+            results = [ChunkResult.from_json(line) for line in lines]
+        except TaskError as exc:
+            path = self._documents.path(trial.number)
+            raise StudyError(
+                f"{path}: scores must be readable, got {exc}; delete it: the trial is scored anew"
+            ) from exc
         spent = frozen.user_attrs.get(store.EVALUATION_SECONDS, 0.0)
         for chunk in range(len(results), self.scorer.n_chunks):
             start = time.perf_counter()

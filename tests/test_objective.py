@@ -254,6 +254,21 @@ def test_one_model_by_two_names_is_refused(study_file: Callable[..., Path], tiny
         StudyModels.open(load_study(path))
 
 
+def test_scores_that_cannot_be_read_back(objective: MergeObjective) -> None:
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=1))
+    trial = study.ask()
+    value = objective(trial)
+    file = objective.config.storage_path / "documents" / "tiny" / "trial_00000.jsonl"
+    digest, _, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([digest, "{}", *rest, ""]))
+    message = r"trial_00000.jsonl: scores must be readable, got .*; delete it: the trial is scored anew"
+    with pytest.raises(StudyError, match=message):
+        objective(trial)
+    file.unlink()
+    with pytest.warns(UserWarning, match="already reported"):
+        assert objective(trial) == value
+
+
 def test_a_merge_device_that_is_not_there(study_file: Callable[..., Path]) -> None:
     config = load_study(study_file(), {"engine.merge_device": "cuda:99"})
     with pytest.raises(EngineError, match=r"engine.merge_device must be there, got cuda:99 \(\d+ CUDA devices found\)"):
