@@ -276,7 +276,7 @@ def test_folders_that_are_no_model(tmp_path: Path) -> None:
     base, _ = write_tiny_models(tmp_path, 0)
     for file in base.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(EngineError, match="the tokenizer cannot be loaded"):
+    with pytest.raises(EngineError, match="must hold a tokenizer, found no file of one; copy it there"):
         HFEngine(base, device="cpu")
 
 
