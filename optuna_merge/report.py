@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import store
 from optuna_merge.config import StudyConfig
+from optuna_merge.errors import StudyError
 
 HOLDOUT_FILE = "holdout.json"
 N_BEST = 5
@@ -244,11 +245,14 @@ def _read_holdout(file: Path, study: optuna.Study, best: FrozenTrial | None) -> 
     """The rows by trial number; empty if there are none, or if they were made for another best merge."""
     if best is None or not file.exists():
         return {}
-    data = json.loads(file.read_text(encoding="utf-8"))
-    if data["study"] != study.study_name or data["best_trial"] != best.number:
-        return {}
-    rows = [
-        HoldoutRow(**{**row, "tasks": {name: TaskFigure(**task) for name, task in row["tasks"].items()}})
-        for row in data["rows"]
-    ]
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["study"] != study.study_name or data["best_trial"] != best.number:
+            return {}
+        rows = [
+            HoldoutRow(**{**row, "tasks": {name: TaskFigure(**task) for name, task in row["tasks"].items()}})
+            for row in data["rows"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise StudyError(f"{file}: must hold the holdout's figures, got {exc!r}; delete it: report writes it") from exc
     return {row.trial: row for row in rows}

@@ -11,6 +11,7 @@ from optuna.trial import create_trial
 
 from optuna_merge import store
 from optuna_merge.config import StudyConfig, load_study
+from optuna_merge.errors import StudyError
 from optuna_merge.report import (
     HOLDOUT_FILE,
     HoldoutRow,
@@ -112,3 +113,11 @@ def test_a_best_uniform_merge_is_not_compared_with_itself(config: StudyConfig) -
     study.add_trial(create_trial(value=0.5, user_attrs={store.BASELINE: "uniform", store.BASELINE_KIND: "uniform"}))
     write(config, [held(0, 0.7)], best=0)
     assert verdict(summarize(study, config)) == ""
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"study": "tiny", "best_trial": 6, "rows": [{}]}'])
+def test_figures_that_cannot_be_read_back(study: optuna.Study, config: StudyConfig, text: str) -> None:
+    write(config, [])
+    (config.storage_path / HOLDOUT_FILE).write_text(text)
+    with pytest.raises(StudyError, match=r"holdout.json: must hold the holdout's figures, got .*; delete it: report"):
+        summarize(study, config)
