@@ -42,30 +42,32 @@ def write_tiny_models(
     tied: bool | None = None,
     max_shard_size: str = "5GB",
     spread: float = 0.05,
+    head_dim: int = 8,
 ) -> tuple[Path, list[Path]]:
     """Write a random base model and fine-tunes of it: real folders that transformers loads, with a real tokenizer.
 
     Args:
         folder: Where to; made if it is missing.
         n_models: Number of fine-tunes.
-        architecture: Its shapes: 16 wide, 320 tokens, biases and tied embeddings as the architecture has them.
+        architecture: Its shapes: two heads, 320 tokens, biases and tied embeddings as the architecture has them.
         n_layers: Number of layers.
         dtype: Of every stored tensor.
         tied: Whether the output head is the embedding; None: as the architecture has it.
         max_shard_size: As in ``save_pretrained``.
         spread: Standard deviation of the fine-tunes' difference to the base.
+        head_dim: Width of a head; the model is twice as wide.
 
     Returns:
         ``folder/base``, and ``folder/model_0``, ``folder/model_1`` ...; the same bytes each time.
     """
     import torch
 
-    base = _tiny_model(architecture, n_layers, tied)
+    base = _tiny_model(architecture, n_layers, tied, head_dim)
     tokenizer = _tiny_tokenizer()
     paths = []
     for number in range(-1, n_models):
         generator = torch.Generator().manual_seed(number + 1)
-        model = _tiny_model(architecture, n_layers, tied)
+        model = _tiny_model(architecture, n_layers, tied, head_dim)
         model.load_state_dict(base.state_dict())
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -79,25 +81,25 @@ def write_tiny_models(
     return paths[0], paths[1:]
 
 
-def _tiny_model(architecture: TinyArchitecture, n_layers: int, tied: bool | None) -> PreTrainedModel:
+def _tiny_model(architecture: TinyArchitecture, n_layers: int, tied: bool | None, head_dim: int) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings: dict[str, Any] = {
         "vocab_size": 320,
-        "hidden_size": 16,
-        "intermediate_size": 24,
+        "hidden_size": 2 * head_dim,
+        "intermediate_size": 3 * head_dim,
         "num_hidden_layers": n_layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": 8,
+        "head_dim": head_dim,
         "max_position_embeddings": 64,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
     }
     if architecture == "gpt2":
-        settings = {"vocab_size": 320, "n_embd": 16, "n_layer": n_layers, "n_head": 2, "n_positions": 64}
+        settings = {"vocab_size": 320, "n_embd": 2 * head_dim, "n_layer": n_layers, "n_head": 2, "n_positions": 64}
         settings |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if architecture == "gpt_neox":
         del settings["num_key_value_heads"], settings["head_dim"]
@@ -389,6 +391,7 @@ class EngineConformance:
     """
 
     architecture: TinyArchitecture = "llama"
+    head_dim = 8
     tolerance = 1e-4
     requests: Sequence[Request] = (
         TextRequest("loglikelihood", ("one two three", " four")),
@@ -405,7 +408,7 @@ class EngineConformance:
     def _loaded(self, folder: Path) -> tuple[Engine, dict[str, Tensor], dict[str, Tensor]]:
         from safetensors.torch import load_file
 
-        base, [other] = write_tiny_models(folder, 1, self.architecture, spread=0.5)
+        base, [other] = write_tiny_models(folder, 1, self.architecture, spread=0.5, head_dim=self.head_dim)
         weights, others = (load_file(path / "model.safetensors") for path in (base, other))
         return self.make_engine(base), weights, others
 

@@ -30,8 +30,15 @@ ARROWS = {
     "evaluation": set(),
     "evaluation.batches": set(),
     "evaluation.engine": set(),
-    "evaluation.hf": {"evaluation.batches", "evaluation.engine", "evaluation.hf_weights", "evaluation.quiet"},
+    "evaluation.hf": {
+        "evaluation.batches",
+        "evaluation.engine",
+        "evaluation.hf_weights",
+        "evaluation.language",
+        "evaluation.quiet",
+    },
     "evaluation.hf_weights": set(),
+    "evaluation.language": {"evaluation.batches", "evaluation.engine", "evaluation.quiet"},
     "evaluation.quiet": set(),
     "evaluation.tasks": {"evaluation.engine", "evaluation.quiet"},
     "export": {"checkpoint", "merge", "mergekit", "recipe"},
@@ -177,7 +184,7 @@ def test_evaluation_knows_nothing_of_optuna() -> None:
 
 def test_only_the_engines_know_their_libraries() -> None:
     # checkpoint and vocabulary read tokenizers; testing makes tiny checkpoints.
-    users = {"checkpoint", "evaluation.hf", "evaluation.hf_weights", "testing", "vocabulary"}
+    users = {"checkpoint", "evaluation.hf_weights", "evaluation.language", "testing", "vocabulary"}
     assert importers("transformers") == users
     assert importers("vllm") <= {"evaluation.vllm"}
     assert {module for module in importers("lm_eval") if not module.startswith("evaluation.")} == {"data"}

@@ -15,21 +15,18 @@ import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.batches import Item, Row, make_batches, make_rows
 from optuna_merge.evaluation.engine import Prepared, Request, Response
 from optuna_merge.evaluation.hf_weights import ResidentModel
+from optuna_merge.evaluation.language import Encoded, Language
 from optuna_merge.evaluation.quiet import quietly
 
 __all__ = ["HFEngine"]
@@ -71,13 +68,19 @@ class _Batch:
 class HFPrepared:
     """Requests, tokenized and grouped, with the batches of the last plan."""
 
-    n_requests: int
-    items: list[Item]
-    scored: list[tuple[int, list[int], bool]]  # request, its items, whether it is a rolling one
-    generated: list[tuple[int, Request]]
+    encoded: Encoded
     n_tokens: int
-    longest: int
     plan: tuple[Any, list[_Batch]] | None = field(default=None, repr=False)
+
+    @property
+    def n_requests(self) -> int:
+        """How many responses there will be."""
+        return self.encoded.n_requests
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest input sequence."""
+        return self.encoded.longest
 
 
 class HFEngine:
@@ -128,13 +131,12 @@ class HFEngine:
             trust_remote_code=trust_remote_code,
             attention=attention,
         )
-        self._lm = _language_model(self._weights.model, folder, trust_remote_code)
-        self._window = self._lm.max_length
+        self._language = Language(self._weights.model, folder, trust_remote_code=trust_remote_code)
         self._forward = _Forward(self._weights.model)
         self.batch_tokens = _batch_tokens(target, self._forward.width) if batch_tokens == "auto" else batch_tokens
         self._shares: bool | None = None if self._forward.may_share else False
-        self.tokenizer_name = self._lm.tokenizer_name
-        self.eot_text = str(self._lm.tok_decode([self._lm.eot_token_id], skip_special_tokens=False))
+        self.tokenizer_name = self._language.name
+        self.eot_text = self._language.eot_text
 
     @classmethod
     def tokenizer_only(cls, path: str | Path, *, dtype: Dtype = "float32", trust_remote_code: bool = False) -> HFEngine:
@@ -144,11 +146,11 @@ class HFEngine:
     @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer has a chat template."""
-        return getattr(self._lm.tokenizer, "chat_template", None) is not None
+        return self._language.has_chat_template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation as one prompt, as lm-eval does."""
-        return cast(str, self._lm.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt))
+        return self._language.apply_chat_template(chat_history, add_generation_prompt)
 
     def resident(self, name: str) -> Tensor | None:
         """The tensor that the checkpoint tensor ``name`` is loaded into; see ``Engine.resident``."""
@@ -163,24 +165,10 @@ class HFEngine:
 
     def prepare(self, requests: Sequence[Request]) -> HFPrepared:
         """Tokenize and group requests; see ``Engine.prepare``."""
-        items: list[Item] = []
-        scored: list[tuple[int, list[int], bool]] = []
-        generated: list[tuple[int, Request]] = []
-        longest = 0
-        with quietly():
-            for index, request in enumerate(requests):
-                if request.request_type == "generate_until":
-                    generated.append((index, request))
-                    longest = max(longest, len(self._lm.tok_encode(request.args[0])))
-                    continue
-                pairs = self._pairs(request)
-                rolling = request.request_type == "loglikelihood_rolling"
-                scored.append((index, list(range(len(items), len(items) + len(pairs))), rolling))
-                items.extend(self._item(*pair) for pair in pairs)
-        rows = make_rows(items, share=self._shares is not False, longest_shared=self._forward.window)
-        n_tokens = sum(len(row) for row in rows) + sum(len(self._lm.tok_encode(r.args[0])) for _, r in generated)
-        longest = max([longest, *(len(item.context) + len(item.continuation) - 1 for item in items)])
-        return HFPrepared(len(requests), items, scored, generated, n_tokens, longest)
+        encoded = self._language.encode(requests)
+        rows = make_rows(encoded.items, share=self._shares is not False, longest_shared=self._forward.window)
+        n_tokens = sum(len(row) for row in rows) + sum(len(tokens) for _, _, tokens in encoded.generated)
+        return HFPrepared(encoded, n_tokens)
 
     def respond(self, prepared: Prepared) -> list[Response]:
         """Answer prepared requests; see ``Engine.respond``."""
@@ -199,60 +187,27 @@ class HFEngine:
         """Free the model's memory."""
         if hasattr(self, "_weights"):
             self._forward.close()
-            del self._weights, self._lm, self._forward
+            del self._weights, self._language, self._forward
             gc.collect()
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-
-    def _pairs(self, request: Request) -> list[tuple[list[int], list[int]]]:
-        """Context and continuation tokens of a request, as ``HFLM.loglikelihood`` and ``loglikelihood_rolling``."""
-        lm = self._lm
-        if request.request_type == "loglikelihood_rolling":
-            windows = get_rolling_token_windows(
-                token_list=lm.tok_encode(request.args[0]),
-                prefix_token=lm.prefix_token_id,
-                max_seq_len=self._window,
-                context_len=1,
-            )
-            return [make_disjoint_window(window) for window in windows]
-        context, continuation = request.args[:2]
-        if context != "":
-            return [lm._encode_pair(context, continuation)]
-        tokens = lm.tok_encode(continuation, add_special_tokens=False)
-        if tokens and tokens[0] == lm.prefix_token_id:
-            return [(tokens[:1], tokens[1:])]
-        return [([lm.prefix_token_id], tokens)]
-
-    def _item(self, context: list[int], continuation: list[int]) -> Item:
-        if not continuation or not context:
-            raise EngineError(
-                f"request: context and continuation must have tokens, got {len(context)} and {len(continuation)}; "
-                "correct the task's choices"
-            )
-        if len(continuation) > self._window:
-            raise EngineError(
-                f"request: continuation must fit the model's window of {self._window} tokens, "
-                f"got {len(continuation)}; shorten the task's choices"
-            )
-        # cut from the left, as lm-eval does
-        tokens = (context + continuation)[-(self._window + 1) :]
-        n_context = len(tokens) - len(continuation)
-        return Item(tuple(tokens[:n_context]), tuple(tokens[n_context:]))
 
     def _respond(self, prepared: HFPrepared) -> list[Response]:
         responses: list[Response] = [0.0] * prepared.n_requests
         with torch.inference_mode():
             if self._shares is None:
-                self._shares = self._try_sharing(prepared.items)
-            answers = self._score(prepared.items, self._batches(prepared))
-        for index, items, rolling in prepared.scored:
+                self._shares = self._try_sharing(prepared.encoded.items)
+            answers = self._score(prepared.encoded.items, self._batches(prepared))
+        for index, items, rolling in prepared.encoded.scored:
             if rolling:
                 responses[index] = float(sum(answers[item][0] for item in items))
             else:
                 [responses[index]] = [answers[item] for item in items]
-        if prepared.generated:
-            texts = self._generate([request for _, request in prepared.generated])
-            for (index, _), text in zip(prepared.generated, texts, strict=True):
+        generated = prepared.encoded.generated
+        if generated:
+            longest = max(len(tokens) for _, _, tokens in generated)
+            texts = self._generate([request for _, request, _ in generated], longest)
+            for (index, _, _), text in zip(generated, texts, strict=True):
                 responses[index] = text
         return responses
 
@@ -260,7 +215,7 @@ class HFEngine:
         share = self._shares is not False
         key = (share, self.batch_tokens)
         if prepared.plan is None or prepared.plan[0] != key:
-            prepared.plan = key, self._planned(prepared.items, share)
+            prepared.plan = key, self._planned(prepared.encoded.items, share)
         return prepared.plan[1]
 
     def _planned(self, items: Sequence[Item], share: bool) -> list[_Batch]:
@@ -303,13 +258,13 @@ class HFEngine:
             return None
         return float(np.mean(per_token)) <= (1e-3 if self.dtype == "float32" else 0.1)
 
-    def _generate(self, requests: list[Request]) -> list[str]:
-        longest = max(len(self._lm.tok_encode(request.args[0])) for request in requests) + self._lm.max_gen_toks
-        self._lm.batch_size_per_gpu = max(1, self.batch_tokens // longest)
+    def _generate(self, requests: list[Request], longest: int) -> list[str]:
+        lm = self._language.lm
+        lm.batch_size_per_gpu = max(1, self.batch_tokens // (longest + lm.max_gen_toks))
         devices = [self.device] if self.device.startswith("cuda") else []
         with quietly(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(GENERATION_SEED)
-            return cast("list[str]", self._lm.generate_until(requests, disable_tqdm=True))
+            return cast("list[str]", lm.generate_until(requests, disable_tqdm=True))
 
     def _shrink(self, prepared: HFPrepared, exc: Exception) -> None:
         prepared.plan = None
@@ -389,17 +344,6 @@ class _Forward:
         return (args[0][rows, columns].unsqueeze(0), *args[1:])  # [1, n_scored, hidden]
 
 
-class _CachingHFLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
-    """Encodes a context once for all of its continuations."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._encoded = lru_cache(maxsize=256)(super().tok_encode)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return list(self._encoded(string, add_special_tokens, **kwargs))
-
-
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -418,18 +362,6 @@ def _batch_tokens(device: torch.device, width: int) -> int:
     if device.type == "cuda":
         return CUDA_BATCH_TOKENS
     return min(1024, max(512, CPU_BATCH_ACTIVATIONS // width))
-
-
-def _language_model(model: Any, folder: Path, trust_remote_code: bool) -> HFLM:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with quietly():
-            return _CachingHFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=1)
-    except (OSError, ValueError, ImportError, KeyError, AssertionError) as exc:
-        if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.tiktoken")):
-            raise EngineError(f"{folder}: must hold a tokenizer, found no file of one; copy it there") from exc
-        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
-        raise EngineError(f"{folder}: the tokenizer cannot be loaded: {reason}") from exc
 
 
 def _takes_trees(model: Any, config: Any, parameters: Any) -> bool:
