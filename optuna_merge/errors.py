@@ -11,7 +11,7 @@
     ├── EngineError          the engine that scores
     ├── StudyError           a study or its storage
     │   ├── StudyMismatchError     the study was made from other inputs
-    │   └── StudyLockedError       another process runs it
+    │   └── TrialTakenError        another process has taken a trial over
     ├── ExportError          writing a merged model or a recipe
     └── DataError            preparing the documents of an eval task
 
@@ -76,8 +76,8 @@ class StudyMismatchError(StudyError):
     """The storage holds a study whose scores mean something else."""
 
 
-class StudyLockedError(StudyError):
-    """Another process is running the study."""
+class TrialTakenError(StudyError):
+    """Another process has taken over a trial that this one was running."""
 
 
 class ExportError(OptunaMergeError):

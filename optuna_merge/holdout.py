@@ -21,6 +21,7 @@ from optuna_merge.errors import StudyError
 from optuna_merge.evaluation.tasks import Score
 from optuna_merge.objective import MergeObjective
 from optuna_merge.report import HOLDOUT_FILE, N_BEST, HoldoutRow, TaskFigure, best_merges
+from optuna_merge.storage import reason
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,4 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as exc:
-        raise StudyError(f"{path}: holdout scores must be writable, got {store.reason(exc)}; make room") from exc
+        raise StudyError(f"{path}: holdout scores must be writable, got {reason(exc)}; make room") from exc

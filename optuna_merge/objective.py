@@ -324,7 +324,7 @@ class MergeObjective:
         return recipe
 
     def _score(self, trial: optuna.Trial, digest: str, *, prunable: bool) -> Score:
-        frozen = trial.study._storage.get_trial(trial._trial_id)
+        frozen = trial._cached_frozen_trial  # as it was when the trial began, or was taken up again
         reported = sorted(frozen.intermediate_values)
         lines = self._documents.begin(trial.number, digest, len(reported))
         try:
@@ -336,6 +336,12 @@ class MergeObjective:
             ) from exc
         spent = frozen.user_attrs.get(store.EVALUATION_SECONDS, 0.0)
         for chunk in range(len(results), self.scorer.n_chunks):
+            if prunable and results and trial.should_prune():  # also what a killed process had no time to ask
+                self._note_spent(trial, spent, results)
+                estimate = paired_estimate(trial.study, results)
+                if estimate is not None:
+                    trial.set_user_attr(PAIRED_ESTIMATE, estimate)
+                raise optuna.TrialPruned
             start = time.perf_counter()
             result = self.scorer.score_chunk(chunk)
             spent += time.perf_counter() - start
@@ -343,12 +349,6 @@ class MergeObjective:
             self._documents.append(trial.number, result.to_json())
             trial.report(result.score, chunk)
             self.on_chunk(len(results))
-            if prunable and chunk + 1 < self.scorer.n_chunks and trial.should_prune():
-                self._note_spent(trial, spent, results)
-                estimate = paired_estimate(trial.study, results)
-                if estimate is not None:
-                    trial.set_user_attr(PAIRED_ESTIMATE, estimate)
-                raise optuna.TrialPruned
         self._note_spent(trial, spent, results)
         return self.scorer.total(results, stderr=True)
 

@@ -57,7 +57,8 @@ class SignedRankPruner(BasePruner):
 
 def best_point(study: optuna.Study) -> FrozenTrial | None:
     """The best complete trial that has parameters, the first of equals; None if there is none."""
-    points = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.params]
+    # as it was when the trial began: asking a database once more after each chunk costs more than it tells
+    points = [t for t in study._get_trials(False, (TrialState.COMPLETE,), use_cache=True) if t.params]
     sign = -1 if study.direction == StudyDirection.MINIMIZE else 1
     return max(points, key=lambda trial: sign * cast(float, trial.value), default=None)
 

@@ -1,30 +1,28 @@
-"""The study's storage: how it is opened and locked, every attribute key, and what becomes of lost trials.
+"""The study's storage: how it is opened, every attribute key, and the fingerprint of a study.
 
 Knows Optuna's storages; knows nothing of models, tasks or merges.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import get_lock_file
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from optuna_merge.errors import StudyError, StudyLockedError, StudyMismatchError
+from optuna_merge import proxy
+from optuna_merge.errors import StudyError, StudyMismatchError
+from optuna_merge.journal import WholeLinesBackend
+from optuna_merge.lock import file_lock, has_locks, server_lock
 from optuna_merge.sampler import PAIRED_ESTIMATE
+from optuna_merge.storage import BatchedStorage, is_storage_error, reason
 
 DIRECTION: Literal["maximize"] = "maximize"
 """Of every study; a task with a negative weight is minimised."""
@@ -57,8 +55,6 @@ FAILURE = "failure"
 SCORE = "score"
 """Trial: prefix of each task's metric, ``score <task>``; its standard error is ``stderr <task>``."""
 STDERR = "stderr"
-OWNER = "optuna_merge:owner"
-"""Trial, system attribute: the process that runs it."""
 
 TRIAL_ATTRIBUTES = (
     BASELINE,
@@ -74,32 +70,8 @@ TRIAL_ATTRIBUTES = (
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 _LOCK_WAIT_S = 60
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process that runs trials.
-
-    Attributes:
-        host: Its machine.
-        pid: Its number there.
-        started: When it started, in the kernel's clock ticks after boot: tells it from a later process with its
-            number.
-    """
-
-    host: str
-    pid: int
-    started: int
-
-    @classmethod
-    def me(cls) -> Owner:
-        """This process."""
-        return cls(socket.gethostname(), os.getpid(), _start_ticks(os.getpid()) or 0)
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it surely runs no more; a process of another machine is never sure to."""
-        return self.host == socket.gethostname() and _start_ticks(self.pid) != self.started
+_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+"""Those that the extras install; a URL may name another."""
 
 
 def storage_url(storage_path: Path, url: str | None) -> str:
@@ -108,10 +80,10 @@ def storage_url(storage_path: Path, url: str | None) -> str:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Open a storage, creating it where that makes sense.
+    """Open a storage, creating it where that makes sense; several processes may do so at once.
 
     Args:
-        url: ``sqlite:///FILE``, ``journal://FILE``, or any database URL that Optuna takes.
+        url: ``sqlite:///FILE``, ``journal://FILE``, ``grpc://HOST:PORT``, or any database URL that Optuna takes.
 
     Raises:
         StudyError: If it cannot be opened or written.
@@ -119,116 +91,93 @@ def open_storage(url: str) -> BaseStorage:
     file = local_file(url)
     if file is None and url.startswith("sqlite"):
         raise StudyError(f"storage must outlive the process, got {url}; name a file, such as sqlite:///study.db")
+    if url.startswith("grpc:"):
+        return proxy.connect(url)
+    shown = shown_url(url)
     try:
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        if url.startswith("journal://"):
-            assert file is not None
-            backend = JournalFileBackend(str(file))
-            journal = JournalStorage(backend)
-            _cut_torn_line(file, backend)
-            return journal
-        engine_options: dict[str, Any] = {"connect_args": {"timeout": _LOCK_WAIT_S}} if file is not None else {}
-        storage = RDBStorage(url, engine_kwargs=engine_options)
-        if file is not None:
-            _write_ahead(storage.engine)
-        return storage
+        return _open_database(url) if file is None else _open_file(url, file)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ValueError) as exc:
-        raise StudyError(f"storage {url} must be readable and writable, got {reason(exc)}; see storage_path") from exc
+        raise StudyError(f"storage {shown} must be readable and writable, got {reason(exc)}; see storage_path") from exc
     except (ImportError, RuntimeError, KeyError, TypeError) as exc:  # the last two: JSON lines that are no journal
-        raise StudyError(f"storage {url} must be a storage that Optuna can open, got {reason(exc)}") from exc
+        raise StudyError(f"storage {shown} must be a storage that Optuna can open, got {reason(exc)}") from exc
 
 
-def open_study(url: str, name: str, *, create: bool) -> optuna.Study:
-    """A study in its storage, without sampler and pruner.
-
-    Args:
-        url: As in :func:`open_storage`.
-        name: Its name there.
-        create: Whether to make it if it does not exist.
+def open_study(url: str, name: str) -> optuna.Study:
+    """A study that has been started, to be looked at.
 
     Raises:
         StudyError: If the storage cannot be opened, or holds no such study.
     """
     file = local_file(url)
-    missing = f"study {name!r} must have been started, {url} holds none of that name; start it with run-study"
-    if not create and file is not None and not file.exists():
+    missing = (
+        f"study {name!r} must have been started, {shown_url(url)} holds none of that name; start it with run-study"
+    )
+    if file is not None and not file.exists():
         raise StudyError(missing)
     storage = open_storage(url)
     try:
-        if create:
-            return optuna.create_study(storage=storage, study_name=name, direction=DIRECTION, load_if_exists=True)
         return optuna.load_study(storage=storage, study_name=name)
     except KeyError as exc:
         raise StudyError(missing) from exc
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as exc:
-        raise StudyError(f"storage {url} must be readable and writable, got {reason(exc)}") from exc
+    except Exception as exc:
+        raise storage_error(url, exc) from exc
+
+
+def create_study(url: str, name: str) -> tuple[optuna.Study, BatchedStorage]:
+    """A study to be run, made if it does not exist, and its storage, which writes in batches and waits for outages.
+
+    Raises:
+        StudyError: If the storage cannot be opened or written.
+    """
+    storage = BatchedStorage(open_storage(url), shown_url(url))
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, direction=DIRECTION, load_if_exists=True)
+    except Exception as exc:
+        raise storage_error(url, exc) from exc
+    return study, storage
+
+
+def storage_error(url: str, exc: Exception) -> Exception:
+    """What to raise for an error while a study runs: a line of ours if it is its storage's, else the error itself."""
+    if not is_storage_error(exc):
+        return exc
+    return StudyError(
+        f"storage {shown_url(url)} must stay writable, got {reason(exc)}; every finished trial is kept: mend it and run"
+        " the same command again"
+    )
+
+
+def shown_url(url: str) -> str:
+    """A storage URL as messages may show it: without password."""
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string() if "@" in url else url
+    except sqlalchemy.exc.ArgumentError:
+        return url
 
 
 @contextmanager
-def run_lock(url: str, study_name: str) -> Iterator[None]:
-    """Keep other processes from running the same study on the same file, for as long as the context lasts.
+def running(url: str, study_name: str, requeue: Callable[[bool], None]) -> Iterator[None]:
+    """Note, for as long as the context lasts, that this process runs a study of a file.
 
-    The kernel frees the lock with the process, however that ends. Storages on a database server are made for many
-    processes and have no lock.
-
-    Raises:
-        StudyLockedError: If another process holds it; the message names it.
+    Args:
+        url: As in :func:`open_storage`.
+        study_name: The study.
+        requeue: Called once, with whether no other process runs the study; until it returns, none can begin to. Of a
+            database server nobody knows.
     """
     file = local_file(url)
     if file is None:
+        requeue(False)
         yield
         return
-    path = file.with_name(f"{file.name}.{study_name}.lock")
+    path = file.with_name(f"{file.name}.{study_name}.runners")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+", encoding="utf-8")
-    except OSError as exc:
-        raise StudyError(f"{path}: lock must be writable, got {reason(exc)}; choose another storage_path") from exc
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise StudyLockedError(
-                f"study {study_name!r} must be run by one process at a time on {file}, it is run by {holder};"
-                " wait for it or stop it"
-            ) from exc
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        handle.flush()
+        with file_lock(path, wait=False):
+            requeue(True)
+    except BlockingIOError:
+        requeue(False)
+    with file_lock(path, shared=True):
         yield
-
-
-def claim(study: optuna.Study, trial_id: int) -> None:
-    """Note in a running trial that this process runs it."""
-    study._storage.set_trial_system_attr(trial_id, OWNER, asdict(Owner.me()))
-
-
-def requeue(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Put a running trial back: the next ``ask`` continues it, with its parameters and what it reported."""
-    study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-
-
-def requeue_lost(study: optuna.Study, *, alone: bool = False) -> list[int]:
-    """Put back the running trials whose process is gone.
-
-    Args:
-        study: The study.
-        alone: Whether nobody else can be running trials. Then those without an owner are lost too: their process
-            ended while it asked for them.
-
-    Returns:
-        Their numbers.
-    """
-    lost = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        owner = trial.system_attrs.get(OWNER)
-        if alone if owner is None else Owner(**owner).is_gone:
-            requeue(study, trial)
-            lost.append(trial.number)
-    return lost
 
 
 def n_finished(study: optuna.Study) -> int:
@@ -246,9 +195,13 @@ def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
     if file is not None and not file.exists():
         return {}
     storage = open_storage(url)
-    if name not in optuna.get_all_study_names(storage):
-        return {}
-    recorded: Mapping[str, Any] = optuna.load_study(storage=storage, study_name=name).user_attrs.get(FINGERPRINT, {})
+    try:
+        if name not in optuna.get_all_study_names(storage):
+            return {}
+        study = optuna.load_study(storage=storage, study_name=name)
+        recorded: Mapping[str, Any] = study.user_attrs.get(FINGERPRINT, {})
+    except Exception as exc:
+        raise storage_error(url, exc) from exc
     return recorded
 
 
@@ -370,19 +323,25 @@ def local_file(url: str) -> Path | None:
     return None
 
 
-def _cut_torn_line(file: Path, backend: JournalFileBackend) -> None:
-    """Drop the end of a journal that a killed writer left without a newline: the next line would be glued to it."""
-    if not _torn_line(file):
-        return
-    with get_lock_file(backend._lock):  # its writer may be at it
-        torn = _torn_line(file)
-        if torn and not torn.startswith(b"{"):
-            raise ValueError(f"{torn[:40]!r} in its last line")
-        os.truncate(file, file.stat().st_size - len(torn))
+def _open_file(url: str, file: Path) -> BaseStorage:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(file.with_name(f"{file.name}.opening")):  # two that create a schema at once fail
+        if url.startswith("journal://"):
+            return JournalStorage(WholeLinesBackend(file))
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _LOCK_WAIT_S}})
+        _write_ahead(storage.engine)
+        return storage
 
 
-def _torn_line(file: Path) -> bytes:
-    return file.read_bytes().rpartition(b"\n")[2]
+def _open_database(url: str) -> BaseStorage:
+    scheme, _, rest = url.partition("://")
+    url = f"{_DRIVERS.get(scheme, scheme)}://{rest}"
+    engine = sqlalchemy.create_engine(url)
+    try:
+        with server_lock(engine, "schema") if has_locks(engine) else nullcontext():
+            return RDBStorage(url)
+    finally:
+        engine.dispose()
 
 
 def _write_ahead(engine: sqlalchemy.Engine) -> None:
@@ -394,31 +353,6 @@ def _write_ahead(engine: sqlalchemy.Engine) -> None:
 
     sqlalchemy.event.listen(engine, "connect", on_connect)
     engine.dispose()  # connections from before the listener
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process of this machine started; None if there is none, 0 where the kernel does not say."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None if Path("/proc/self").exists() or not _answers(pid) else 0
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
-
-
-def _answers(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as exc:
-        return isinstance(exc, PermissionError)
-    return True
-
-
-def reason(exc: BaseException) -> str:
-    """The words of a storage's or the system's error, on one line."""
-    cause = exc.__cause__ or exc
-    cause = getattr(cause, "orig", None) or cause
-    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 def _shown(value: Any) -> str:

@@ -18,16 +18,21 @@ from pathlib import Path
 from types import FrameType
 
 import optuna
-import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import store
 from optuna_merge.config import StudyConfig
-from optuna_merge.errors import StudyError
+from optuna_merge.errors import OptunaMergeError, StudyError, TrialTakenError
+from optuna_merge.lock import make_lock
 from optuna_merge.objective import MergeObjective
+from optuna_merge.owners import Claim, Claims
 from optuna_merge.report import best_merge
+from optuna_merge.storage import is_storage_error, reason
 
 BEST_CONFIG = "best_config.yaml"
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
 class Watcher:
@@ -80,7 +85,8 @@ def as_started(config: StudyConfig) -> StudyConfig:
 def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher | None = None) -> Outcome:
     """Run a study up to its ``n_trials``, whatever part of it is done.
 
-    SIGINT and SIGTERM end it after putting the trial in flight back; the next run takes it up where it was.
+    Any number of processes may run one study at the same time, on one machine or on several; together they run
+    ``n_trials``. SIGINT and SIGTERM end this one after putting its trial back; the next run takes it up where it was.
 
     Args:
         config: The study file.
@@ -88,30 +94,35 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
         watcher: Is told what happens.
 
     Raises:
-        StudyLockedError: If another process runs it.
         StudyMismatchError: If the storage holds a study whose scores mean something else.
         StudyError: If the storage fails.
     """
     watcher = watcher or Watcher()
-    url = store.storage_url(config.storage_path, config.study.storage)
+    name, url = config.study.name, store.storage_url(config.storage_path, config.study.storage)
     deadline = math.inf if config.study.timeout is None else time.monotonic() + config.study.timeout
-    with store.run_lock(url, config.study.name), _quiet_optuna(), _terminable():
+    with _quiet_optuna(), _terminable():
         try:
-            study = store.open_study(url, config.study.name, create=True)
-            study.sampler, study.pruner = objective.sampler(), objective.pruner()
-            store.check_fingerprint(study, objective.fingerprint())
-            study.set_user_attr(store.WANTED, config.study.n_trials)
-            study.set_metric_names(["score"])
-            requeued = store.requeue_lost(study, alone=store.local_file(url) is not None)
-            objective.enqueue_baselines(study)
-            write_best_config(study, objective)
-            watcher.study_opened(study, config.study.n_trials, requeued)
-            return _run_trials(study, objective, watcher, deadline)
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as exc:
-            raise StudyError(
-                f"storage {url} must stay writable, got {store.reason(exc)}; every finished trial is kept:"
-                " mend it and run the same command again"
-            ) from exc
+            study, storage = store.create_study(url, name)
+            claims = Claims(study, storage, make_lock(storage.backend, name, store.local_file(url)))
+            requeued: list[int] = []
+
+            def requeue(alone: bool) -> None:
+                with claims.lock():
+                    requeued.extend(claims.requeue_lost(alone=alone))
+
+            with store.running(url, name, requeue):
+                with claims.lock():
+                    store.check_fingerprint(study, objective.fingerprint())
+                    if study.user_attrs.get(store.WANTED) != config.study.n_trials:
+                        study.set_user_attr(store.WANTED, config.study.n_trials)
+                    study.set_metric_names(["score"])
+                    objective.enqueue_baselines(study)
+                    write_best_config(study, objective)
+                study.sampler, study.pruner = objective.sampler(), objective.pruner()
+                watcher.study_opened(study, config.study.n_trials, requeued)
+                return _run_trials(claims, objective, watcher, deadline)
+        except Exception as exc:
+            raise store.storage_error(url, exc) from exc
 
 
 def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | None:
@@ -136,55 +147,72 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
     except OSError as exc:
         partial.unlink(missing_ok=True)
         raise StudyError(
-            f"{path}: best merge must be writable, got {store.reason(exc)}; make room and run the same command again"
+            f"{path}: best merge must be writable, got {reason(exc)}; make room and run the same command again"
         ) from exc
     return path
 
 
-def _run_trials(study: optuna.Study, objective: MergeObjective, watcher: Watcher, deadline: float) -> Outcome:
-    objective.on_chunk = lambda n: watcher.chunk_scored(n, objective.scorer.n_chunks)
+def _run_trials(claims: Claims, objective: MergeObjective, watcher: Watcher, deadline: float) -> Outcome:
+    n_trials, pause = objective.config.study.n_trials, _FIRST_PAUSE_S
     try:
-        while store.n_finished(study) < objective.config.study.n_trials:
-            if time.monotonic() >= deadline:
-                return Outcome(store.n_finished(study), timed_out=True)
-            _run_trial(study, objective, watcher)
-        return Outcome(store.n_finished(study))
+        while True:
+            if time.monotonic() >= deadline and store.n_finished(claims.study) < n_trials:
+                return Outcome(store.n_finished(claims.study), timed_out=True)
+            claim = claims.next(n_trials)
+            if claim is not None:
+                _run_trial(claims, claim, objective, watcher)
+                pause = _FIRST_PAUSE_S
+            elif store.n_finished(claims.study) >= n_trials:
+                return Outcome(store.n_finished(claims.study))
+            else:  # the rest is run by others; it comes back if they die
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
     except KeyboardInterrupt:
-        return Outcome(store.n_finished(study), interrupted=True)
-    finally:
-        objective.on_chunk = lambda _: None
+        return Outcome(store.n_finished(claims.study), interrupted=True)
 
 
-def _run_trial(study: optuna.Study, objective: MergeObjective, watcher: Watcher) -> None:
-    trial = study.ask()
+def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher: Watcher) -> None:
+    def on_chunk(n_scored: int) -> None:
+        watcher.chunk_scored(n_scored, objective.scorer.n_chunks)
+        if claim.is_taken:
+            raise TrialTakenError(f"trial {claim.trial.number} is run by another process by now")
+
+    objective.on_chunk = on_chunk
     try:
-        store.claim(study, trial._trial_id)
-        watcher.trial_started(trial)
-        try:
-            value = objective(trial)
-        except optuna.TrialPruned:
-            finished = study.tell(trial, state=TrialState.PRUNED)
-        else:
-            state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
-            finished = study.tell(trial, value if state == TrialState.COMPLETE else None, state=state)
+        with claim:
+            watcher.trial_started(claim.trial)
+            try:
+                value = objective(claim.trial)
+            except optuna.TrialPruned:
+                finished = claim.tell(None, TrialState.PRUNED)
+            else:
+                state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
+                finished = claim.tell(value if state == TrialState.COMPLETE else None, state)
+    except (TrialTakenError, UpdateFinishedTrialError):
+        return  # it is not lost: the other one finishes it
     except BaseException:
         # Nothing of the trial is lost: its parameters and the chunks that it reported stay in the storage.
-        _put_back(study, trial)
+        _put_back(claim)
         raise
-    best = best_merge(study)
-    is_best = best is not None and best.number == trial.number
+    finally:
+        objective.on_chunk = lambda _: None
+    is_best = False
+    if finished.state == TrialState.COMPLETE:
+        best = best_merge(claims.study)
+        is_best = best is not None and best.number == finished.number
     if is_best:
-        write_best_config(study, objective)
-    watcher.trial_finished(study, finished, is_best)
+        with claims.lock():  # another worker may have found a better one by now
+            write_best_config(claims.study, objective)
+    watcher.trial_finished(claims.study, finished, is_best)
 
 
-def _put_back(study: optuna.Study, trial: optuna.Trial) -> None:
+def _put_back(claim: Claim) -> None:
     try:
-        frozen = study._storage.get_trial(trial._trial_id)
-        if frozen.state == TrialState.RUNNING:
-            store.requeue(study, frozen)
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
-        pass  # the storage itself failed: the next run finds the trial by its owner
+        claim.put_back()
+    except Exception as exc:
+        if not isinstance(exc, OptunaMergeError) and not is_storage_error(exc):
+            raise
+        # the storage itself failed: the next run finds the trial by its owner
 
 
 @contextmanager

@@ -392,7 +392,7 @@ def go_on(url: str, n_trials: int, stop: Callable[[int], int | None], sampler: s
     if not study.trials:
         study.enqueue_trial({name: d.low for name, d in SPACE.items()})
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        store.requeue(study, trial)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
     while store.n_finished(study) < n_trials:
         trial = study.ask()
         n_suggested = stop(trial.number)

@@ -3,12 +3,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
 import sqlite3
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +14,14 @@ from optuna.storages import JournalStorage, RDBStorage
 from optuna.trial import TrialState
 
 from optuna_merge import store
-from optuna_merge.errors import StudyError, StudyLockedError, StudyMismatchError
-from optuna_merge.store import DocumentScores, Owner
+from optuna_merge.errors import StudyError, StudyMismatchError
+from optuna_merge.store import DocumentScores
+from tests.processes import forked
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["sqlite:///", "journal://"]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-@contextlib.contextmanager
-def process(code: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that says ``ready`` and then waits; killed at the end at the latest."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"import time\nfrom optuna_merge import store\n{code}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        yield child
-    finally:
-        child.kill()
-        child.wait()
-
-
-WAIT = "\nprint('ready', flush=True)\ntime.sleep(60)"
 
 
 def new_study(url: str = "sqlite://", name: str = "s") -> optuna.Study:
@@ -178,107 +154,7 @@ def test_a_journal_s_torn_last_line_is_cut(tmp_path: Path) -> None:
     assert store.open_storage(url).get_all_studies() == []
 
 
-# --- the lock
-
-
-def test_one_process_runs_a_study(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/out/study.db"
-    code = f"lock = store.run_lock({url!r}, 'mine')\nlock.__enter__()"
-    with process(code + WAIT) as holder:
-        message = (
-            rf"study 'mine' must be run by one process at a time on {tmp_path}/out/study.db,"
-            rf" it is run by process {holder.pid} on {socket.gethostname()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d;"
-            r" wait for it or stop it$"
-        )
-        with pytest.raises(StudyLockedError, match=message), store.run_lock(url, "mine"):
-            pass
-        with store.run_lock(url, "another"), store.run_lock(url.replace("study.db", "other.db"), "mine"):
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        with store.run_lock(url, "mine"):  # the kernel has freed it
-            lock = (tmp_path / "out/study.db.mine.lock").read_text()
-            assert lock.startswith(f"process {os.getpid()} on ")
-            assert lock.count("\n") == 1
-
-
-def test_the_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
-    url = f"journal://{tmp_path}/study.log"
-    with pytest.raises(KeyError), store.run_lock(url, "mine"):
-        raise KeyError
-    with store.run_lock(url, "mine"):
-        pass
-
-
-def test_a_database_server_has_no_lock() -> None:
-    with store.run_lock("postgresql://host/db", "mine"), store.run_lock("postgresql://host/db", "mine"):
-        pass
-
-
-def test_a_lock_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "study.db.mine.lock").mkdir()
-    message = r"study.db.mine.lock: lock must be writable, got .*directory.*; choose another storage_path"
-    with pytest.raises(StudyError, match=message), store.run_lock(f"sqlite:///{tmp_path}/study.db", "mine"):
-        pass
-
-
-# --- owners and lost trials
-
-
-def test_an_owner_is_gone_when_its_process_is() -> None:
-    me = Owner.me()
-    assert (me.host, me.pid) == (socket.gethostname(), os.getpid())
-    assert not me.is_gone
-    assert Owner(me.host, me.pid, me.started - 1).is_gone  # an earlier process had our number
-    assert not Owner("another-host", 1, 1).is_gone  # who knows
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        owner = Owner(me.host, child.pid, store._start_ticks(child.pid) or 0)
-        assert not owner.is_gone
-    finally:
-        child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert owner.is_gone  # a zombie
-    child.wait()
-    assert owner.is_gone
-    assert store._start_ticks(child.pid) is None
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_process_s_trial_is_put_back_with_what_it_has(tmp_path: Path, kind: str) -> None:
-    url = f"{kind}{tmp_path}/study.db"
-    study = new_study(url)
-    mine = study.ask()
-    store.claim(study, mine._trial_id)
-    code = f"""
-import optuna
-study = optuna.load_study(storage=store.open_storage({url!r}), study_name="s")
-trial = study.ask()
-store.claim(study, trial._trial_id)
-trial.suggest_float("x", 0, 1)
-trial.report(0.75, step=0)
-study.ask()  # killed before it could claim this one
-"""
-    with process(code + WAIT) as worker:
-        assert store.requeue_lost(study) == []
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        assert store.requeue_lost(study) == [1]
-    states = [trial.state for trial in study.trials]
-    assert states == [TrialState.RUNNING, TrialState.WAITING, TrialState.RUNNING]
-    assert store.requeue_lost(study) == []
-    assert store.requeue_lost(study, alone=True) == [2]  # ours has an owner that lives
-    lost = study.trials[1]
-    again = study.ask()
-    assert again.number == 1
-    assert again.suggest_float("x", 0, 1) == lost.params["x"]
-    assert lost.intermediate_values == {0: 0.75}
-    store.claim(study, again._trial_id)
-    assert store.requeue_lost(study, alone=True) == []  # the new owner replaces the old
-    study.tell(again, 1.0)
-    study.tell(mine, 2.0)
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.WAITING]
-    assert study.ask().number == 2
+# --- trials
 
 
 def test_finished_trials_are_those_that_have_ended() -> None:
@@ -293,7 +169,7 @@ def test_finished_trials_are_those_that_have_ended() -> None:
 
 
 def test_attribute_keys_are_distinct() -> None:
-    keys = (*store.TRIAL_ATTRIBUTES, store.SCORE, store.STDERR, store.FINGERPRINT, store.START, store.OWNER)
+    keys = (*store.TRIAL_ATTRIBUTES, store.SCORE, store.STDERR, store.FINGERPRINT, store.START)
     assert len(set(keys)) == len(keys)
 
 
@@ -354,6 +230,37 @@ def test_a_study_of_something_else_is_refused() -> None:
     ):
         store.check_fingerprint(study, {"a": 1})
     assert store.FINGERPRINT not in study.user_attrs
+
+
+def test_a_password_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(StudyError, match=r"postgresql://me:\*\*\*@host/db must be") as caught:
+        store.open_storage("postgresql://me:secret@host/db")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_processes_may_create_one_storage(tmp_path: Path, kind: str) -> None:
+    url = f"{kind}{tmp_path}/study.db"
+    with forked(*[lambda: store.create_study(url, "mine")[0].ask()] * 6) as processes:
+        for process in processes:
+            process.join()
+    assert [process.exitcode for process in processes] == [0] * 6
+    assert [trial.number for trial in store.open_study(url, "mine").trials] == list(range(6))
+
+
+def test_who_runs_a_study_of_a_file_knows_whether_it_is_alone(tmp_path: Path) -> None:
+    url, alone = f"sqlite:///{tmp_path}/out/study.db", []
+    with store.running(url, "mine", alone.append):
+        with store.running(url, "mine", alone.append), store.running(url, "another", alone.append):
+            pass
+        with store.running(url.replace("study.db", "other.db"), "mine", alone.append):
+            pass
+    with store.running(url, "mine", alone.append):
+        pass
+    with store.running("postgresql://host/db", "mine", alone.append):
+        pass
+    assert alone == [True, False, True, True, True, False]
 
 
 # --- documents
@@ -440,19 +347,10 @@ def test_scores_that_cannot_be_written(tmp_path: Path, scores: DocumentScores, m
         DocumentScores(tmp_path / "file" / "mine").begin(3, "digest", 0)
 
 
-def test_a_reason_is_one_line() -> None:
-    assert store.reason(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
-    assert store.reason(ValueError("a\n  b")) == "a b"
-    assert store.reason(ValueError()) == "ValueError"
-    wrapped = RuntimeError("outer")
-    wrapped.__cause__ = ValueError("inner")
-    assert store.reason(wrapped) == "inner"
-
-
 def test_a_storage_that_dies_with_the_process_is_refused() -> None:
     for url in ("sqlite://", "sqlite:///:memory:"):
         with pytest.raises(StudyError, match=r"storage must outlive the process, got sqlite:.*; name a file"):
-            store.open_study(url, "mine", create=True)
+            store.create_study(url, "mine")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -460,7 +358,7 @@ def test_the_recorded_fingerprint(tmp_path: Path, kind: str) -> None:
     url = f"{kind}{tmp_path}/study.db"
     assert store.recorded_fingerprint(url, "mine") == {}
     assert not (tmp_path / "study.db").exists()
-    store.check_fingerprint(store.open_study(url, "mine", create=True), {"limit": 3})
+    store.check_fingerprint(store.create_study(url, "mine")[0], {"limit": 3})
     assert store.recorded_fingerprint(url, "mine") == {"limit": 3}
     assert store.recorded_fingerprint(url, "yours") == {}
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import optuna
@@ -16,19 +21,19 @@ from optuna.trial import TrialState
 
 from optuna_merge import store, study
 from optuna_merge.cli.options import open_started
-from optuna_merge.config import load_study
-from optuna_merge.errors import StudyError, StudyLockedError, StudyMismatchError
+from optuna_merge.errors import StudyError, StudyMismatchError
 from optuna_merge.objective import MergeObjective
 from optuna_merge.report import best_merge
 from optuna_merge.study import BEST_CONFIG, Watcher, run_study
+from tests import processes
 from tests.test_objective import fake_objective
 
 RUN = [sys.executable, "-m", "optuna_merge"]
 
 
-def table(path: Path, name: str = "tiny") -> list[tuple]:
+def table(url: str) -> list[tuple]:
     """Everything of a study's trials that must not depend on interruptions."""
-    trials = optuna.load_study(study_name=name, storage=f"sqlite:///{path}").trials
+    trials = store.open_study(url, "tiny").trials
     return [
         (t.number, t.state, t.value, t.params, t.intermediate_values, t.user_attrs.get(store.BASELINE)) for t in trials
     ]
@@ -83,7 +88,9 @@ def test_an_interrupted_study_continues_as_if_nothing_had_happened(study_file: C
         assert outcome.interrupted
     scored = stopped._engine.n_responses
     assert run_study(stopped.config, stopped) == study.Outcome(20)
-    assert table(stopped.config.storage_path / "study.db") == table(through.config.storage_path / "study.db")
+    assert table(f"sqlite:///{stopped.config.storage_path}/study.db") == table(
+        f"sqlite:///{through.config.storage_path}/study.db"
+    )
     assert (stopped.config.storage_path / BEST_CONFIG).read_text() == (
         through.config.storage_path / BEST_CONFIG
     ).read_text()
@@ -163,18 +170,87 @@ def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective, mon
     assert not list(objective.config.storage_path.glob("*.partial"))
 
 
-def test_two_processes_cannot_run_one_study(study_file: Callable[..., Path]) -> None:
-    config = load_study(study_file())
-    url = store.storage_url(config.storage_path, None)
-    with store.run_lock(url, "tiny"):
-        run = subprocess.run([*RUN, "run-study", str(config.path)], capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: study 'tiny' must be run by one process at a time")
-    assert f"process {os.getpid()} on" in last
-    assert "Traceback" not in run.stderr
-    with pytest.raises(StudyLockedError), store.run_lock(url, "tiny"), store.run_lock(url, "tiny"):
-        pass
+class Doomed(Watcher):
+    """Kills its process by SIGKILL some milliseconds after a chunk, whatever it does then."""
+
+    def __init__(self, n_chunks: int, delay_s: float) -> None:
+        self.left = n_chunks
+        self.delay_s = delay_s
+
+    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            threading.Timer(self.delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def small(write: Callable[..., Path], folder: Path, url: str | None = None, n_trials: int = 60) -> MergeObjective:
+    pruner = {"name": "wilcoxon", "p_threshold": 0.3, "n_startup_steps": 3}
+    options = {"name": "tiny", "n_trials": n_trials, "seed": 3, "n_chunks": 10, "pruner": pruner}
+    path = write(30, "0", study=options, holdout=None)
+    return fake_objective(path, **{"storage_path": folder, **({"study.storage": url} if url else {})})
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
+def test_killed_twenty_times_it_ends_as_if_it_had_run_through(
+    study_file: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    through = small(study_file, tmp_path / "through")
+    run_study(through.config, through)
+    url = f"{kind}{tmp_path}/killed/study.db"
+    killed = small(study_file, tmp_path / "killed", url)
+    chance = random.Random(5)
+    for _ in range(22):
+        watcher = Doomed(chance.randint(1, 20), chance.uniform(0, 0.03))
+        process = processes.start(partial(run_study, killed.config, killed, watcher))
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    assert run_study(killed.config, killed) == study.Outcome(60)
+    assert table(url) == table(f"sqlite:///{tmp_path}/through/study.db")
+    assert [row[1] for row in table(url)].count(TrialState.PRUNED) >= 5
+    best = [yaml.safe_load((tmp_path / folder / BEST_CONFIG).read_text()) for folder in ("through", "killed")]
+    assert best[0] == best[1]
+
+
+def share_and_kill(objective: MergeObjective, n_workers: int, n_kills: int) -> list[int]:
+    """Let some workers run a study, of which so many are killed, whatever they do; each is replaced.
+
+    Returns:
+        Number of each trial that is finished.
+    """
+    chance = random.Random(7)
+
+    def start() -> BaseProcess:
+        nonlocal n_kills
+        n_kills -= 1
+        doomed = Doomed(chance.randint(1, 20), chance.uniform(0, 0.03)) if n_kills >= 0 else None
+        return processes.start(partial(run_study, objective.config, objective, doomed))
+
+    workers = [start() for _ in range(n_workers)]
+    try:
+        deadline = time.monotonic() + 300
+        while workers:
+            assert time.monotonic() < deadline
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(worker)
+                if worker.exitcode:
+                    assert worker.exitcode == -signal.SIGKILL
+                    workers.append(start())
+        assert n_kills < 0
+    finally:
+        for worker in workers:
+            processes.kill(worker)
+    trials = open_started(objective.config).trials
+    assert all(len(t.intermediate_values) == 10 for t in trials if t.state == TrialState.COMPLETE)
+    return [trial.number for trial in trials if trial.state in store.FINISHED]
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
+def test_workers_share_a_study_while_they_are_killed(
+    study_file: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    objective = small(study_file, tmp_path / "out", f"{kind}{tmp_path}/study.db", n_trials=40)
+    assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(40))
 
 
 def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -199,7 +275,7 @@ def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callab
         [*RUN, "run-study", str(file), "--storage-path", str(killed)], capture_output=True, check=False
     )
     assert last.returncode == 0, last.stderr.decode()
-    assert table(killed / "study.db") == table(tmp_path / "through" / "study.db")
+    assert table(f"sqlite:///{killed}/study.db") == table(f"sqlite:///{tmp_path}/through/study.db")
 
 
 def _n_rows(database: Path) -> int:

@@ -72,7 +72,7 @@ def open_started(config: StudyConfig) -> optuna.Study:
     """
     from optuna_merge.store import open_study, storage_url
 
-    return open_study(storage_url(config.storage_path, config.study.storage), config.study.name, create=False)
+    return open_study(storage_url(config.storage_path, config.study.storage), config.study.name)
 
 
 def print_json(value: Any) -> None:
