@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constrain
 # Two OpenMP threads on two busy cores can be far slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-dev quickstart check test bench bench-eval bench-merge clean
+.PHONY: setup setup-dev quickstart check test bench bench-eval bench-merge bench-quality bench-search peer clean
 
 setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP_INSTALL) --editable '.[test,dev]'
+	$(PIP_INSTALL) --editable '.[test,dev,bench]'
 	touch $@
 
 quickstart: setup
@@ -42,5 +42,24 @@ bench-eval: setup-dev
 bench-merge: setup-dev
 	$(BIN)/python benchmarks/merge_speed.py
 
+# An hour or so; --landscape, --seeds and --arms make it shorter.
+bench-quality: setup-dev studies/quickstart_models/settings.json
+	$(BIN)/python benchmarks/search_quality.py
+
+bench-search: setup-dev peer studies/quickstart_models/settings.json
+	$(BIN)/python benchmarks/search_speed.py
+
+studies/quickstart_models/settings.json: | setup
+	$(BIN)/python studies/quickstart_models.py
+
+# mergekit-evolve, in a virtual environment of its own: it needs other versions than we do
+peer: $(VENV)-peer/installed
+
+$(VENV)-peer/installed: benchmarks/peer.txt
+	$(PYTHON) -m venv $(VENV)-peer
+	$(VENV)-peer/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(VENV)-peer/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peer.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) studies/quickstart_models studies/quickstart_study
+	rm -rf $(VENV) $(VENV)-peer studies/quickstart_models studies/quickstart_study

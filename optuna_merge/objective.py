@@ -272,8 +272,12 @@ class MergeObjective:
         return make_sampler(self.config, self.space)
 
     def pruner(self) -> optuna.pruners.BasePruner:
-        """The pruner that the study file asks for."""
-        return make_pruner(self.config)
+        """The pruner that the study file asks for.
+
+        Raises:
+            StudyError: If its first comparison comes when all documents have been scored.
+        """
+        return make_pruner(self.config, self.scorer.n_chunks)
 
     def enqueue_baselines(self, study: optuna.Study) -> None:
         """Enqueue what the study has to beat, if it has no trials yet: uniform merges, each source, the base."""
@@ -284,7 +288,7 @@ class MergeObjective:
             study.enqueue_trial(dict(baseline.params), user_attrs=attributes)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Readable name to value of everything that decides what a score of this study means."""
+        """Readable name to value of everything that decides what a score of this study means, and where it began."""
         config = self.config
         return {
             **merge_fingerprint(config, self.models, self.space),
@@ -293,6 +297,7 @@ class MergeObjective:
             "num_fewshot": config.num_fewshot,
             "shuffle": config.shuffle,
             "holdout": None if config.holdout is None else config.holdout.model_dump(mode="json"),
+            **_first_generation(config),
             "engine.backend": config.engine.backend,
             store.CHUNKS: self.scorer.n_chunks,
             store.REQUESTS: self.scorer.fingerprint()[:16],
@@ -410,6 +415,19 @@ def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpa
     }
 
 
+def _first_generation(config: StudyConfig) -> dict[str, Any]:
+    """What CMA-ES reads once, when it begins: a study that goes on would not notice that it has changed."""
+    sampler, prior = config.study.sampler, config.search.prior
+    starts = {name: found.start for name, found in config.search.ranges.items() if found.start is not None}
+    return {
+        "study.sampler.popsize": sampler.popsize,
+        "study.sampler.sigma0": sampler.sigma0,
+        "search.prior": prior.name if prior.name == "isotropic" else prior.model_dump(mode="json", exclude={"name"}),
+        "search starts": starts,
+        "random_init": config.random_init,
+    }
+
+
 def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
     """The resident engine of a study, its weights not yet loaded."""
     from optuna_merge.evaluation.hf import HFEngine
@@ -493,9 +511,23 @@ def make_sampler(config: StudyConfig, space: SearchSpace) -> optuna.samplers.Bas
     )
 
 
-def make_pruner(config: StudyConfig) -> optuna.pruners.BasePruner:
-    """The pruner that a study file asks for."""
+def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner:
+    """The pruner that a study file asks for.
+
+    Args:
+        config: The study file.
+        n_chunks: Chunks that the documents are cut into.
+
+    Raises:
+        StudyError: If its first comparison comes when all documents have been scored.
+    """
     name, options = config.study.pruner.name, config.study.pruner.options
+    for option in ("min_resource", "n_startup_steps", "n_warmup_steps"):
+        if options.get(option, 0) >= max(2, n_chunks):
+            raise StudyError(
+                f"{config.path}: study.pruner.{option} must be below the number of chunks, {n_chunks}, got"
+                f" {options[option]}; lower it or raise study.n_chunks"
+            )
     return _PRUNERS[name](**options)
 
 

@@ -195,6 +195,12 @@ def test_the_fingerprint_does_not_depend_on_where_the_models_lie(
         ({"holdout": 0.5}, "prompts and documents"),
         ({"engine": {"dtype": "bfloat16"}}, "dtype"),
         ({"study": {"seed": 4, "n_chunks": 5}}, "study.seed"),
+        ({"study": {"sampler": {"name": "cmaes", "popsize": 12}, "n_chunks": 5}}, "study.sampler.popsize"),
+        ({"study": {"sampler": {"name": "cmaes", "sigma0": 0.1}, "n_chunks": 5}}, "study.sampler.sigma0"),
+        ({"search": {"prior": {"common": 0.1}}}, "search.prior"),
+        ({"search": {"prior": "isotropic"}}, "search.prior"),
+        ({"search": {"weight": {"low": 0.0, "high": 1.5, "start": 0.4}}}, "search starts"),
+        ({"random_init": True}, "random_init"),
     ],
 )
 def test_the_fingerprint_names_what_changes_a_score(
@@ -267,6 +273,31 @@ def test_scores_that_cannot_be_read_back(objective: MergeObjective) -> None:
     file.unlink()
     with pytest.warns(UserWarning, match="already reported"):
         assert objective(trial) == value
+
+
+@pytest.mark.parametrize(
+    ("pruner", "message"),
+    [
+        (
+            {"name": "hyperband", "min_resource": 20},
+            "min_resource must be below the number of chunks, 5, got 20",
+        ),
+        (
+            {"name": "successive_halving", "min_resource": 5},
+            "min_resource must be below the number of chunks, 5, got 5",
+        ),
+        ({"name": "wilcoxon", "n_startup_steps": 6}, "n_startup_steps must be below the number of chunks, 5, got 6"),
+        ({"name": "median", "n_warmup_steps": 5}, "n_warmup_steps must be below the number of chunks, 5, got 5"),
+    ],
+)
+def test_a_pruner_that_would_come_too_late_is_refused(
+    study_file: Callable[..., Path], pruner: dict, message: str
+) -> None:
+    study = {"n_chunks": 5, "pruner": pruner}
+    with pytest.raises(StudyError, match=rf"study\.yaml: study\.pruner\.{message}"):
+        fake_objective(study_file(study=study)).pruner()
+    del pruner[message.partition(" ")[0]]
+    fake_objective(study_file(study=study)).pruner()
 
 
 def test_a_merge_device_that_is_not_there(study_file: Callable[..., Path]) -> None:

@@ -30,6 +30,7 @@ import torch
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean, mean_stderr, stderr_for_metric
+from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator_utils import get_sample_size
@@ -476,6 +477,7 @@ class _Leaf:
         try:
             self.task.build_all_requests(limit=selected[-1] + 1, **rendering)
         except Exception as exc:
+            self._refuse_too_many_examples(exc)
             doc_id = _local(exc.__traceback__, "build_all_requests", "doc_id")
             raise _raised(self.name, doc_id, "rendering its request", exc) from exc
         wanted = set(selected)
@@ -487,6 +489,20 @@ class _Leaf:
             instances.sort(key=lambda instance: instance.idx)
         self.task._instances = None
         _remember_documents(self.task, [instances[0].doc for instances in self.instances.values()])
+
+    def _refuse_too_many_examples(self, exc: Exception) -> None:
+        sampler = _local(exc.__traceback__, "sample", "self", owner=ContextSampler)
+        if sampler is None:
+            return
+        asked = _local(exc.__traceback__, "sample", "eval_doc", owner=ContextSampler)
+        most = sum(document != asked for document in sampler.fewshot_docs())
+        wanted = self.task.get_config("num_fewshot")
+        if wanted > most:
+            others = "" if asked is None else " besides the one that is asked"
+            raise TaskError(
+                f"task '{self.name}': num_fewshot must be at most {most}, the documents for examples{others}, got"
+                f" {wanted}; lower it"
+            ) from exc
 
     def split(self, share: float, seed: int) -> None:
         n = len(self.selected)
@@ -1020,12 +1036,13 @@ def _first_line(exc: Exception) -> str:
     return (str(exc).strip().splitlines() or ["no message"])[0]
 
 
-def _local(traceback: TracebackType | None, function: str, name: str) -> Any:
-    """The value of a local variable in the innermost frame of a function that an error passed through."""
+def _local(traceback: TracebackType | None, function: str, name: str, owner: type | None = None) -> Any:
+    """The value of a local variable in the innermost frame of a function, or method, that an error passed through."""
     value = None
     while traceback is not None:
         frame = traceback.tb_frame
-        if frame.f_code.co_name == function and name in frame.f_locals:
+        is_its = owner is None or isinstance(frame.f_locals.get("self"), owner)
+        if frame.f_code.co_name == function and name in frame.f_locals and is_its:
             value = frame.f_locals[name]
         traceback = traceback.tb_next
     return value

@@ -519,6 +519,15 @@ def test_options_that_cannot_be(right: Path, options: dict[str, Any], message: s
         fake(right, **options)
 
 
+@pytest.mark.parametrize("sampler", ["default", "first_n"])
+@pytest.mark.parametrize(("split", "most"), [("test", N_DOCUMENTS - 1), ("train", N_DOCUMENTS)])
+def test_more_examples_than_there_are_documents(tmp_path: Path, split: str, most: int, sampler: str) -> None:
+    write_task(tmp_path, "one", fewshot_split=split, fewshot_config={"sampler": sampler})
+    fake(tmp_path, terms=[EvalTask("one")], num_fewshot=most)
+    with pytest.raises(TaskError, match=f"task 'one': num_fewshot must be at most {most}, .* got {most + 1}; lower it"):
+        fake(tmp_path, terms=[EvalTask("one")], num_fewshot=most + 1)
+
+
 def test_a_search_path_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"task_search_path must name folders, got .*nowhere"):
         fake(tmp_path / "nowhere")

@@ -1,0 +1,412 @@
+"""What a search finds for its documents: samplers with and without pruning, and pycma as mergekit-evolve uses it.
+
+    python benchmarks/search_quality.py [--landscape NAME] [--seeds N] [--arms NAME ...] [--quick] [--json]
+
+Every search may score as many documents as pycma scores in 100 merges; baselines and pruned trials count with what
+they scored. All go through ``MergeObjective``, with the study file's own sampler and pruner where they are the
+product's. The final score is the *true* one of the merge that the search would hand over: on the quickstart over all
+documents, searched and held out; on the synthetic landscapes over a population that no search sees.
+
+``quickstart``: real merges of its models, if they are there (``python studies/quickstart_models.py`` makes them).
+``synthetic-12``, ``synthetic-48``: three experts of 4 and 16 layers, a weight for each. A document is passed or not by
+its difficulty, by how near the weights are to what its task wants (its own expert near 1, the others near 0, more or
+less so in each layer), and by a direction in weight space of its own.
+
+pycma: ``fmin2`` from 1/3, step 1/6, no bounds, negative weights mirrored, every document of every merge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+import yaml
+
+from optuna_merge.config import load_study
+from optuna_merge.evaluation.tasks import ChunkResult, Score, TaskScore
+from optuna_merge.merge import Merger
+from optuna_merge.objective import MergeObjective, StudyModels, build_scorer, make_engine
+from optuna_merge.recipe import PASSTHROUGH, Recipe
+from optuna_merge.report import best_merge
+from optuna_merge.space import ModelRefs
+from optuna_merge.store import DOCUMENTS
+
+ROOT = Path(__file__).resolve().parents[1]
+N_MODELS = 3
+TARGET_SHARE = 1 / 8
+PEER = "pycma"
+DEFAULT = "cmaes, wilcoxon"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A sampler and a pruner.
+
+    Attributes:
+        settings: Replace keys of the study file.
+        sampler: Made from the study seed; None: what the study file says.
+    """
+
+    settings: dict[str, Any]
+    sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
+
+
+def _arms() -> dict[str, Arm]:
+    arms = {DEFAULT: Arm({})}
+    for name, sampler in {"cmaes": None, "tpe": tpe, "gp": gp, "random": None}.items():
+        for pruner in ("wilcoxon", "none"):
+            settings = {"study.sampler": "random"} if name == "random" else {}
+            arms[f"{name}, {pruner}"] = Arm({**settings, "study.pruner": pruner}, sampler)
+    return arms
+
+
+def tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def gp(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed)
+
+
+ARMS = _arms()
+
+
+class Landscape(Protocol):
+    """Where merges are searched."""
+
+    def objective(self, seed: int, folder: Path, settings: dict[str, Any]) -> MergeObjective:
+        """The objective of one study."""
+        ...
+
+    def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
+        """What a merge is worth."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A new best merge of a search: how many documents it took, its score on them and its true one."""
+
+    documents: int
+    searched: float
+    true: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One search: its best merges, one after the other, at least the first; and the documents that it could score."""
+
+    steps: list[Step]
+    budget: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quickstart", type=Path, default=ROOT / "studies" / "quickstart_models", metavar="DIR")
+    parser.add_argument("--landscape", action="append", choices=["quickstart", "synthetic-12", "synthetic-48"])
+    parser.add_argument("--seeds", type=int, default=10, metavar="N")
+    parser.add_argument("--merges", type=int, default=100, metavar="N", help="of pycma; the others get its documents")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, PEER], metavar="NAME", help=", ".join([*ARMS, PEER]))
+    parser.add_argument("--quick", action="store_true", help="synthetic-12 only, 15 merges, without gp")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    names = options.landscape or ["synthetic-12", "synthetic-48", "quickstart"]
+    arms = options.arms or [*ARMS, PEER]
+    if options.quick:
+        names, options.merges = ["synthetic-12"], 15
+        arms = [arm for arm in arms if not arm.startswith("gp")]
+    if options.seeds < 2:
+        parser.error(f"--seeds must be at least 2, got {options.seeds}")
+    if "quickstart" in names and not (options.quickstart / "base" / "config.json").is_file():
+        if options.landscape:
+            parser.error(f"{options.quickstart} must hold the quickstart's models; run studies/quickstart_models.py")
+        print("quickstart: left out, its models are not there", file=sys.stderr)
+        names.remove("quickstart")
+    quiet()
+    figures = {}
+    for name in names:
+        landscape = Quickstart(options.quickstart) if name == "quickstart" else Synthetic(int(name[-2:]))
+        runs: dict[str, list[Run]] = {arm: [] for arm in arms}
+        for seed in range(options.seeds):
+            for arm in arms:
+                runs[arm].append(search(landscape, arm, seed, options.merges))
+                print(f"{name}, seed {seed}, {arm}: {runs[arm][-1].steps[-1].true:.4f}", file=sys.stderr)
+        figures[name] = summary(runs)
+        if not options.json:
+            report(name, figures[name])
+    if options.json:
+        print(json.dumps(figures))
+
+
+def quiet() -> None:
+    logging.disable(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
+    """Run one study with the documents of so many full merges."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ARMS[arm].settings if arm != PEER else {}
+        objective = landscape.objective(seed, Path(folder), settings)
+        budget = merges * objective.scorer.n_documents
+        if arm == PEER:
+            return Run(pycma(landscape, objective, seed, merges), budget)
+        make = ARMS[arm].sampler
+        sampler = objective.sampler() if make is None else make(seed)
+        study = optuna.create_study(direction="maximize", sampler=sampler, pruner=objective.pruner())
+        objective.enqueue_baselines(study)
+        steps: list[Step] = []
+        documents = 0
+        while True:
+            trial = study.ask()
+            try:
+                study.tell(trial, objective(trial))
+            except optuna.TrialPruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            documents += study.get_trials(deepcopy=False)[trial.number].user_attrs[DOCUMENTS]
+            if documents > budget:
+                return Run(steps, budget)
+            best = best_merge(study)
+            if best is not None and best.number == trial.number:
+                true = landscape.truth(objective, objective.recipe(best))
+                steps.append(Step(documents, float(best.value or 0.0), true))
+
+
+def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: int) -> list[Step]:
+    """The search of mergekit-evolve: its start, step and bounds, its call of pycma."""
+    import cma
+
+    names = list(objective.space.distributions)
+    steps: list[Step] = []
+    n_scored = 0
+
+    def scores(genotypes: Sequence[np.ndarray]) -> list[float]:
+        nonlocal n_scored
+        losses = []
+        for genotype in genotypes:
+            recipe = objective.space.decode(dict(zip(names, np.abs(genotype).tolist(), strict=True)))
+            objective.load(recipe)
+            value = objective.scorer.score_all().value
+            n_scored += 1
+            losses.append(-value)
+            if n_scored <= merges and (not steps or value > steps[-1].searched):
+                true = landscape.truth(objective, recipe)
+                steps.append(Step(n_scored * objective.scorer.n_documents, value, true))
+        return losses
+
+    options = {"maxfevals": merges, "seed": seed + 1, "verbose": -9, "verb_log": 0}
+    cma.fmin2(None, parallel_objective=scores, x0=np.full(len(names), 1 / N_MODELS), sigma0=1 / 6, options=options)
+    return steps
+
+
+def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """Final scores of each arm, and what the default needs for the peer's."""
+    result: dict[str, Any] = {"arms": {}}
+    finals = {arm: np.array([run.steps[-1].true for run in searches]) for arm, searches in runs.items()}
+    reference = finals.get(DEFAULT, next(iter(finals.values())))
+    for arm, final in finals.items():
+        behind = final - reference
+        result["arms"][arm] = {
+            "true": float(final.mean()),
+            "stderr": standard_error(final),
+            "searched": float(np.mean([run.steps[-1].searched for run in runs[arm]])),
+            "difference": float(behind.mean()),
+            "difference_stderr": standard_error(behind),
+        }
+    if DEFAULT in runs and PEER in runs:
+        for kind in ("true", "searched"):
+            shares = [share_needed(ours, theirs, kind) for ours, theirs in zip(runs[DEFAULT], runs[PEER], strict=True)]
+            result[f"share_{kind}"] = {"median": float(np.median(shares)), "each": shares}
+    return result
+
+
+def standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def share_needed(ours: Run, theirs: Run, kind: str) -> float:
+    """Documents after which our best merge is as good as the peer's last, over all of the peer's; 2: never."""
+    goal = getattr(theirs.steps[-1], kind)
+    reached = [step.documents for step in ours.steps if getattr(step, kind) >= goal]
+    return reached[0] / theirs.budget if reached else 2.0
+
+
+def report(name: str, figures: dict[str, Any]) -> None:
+    print(f"{name}: final true score, difference from {DEFAULT} (paired by seed), score on the searched documents")
+    for arm, row in figures["arms"].items():
+        print(
+            f"  {arm:16} {row['true']:.4f} ± {row['stderr']:.4f}   {row['difference']:+.4f} ±"
+            f" {row['difference_stderr']:.4f}   {row['searched']:.4f}"
+        )
+    for kind in ("true", "searched"):
+        if f"share_{kind}" in figures:
+            shares = figures[f"share_{kind}"]
+            each = " ".join(f"{share:.3f}" for share in sorted(shares["each"]))
+            print(f"  share of {PEER}'s documents for its final {kind} score: median {shares['median']:.3f} ({each})")
+    sys.stdout.flush()
+
+
+class Quickstart:
+    """Real merges of the quickstart's models, scored with transformers."""
+
+    def __init__(self, models: Path) -> None:
+        self._genome = {
+            "genome.models": [str(models.resolve() / skill) for skill in ("reverse", "next", "last")],
+            "genome.base_model": str(models.resolve() / "base"),
+        }
+        self._seed: int | None = None
+
+    def objective(self, seed: int, folder: Path, settings: dict[str, Any]) -> MergeObjective:
+        file = ROOT / "studies" / "quickstart.yaml"
+        config = load_study(file, {**self._genome, "study.seed": seed, "storage_path": str(folder), **settings})
+        if self._seed is None:
+            self._models = StudyModels.open(config)
+            self._engine = make_engine(config, self._models)
+            self._merger = Merger(self._models.views, device="cpu")
+        if self._seed != seed:
+            self._scorer = build_scorer(config, self._engine)
+            self._seed = seed
+        return MergeObjective(config, self._models, self._merger, self._engine, self._scorer)
+
+    def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
+        """The score on all documents; as many are held out as are searched."""
+        objective.load(recipe)
+        return (objective.scorer.score_all().value + objective.scorer.score_holdout().value) / 2
+
+
+class SyntheticModels(StudyModels):
+    """Models that exist by name only."""
+
+    @property
+    def contents(self) -> dict[str, str]:  # type: ignore[override]
+        return {name: name for name in (*self.refs.sources, self.refs.base or "")}
+
+
+class Synthetic:
+    """Three experts whose weights decide which documents are passed.
+
+    The curvatures and documents are drawn from the seed. In layer ``l`` task ``k`` loses
+    ``h[l] * ((w[l, k] - t[l, k])**2 + sum_j r[l, k, j] * w[l, j]**2)``; a document of the task is passed if
+    ``LEVEL - STEEPNESS * loss + its bias + its direction . w`` is above 0.
+    """
+
+    LEVEL, STEEPNESS, N_DOCUMENTS, N_CHUNKS, N_POPULATION = 4.0, 7.0, 200, 20, 5000
+
+    def __init__(self, n_dimensions: int) -> None:
+        self._n_layers = n_dimensions // N_MODELS
+
+    def objective(self, seed: int, folder: Path, settings: dict[str, Any]) -> MergeObjective:
+        genome = {
+            "models": [f"./expert_{k}" for k in range(N_MODELS)],
+            "base_model": "./base",
+            "merge_method": "task_arithmetic",
+            "layer_granularity": 1,
+        }
+        path = folder / "synthetic.yaml"
+        path.write_text(yaml.safe_dump({"genome": genome, "tasks": ["one", "two", "three"]}))
+        config = load_study(path, {"study.seed": seed, "search.weight": [0.0, 1.5], **settings})
+        refs = ModelRefs(config.sources, "./base", self._n_layers, "float32")
+        model = SyntheticModel(self._n_layers, seed)
+        scorer: Any = SyntheticScorer(model, [f"task_{k}" for k in range(N_MODELS)])
+        return MergeObjective(config, SyntheticModels(refs, {}, {}), model, model, scorer)  # type: ignore[arg-type]
+
+    def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
+        objective.load(recipe)
+        scorer: Any = objective.scorer
+        return float(scorer.model.passed(scorer.model.population).mean())
+
+
+@dataclass(frozen=True)
+class SyntheticDocuments:
+    """Documents of every task: ``bias [n_tasks, n]`` and ``direction [n_tasks, n, n_dimensions]``."""
+
+    bias: np.ndarray
+    direction: np.ndarray
+
+
+class SyntheticModel:
+    """Merger and engine in one: a recipe's weights are the merged model."""
+
+    device = "cpu"
+    resident = None
+    names = ()
+
+    def __init__(self, n_layers: int, seed: int) -> None:
+        rng = np.random.default_rng([seed, n_layers])
+        shape = (n_layers, N_MODELS)
+        importance = rng.gamma(2.0, size=n_layers)
+        self._importance = importance / importance.sum()
+        self._wanted = rng.normal(1.0, 0.2, size=shape)
+        others = 1 - np.eye(N_MODELS)
+        self._interference = others * rng.uniform(0.05, 0.55, size=(n_layers, N_MODELS, N_MODELS))
+        self.searched = self._draw(rng, Synthetic.N_DOCUMENTS)
+        self.population = self._draw(rng, Synthetic.N_POPULATION)
+        self._weights = np.zeros(shape)
+
+    def _draw(self, rng: np.random.Generator, n: int) -> SyntheticDocuments:
+        n_dimensions = self._wanted.size
+        direction = rng.normal(size=(N_MODELS, n, n_dimensions)) / np.sqrt(n_dimensions)
+        return SyntheticDocuments(rng.logistic(size=(N_MODELS, n)), 2.0 * direction)
+
+    def merge(self, recipe: Recipe, out: object = None) -> np.ndarray:
+        """The weights of a recipe, ``[n_layers, n_models]``."""
+        if recipe.method == PASSTHROUGH:
+            [reference] = recipe.models
+            number = reference.partition("_")[2]
+            return np.tile([float(number == str(k)) for k in range(N_MODELS)], (len(self._wanted), 1))
+        return np.array([group.parameter_sets[0].per_model["weight"] for group in recipe.groups])
+
+    def load_weights(self, weights: np.ndarray) -> None:
+        self._weights = weights
+
+    def close(self) -> None: ...
+
+    def passed(self, documents: SyntheticDocuments) -> np.ndarray:
+        """Which documents the loaded weights pass, ``[n_tasks, n]``."""
+        w = self._weights
+        own = (w - self._wanted) ** 2  # [n_layers, n_tasks]
+        interference = np.einsum("lkj,lj->lk", self._interference, w**2)
+        loss = self._importance @ (own + interference)  # [n_tasks]
+        level = Synthetic.LEVEL - Synthetic.STEEPNESS * loss
+        return level[:, None] + documents.bias + documents.direction @ (w.ravel() - 0.6) > 0
+
+
+class SyntheticScorer:
+    """Stands in for the eval tasks: the searched documents in chunks."""
+
+    n_chunks = Synthetic.N_CHUNKS
+    not_means = ()
+    has_holdout = False
+
+    def __init__(self, model: SyntheticModel, tasks: Sequence[str]) -> None:
+        self.model = model
+        self._tasks = tasks
+        self.n_documents = model.searched.bias.size
+
+    def score_chunk(self, chunk: int) -> ChunkResult:
+        passed = self.model.passed(self.model.searched)[:, chunk :: self.n_chunks]
+        ids = list(range(chunk, Synthetic.N_DOCUMENTS, self.n_chunks))
+        rows = zip(self._tasks, passed.astype(float).tolist(), strict=True)
+        return ChunkResult(chunk, float(passed.mean()), {task: {"doc_id": ids, "acc,none": row} for task, row in rows})
+
+    def total(self, results: Sequence[ChunkResult], *, stderr: bool = False) -> Score:
+        value = float(np.mean([result.score for result in results]))
+        return Score(value, {"mean": TaskScore("acc,none", value, None, self.n_documents, 1.0)}, {})
+
+    def score_all(self) -> Score:
+        return self.total([self.score_chunk(chunk) for chunk in range(self.n_chunks)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The benchmarks of the search run; what they measure is for those who start them to judge."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_search_quality() -> None:
+    command = [sys.executable, str(FOLDER / "search_quality.py"), "--quick", "--seeds", "2", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(ran.stdout)["synthetic-12"]
+    assert figures["arms"].keys() >= {"cmaes, wilcoxon", "cmaes, none", "tpe, none", "random, none", "pycma"}
+    for row in figures["arms"].values():
+        assert 0.4 < row["true"] < 0.95
+        assert abs(row["true"] - row["searched"]) < 0.1
+    assert 0 < figures["share_true"]["median"] <= 2
+
+
+def test_the_share_of_documents_by_hand() -> None:
+    quality = benchmark("search_quality")
+    ours = quality.Run(
+        [quality.Step(600, 0.5, 0.6), quality.Step(3000, 0.7, 0.65), quality.Step(9000, 0.8, 0.75)], 60000
+    )
+    theirs = quality.Run([quality.Step(600, 0.4, 0.4), quality.Step(30000, 0.75, 0.65)], 60000)
+    assert quality.share_needed(ours, theirs, "true") == 0.05
+    assert quality.share_needed(ours, theirs, "searched") == 0.15
+    assert quality.share_needed(theirs, ours, "searched") == 2.0
+
+
+def test_the_synthetic_landscape_is_worth_what_its_documents_say(tmp_path: Path) -> None:
+    quality = benchmark("search_quality")
+    landscape = quality.Synthetic(12)
+    objective = landscape.objective(1, tmp_path, {})
+    assert len(objective.space.distributions) == 12
+    totals: dict[str, Any] = {}
+    for baseline in objective.space.baselines:
+        recipe = objective.space.baseline_recipe(baseline.name)
+        objective.load(recipe)
+        searched = objective.scorer.score_all().value
+        totals[baseline.name] = landscape.truth(objective, recipe)
+        assert searched == pytest.approx(totals[baseline.name], abs=0.06)
+    # experts know their own task, no merge is worse than a merge of more of them
+    assert totals["base"] < totals["expert_0"] < totals["uniform x1.5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("search_quality", ["--seeds", "1"], "--seeds must be at least 2, got 1"),
+        ("search_speed", ["--trials", "5"], "--trials must be at least 20, got 5"),
+        ("search_speed", ["--quickstart", "nowhere"], "nowhere must hold the quickstart's models; run"),
+    ],
+)
+def test_arguments_that_cannot_be(name: str, arguments: list[str], message: str) -> None:
+    ran = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *arguments], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert message in ran.stderr
