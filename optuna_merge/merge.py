@@ -7,6 +7,7 @@ result is finite is the business of whoever scores it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,9 @@ from optuna_merge.vocabulary import unify
 Destination = Callable[[str], Tensor | None]
 """Tensor name to the memory that its merged tensor is written into, or None for a new tensor."""
 
+_COMPILED_FROM = 1 << 27
+"""Elements of a model from which on a study saves more time than a compiler takes, which is up to a minute."""
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # the CPU's buffers stay in its cache
 
 
@@ -44,6 +48,7 @@ class Merger:
         device: str | torch.device = "cpu",
         tokenizer_source: str | None = None,
         chunk_elements: int | None = None,
+        is_compiled: bool | None = None,
     ) -> None:
         """Check that the checkpoints go together.
 
@@ -53,6 +58,8 @@ class Merger:
             device: ``cpu``, ``cuda`` or ``cuda:<i>``.
             tokenizer_source: ``base`` (the first), ``union``, or a key of ``checkpoints``; None: they agree already.
             chunk_elements: Elements merged at a time; None: by device.
+            is_compiled: Compile elementwise arithmetic with torch.compile; None: if the models are large. It
+                changes no result; where it fails, a warning says so and merging goes on without.
 
         Raises:
             CheckpointError: If they differ in names, shapes, architecture or vocabulary.
@@ -60,6 +67,7 @@ class Merger:
         self.checkpoints = unify(checkpoints, tokenizer_source)
         self.device = torch.device(device)
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
+        self._is_compiled = self._is_large() if is_compiled is None else is_compiled
         self._buffers: dict[str, Tensor] = {}
         self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
 
@@ -114,6 +122,10 @@ class Merger:
             return self.checkpoints[recipe.tokenizer_source]
         return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]
 
+    def _is_large(self) -> bool:
+        first = next(iter(self.checkpoints.values()))
+        return sum(math.prod(first.shape(name)) for name in self.names) >= _COMPILED_FROM
+
     def _merge_tensor(self, plan: _Plan, name: str, destination: Tensor | None) -> Tensor:
         template = plan.template
         dtype = getattr(torch, plan.recipe.dtype) if template.dtype(name).is_floating_point else template.dtype(name)
@@ -150,6 +162,7 @@ class Merger:
             chunk_elements=self._chunk_elements,
             buffers=self._buffers,
             memory=self._memory.setdefault(recipe.base_model, {}),
+            is_compiled=self._is_compiled,
         )
 
 

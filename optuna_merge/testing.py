@@ -252,6 +252,7 @@ def merge_tensors(
     dtype: str = "float32",
     identities: Sequence[str] | None = None,
     chunk_elements: int = 1 << 18,
+    is_compiled: bool = False,
     **settings: bool | float | Sequence[float],
 ) -> Tensor:
     """Merge one tensor of each model, without checkpoints.
@@ -265,6 +266,7 @@ def merge_tensors(
         dtype: Of the result.
         identities: What tells the models' random masks apart; None: ``"0"``, ``"1"`` ...
         chunk_elements: Size of the pieces.
+        is_compiled: Whether elementwise arithmetic is compiled.
         **settings: Switches and method parameters by name, ``lambda_`` for lambda; one number means the same for each
             model.
     """
@@ -298,6 +300,7 @@ def merge_tensors(
         identities=tuple(identities or map(str, range(len(models)))),
         device=models[0].device,
         chunk_elements=chunk_elements,
+        is_compiled=is_compiled,
     )
     declared.load()(inputs, out)
     return out

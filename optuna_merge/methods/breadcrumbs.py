@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from optuna_merge.methods.function import Chunk, MergeInput
-from optuna_merge.methods.rescale import Sparsifier, rescaled
-from optuna_merge.methods.selection import split
+from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.selection import Split, keep_largest, split, threshold
+from optuna_merge.methods.sparsifier import Sparsifier, rescaled
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
 
 
@@ -36,16 +37,22 @@ def keep_the_middle(inputs: MergeInput, index: int) -> Sparsifier:
     """
     density, n_elements = inputs.per_model["density"][index], inputs.models[index].numel()
     n_kept = int(density * n_elements)
-    if density >= 1 or n_elements == 0:
-        return lambda chunk, task_vector: task_vector
-    if n_kept <= 0:
-        return lambda chunk, task_vector: task_vector.zero_()
-    n_dropped = min(int(inputs.per_model["gamma"][index] * n_elements), n_elements - n_kept)
-    outliers = split(inputs, index, n_dropped, is_early=False)
-    with_outliers = split(inputs, index, n_dropped + n_kept, is_early=False)
+    if density >= 1 or n_kept <= 0:
+        outliers, with_outliers = Split.none(), Split.all() if density >= 1 else Split.none()
+    else:
+        n_dropped = min(int(inputs.per_model["gamma"][index] * n_elements), n_elements - n_kept)
+        outliers = split(inputs, index, n_dropped, is_early=False)
+        with_outliers = split(inputs, index, n_dropped + n_kept, is_early=False)
+    sparsifier = Sparsifier(
+        _between,
+        with_outliers.thresholds + outliers.thresholds,
+        2,
+        lambda span: (with_outliers.cut_in(span), outliers.cut_in(span)),
+    )
+    return rescaled(inputs, index, sparsifier)
 
-    def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
-        kept = with_outliers.keep(chunk, task_vector)
-        return kept.sub_(outliers.keep(chunk, task_vector, "outliers"))
 
-    return rescaled(inputs, index, sparsify)
+def _between(task_vector: Tensor, floats: Tensor, integers: Tensor, extra: Tensor | None) -> Tensor:
+    largest = keep_largest(task_vector, floats[:2], integers[0])
+    is_outlier = task_vector.abs() > threshold(task_vector, floats[2:], integers[1])
+    return torch.where(is_outlier, 0.0, largest)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from optuna_merge.methods.function import Chunk, MergeInput
-from optuna_merge.methods.masks import LEVELS, kept, key_of
-from optuna_merge.methods.rescale import Sparsifier
+from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.masks import LEVELS, N_INTEGERS, mask_integers, uniform
+from optuna_merge.methods.sparsifier import Sparsifier
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
 
 
@@ -34,16 +34,11 @@ def drop(inputs: MergeInput, index: int) -> Sparsifier:
     The expectation is then the task vector. Departure from mergekit 0.1.5, which restores the l1 norm of this
     draw instead. Densities count in steps of 1/65536.
     """
-    n_kept = round(inputs.per_model["density"][index] * LEVELS)
-    if n_kept >= LEVELS:
-        return lambda chunk, task_vector: task_vector
-    if n_kept <= 0:
-        return lambda chunk, task_vector: task_vector.zero_()
-    factor = LEVELS / n_kept if inputs.switches["rescale"] else 1.0
-    key = key_of(inputs, index)
+    n_kept = min(LEVELS, max(0, round(inputs.per_model["density"][index] * LEVELS)))
+    factor = LEVELS / n_kept if n_kept and inputs.switches["rescale"] else 1.0
+    return Sparsifier(_dropped, (float(n_kept),), N_INTEGERS, mask_integers(inputs, index), factor=factor)
 
-    def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
-        task_vector *= kept(chunk, key, n_kept)
-        return task_vector if factor == 1 else task_vector.mul_(factor)
 
-    return sparsify
+def _dropped(task_vector: Tensor, floats: Tensor, integers: Tensor, extra: Tensor | None) -> Tensor:
+    is_kept = uniform(task_vector, integers) < floats[0]
+    return task_vector * is_kept

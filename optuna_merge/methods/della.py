@@ -7,8 +7,8 @@ from torch import Tensor
 
 from optuna_merge.errors import MethodError
 from optuna_merge.methods.function import Chunk, MergeInput
-from optuna_merge.methods.masks import LEVELS, key_of, uniform
-from optuna_merge.methods.rescale import Sparsifier
+from optuna_merge.methods.masks import LEVELS, N_INTEGERS, mask_integers, uniform
+from optuna_merge.methods.sparsifier import Sparsifier
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
 
 _FRACTION_BITS = 4  # of the magnitude, that tell bins apart: 16 bins in an octave
@@ -45,32 +45,37 @@ def magprune(inputs: MergeInput, index: int) -> Sparsifier:
         MethodError: If ``density - epsilon`` or ``density + epsilon`` is not in (0, 1), for a density in (0, 1).
     """
     density, epsilon = inputs.per_model["density"][index], inputs.per_model["epsilon"][index]
-    if density >= 1:
-        return lambda chunk, task_vector: task_vector
-    if density <= 0:
-        return lambda chunk, task_vector: task_vector.zero_()
+    integers = mask_integers(inputs, index)
+    if density >= 1 or density <= 0:
+        chance = 1.0 if density >= 1 else 0.0
+        return Sparsifier(
+            _drawn, (0.0,), N_INTEGERS, integers, lambda chunk: chunk.scratch(f"probability_{index}").fill_(chance)
+        )
     if not 0 < density - epsilon <= density + epsilon < 1:
         raise MethodError(
             f"{inputs.name}: density - epsilon and density + epsilon must be in (0, 1), got density {density} and "
             f"epsilon {epsilon}; narrow the range of one of them"
         )
-    key = key_of(inputs, index)
-    rescale = inputs.switches["rescale"]
-
-    def sparsify(chunk: Chunk, task_vector: Tensor) -> Tensor:
-        probability = _probabilities(chunk, task_vector, density - epsilon, density + epsilon)
-        chance = chunk.scratch("chance").copy_(uniform(chunk, key)).add_(LEVELS // 2 + 0.5).div_(LEVELS)
-        task_vector *= torch.lt(chance, probability, out=chance)
-        return task_vector.div_(probability) if rescale else task_vector
-
-    return sparsify
+    return Sparsifier(
+        _drawn,
+        (float(inputs.switches["rescale"]),),
+        N_INTEGERS,
+        integers,
+        lambda chunk: _probabilities(chunk, index, density - epsilon, density + epsilon),
+    )
 
 
-def _probabilities(chunk: Chunk, task_vector: Tensor, lowest: float, highest: float) -> Tensor:
+def _drawn(task_vector: Tensor, floats: Tensor, integers: Tensor, probability: Tensor | None) -> Tensor:
+    assert probability is not None
+    is_kept = (uniform(task_vector, integers) + 0.5) / LEVELS < probability
+    return task_vector * is_kept / torch.where(floats[0] > 0, probability, 1.0)
+
+
+def _probabilities(chunk: Chunk, index: int, lowest: float, highest: float) -> Tensor:
     """From ``lowest`` for the smallest magnitude of a row to ``highest`` for the largest, shape ``[n]``."""
     n_columns = chunk.inputs.row_elements
-    bins = chunk.integers("bins")
-    torch.bitwise_and(task_vector.view(torch.int32), 0x7FFFFFFF, out=bins)
+    bins = chunk.scratch("bins", torch.int32)
+    torch.bitwise_and(chunk.task_vector(index).view(torch.int32), 0x7FFFFFFF, out=bins)
     bins >>= 23 - _FRACTION_BITS  # in the order of the magnitudes
     rows = bins.view(-1, n_columns)
     largest = rows.amax(1, keepdim=True)
@@ -82,4 +87,4 @@ def _probabilities(chunk: Chunk, task_vector: Tensor, lowest: float, highest: fl
     # The mean rank in a bin is n_columns - 1/2 - (entries in it and in the bins of larger ones) + (entries in it) / 2.
     of_bins = counts.cumsum(1).mul_(-1).add_(counts, alpha=0.5).mul_(slope).add_(lowest + slope * (n_columns - 0.5))
     of_bins.clamp_(lowest, highest)  # not 0 by rounding: what is kept is divided by it
-    return torch.index_select(of_bins.view(-1), 0, bins, out=chunk.scratch("probability"))
+    return torch.index_select(of_bins.view(-1), 0, bins, out=chunk.scratch(f"probability_{index}"))

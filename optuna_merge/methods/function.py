@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 18
+_LARGE_CHUNK_ELEMENTS = 1 << 24  # a call of a compiled kernel costs as much as some 100,000 elements
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class MergeInput:
         chunk_elements: Elements in a piece, about; pieces hold whole rows. Changes speed and memory, never a result.
         buffers: Memory that pieces of consecutive tensors share.
         memory: What a method found out about a tensor and can use in the next merge; small.
+        is_compiled: Whether elementwise arithmetic is compiled; changes speed, never a result.
     """
 
     name: str
@@ -49,6 +51,7 @@ class MergeInput:
     chunk_elements: int
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     memory: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
+    is_compiled: bool = False
 
     def of(self, base: Tensor | None, models: tuple[Tensor, ...]) -> MergeInput:
         """The same, of other tensors."""
@@ -57,6 +60,12 @@ class MergeInput:
     def chunks(self) -> Iterator[Chunk]:
         """The tensor in flat pieces of whole rows, in order. A piece is valid until the next one."""
         return self._pieces(max(1, self.chunk_elements // max(1, self.row_elements)) * self.row_elements)
+
+    def large_chunks(self) -> Iterator[Chunk]:
+        """The tensor in flat pieces for elementwise arithmetic, in order: larger ones if it is compiled."""
+        return self._pieces(
+            max(self.chunk_elements, _LARGE_CHUNK_ELEMENTS) if self.is_compiled else self.chunk_elements
+        )
 
     @property
     def row_elements(self) -> int:
@@ -75,15 +84,8 @@ class MergeInput:
         for start in range(0, n_elements, max(1, size)):
             yield Chunk(self, flat, slice(start, min(start + size, n_elements)))
 
-    def scratch(self, name: str, n_elements: int) -> Tensor:
-        """Uninitialised float32 memory, shape ``[n_elements]``, the same for every call with ``name``."""
-        return self._buffer(name, n_elements, torch.float32)
-
-    def integers(self, name: str, n_elements: int) -> Tensor:
-        """Uninitialised int32 memory, shape ``[n_elements]``, the same for every call with ``name``."""
-        return self._buffer(name, n_elements, torch.int32)
-
-    def _buffer(self, name: str, n_elements: int, dtype: torch.dtype) -> Tensor:
+    def scratch(self, name: str, n_elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised memory, shape ``[n_elements]``, the same for every call with ``name``."""
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < n_elements:
             buffer = self.buffers[name] = torch.empty(n_elements, dtype=dtype, device=self.device)
@@ -116,13 +118,19 @@ class Chunk:
         out = self.scratch("task_vector")
         return torch.sub(self.model(index), self.base, out=out)
 
-    def scratch(self, name: str) -> Tensor:
-        """Uninitialised memory, shape ``[n]``, shared by all pieces."""
-        return self.inputs.scratch(name, self.span.stop - self.span.start)
+    def stored(self) -> tuple[Tensor, ...]:
+        """The base, if there is one, and the sources, as stored, on the device, shape ``[n]`` each; read only."""
+        return tuple(tensor[self.span].to(self.inputs.device) for tensor in self._flat)
 
-    def integers(self, name: str) -> Tensor:
-        """Uninitialised int32 memory, shape ``[n]``, shared by all pieces."""
-        return self.inputs.integers(name, self.span.stop - self.span.start)
+    def scratch(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised memory, shape ``[n]``, shared by all pieces."""
+        return self.inputs.scratch(name, self.n_elements, dtype)
+
+    @property
+    def n_elements(self) -> int:
+        """Elements in the piece."""
+        n_elements: int = self.span.stop - self.span.start
+        return n_elements
 
     def zeros(self, name: str) -> Tensor:
         """:meth:`scratch`, filled with zeros."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optuna_merge.methods.elementwise import write
 from optuna_merge.methods.function import MergeInput
 
 
@@ -19,11 +20,11 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
     """
     weights = inputs.per_model["weight"]
     divisor = torch.tensor(weights, dtype=torch.float32).sum().item() if inputs.switches["normalize"] else 1.0
-    flat = out.view(-1)
-    for chunk in inputs.chunks():
-        total = torch.mul(chunk.model(0), weights[0], out=chunk.scratch("total"))
-        for index, weight in enumerate(weights[1:], start=1):
-            total.add_(chunk.model(index), alpha=weight)
-        if divisor != 1:
-            total /= divisor  # at the end: weights divided before give other bits, the more often the rounder they are
-        flat[chunk.span] = total
+    write(inputs.of(None, inputs.models), out, _weighted_sum, [*weights, divisor])
+
+
+def _weighted_sum(sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
+    total = sources[0].float() * floats[0]
+    for index in range(1, len(sources)):
+        total = total + sources[index].float() * floats[index]
+    return total / floats[len(sources)]  # at the end: weights divided before give other bits

@@ -7,65 +7,52 @@ same mask.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from optuna_merge.methods.function import Chunk, MergeInput
+from optuna_merge.methods.function import MergeInput
 
 LEVELS = 1 << 16
 """Number of values that :func:`uniform` takes."""
 
+N_INTEGERS = 4
+"""Number of integers that :func:`uniform` is steered by."""
 
-Key = tuple[int, int]
-"""Two signed 32-bit integers."""
 
-
-def key_of(inputs: MergeInput, index: int) -> Key:
-    """The key of the mask of one source's tensor."""
+def mask_integers(inputs: MergeInput, index: int) -> Callable[[slice], tuple[int, ...]]:
+    """The integers for :func:`uniform` that make the mask of one source's tensor, for a piece given by its place."""
     digest = hashlib.sha256(f"{inputs.seed}\0{inputs.name}\0{inputs.identities[index]}".encode()).digest()
-    return (
-        int.from_bytes(digest[:4], "little", signed=True),
-        int.from_bytes(digest[4:8], "little", signed=True),
-    )
+    first_key = int.from_bytes(digest[:4], "little", signed=True)
+    second_key = int.from_bytes(digest[4:8], "little", signed=True)
+    # Two elements share a 32-bit hash; a piece may begin or end within a pair.
+    return lambda span: (first_key, second_key, span.start // 2, span.start % 2)
 
 
-def uniform(chunk: Chunk, key: Key) -> Tensor:
+def uniform(like: Tensor, integers: Tensor) -> Tensor:
     """Independent uniform integers for the elements of a piece.
 
-    Returns:
-        int16, shape ``[n]``, each of the ``LEVELS`` values from -32768 to 32767 equally likely; valid until the next
-        call.
-    """
-    # Two elements share a 32-bit hash; a piece may begin or end within a pair.
-    first, last = chunk.span.start // 2, (chunk.span.stop + 1) // 2
-    counter = chunk.inputs.integers("counter", last - first)
-    torch.arange(first, last, dtype=torch.int32, device=counter.device, out=counter)
-    bits = _mix(counter, chunk.inputs.integers("shifted", last - first), key)
-    skip = chunk.span.start - 2 * first
-    return bits.view(torch.int16)[skip : skip + chunk.span.stop - chunk.span.start]
-
-
-def _mix(bits: Tensor, shifted: Tensor, key: Key) -> Tensor:
-    """A 32-bit integer hash with an avalanche in every bit (C. Wellons, "lowbias32"), keyed, in place."""
-    for part, shift, factor in ((key[0], 16, 0x7FEB352D), (key[1], 15, -0x7B935975)):
-        bits ^= part
-        _xor_shifted(bits, shifted, shift)
-        bits *= factor
-    return _xor_shifted(bits, shifted, 16)
-
-
-def _xor_shifted(bits: Tensor, shifted: Tensor, shift: int) -> Tensor:
-    torch.bitwise_right_shift(bits, shift, out=shifted)
-    shifted &= (1 << (32 - shift)) - 1  # the shift of a signed integer repeats its sign
-    bits ^= shifted
-    return bits
-
-
-def kept(chunk: Chunk, key: Key, n_kept: int) -> Tensor:
-    """1 for the elements whose :func:`uniform` is among the ``n_kept`` smallest of its values, 0 for the others.
+    Args:
+        like: A tensor of the piece, shape ``[n]``.
+        integers: Two keys, the number of pairs before the piece, and of elements of a pair; int32, shape ``[4]``.
 
     Returns:
-        float32, shape ``[n]``; valid until the next call.
+        int32, shape ``[n]``, each of the ``LEVELS`` values from 0 to 65535 equally likely.
     """
-    return chunk.scratch("kept").copy_(uniform(chunk, key).lt_(n_kept - LEVELS // 2))
+    place = torch.arange(like.shape[0], dtype=torch.int32, device=like.device) + integers[3]
+    bits = _mix((place >> 1) + integers[2], integers[0], integers[1])
+    half = torch.where((place & 1) == 1, bits >> 16, bits) & (LEVELS - 1)
+    return half ^ (LEVELS // 2)
+
+
+def _mix(bits: Tensor, first_key: Tensor, second_key: Tensor) -> Tensor:
+    """A 32-bit integer hash with an avalanche in every bit (C. Wellons, "lowbias32"), keyed."""
+    for key, shift, factor in ((first_key, 16, 0x7FEB352D), (second_key, 15, -0x7B935975)):
+        bits = bits ^ key
+        bits = (bits ^ _shifted(bits, shift)) * factor
+    return bits ^ _shifted(bits, 16)
+
+
+def _shifted(bits: Tensor, shift: int) -> Tensor:
+    return (bits >> shift) & ((1 << (32 - shift)) - 1)  # the shift of a signed integer repeats its sign

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optuna_merge.methods.function import Chunk, MergeInput
-from optuna_merge.methods.rescale import squares
 from optuna_merge.methods.selection import Quantity, Split, split_by
+from optuna_merge.methods.sparsifier import squares
 
 
 def sce(inputs: MergeInput, out: Tensor) -> None:

@@ -6,19 +6,23 @@ lies. One pass over the tensor then looks at the entries of that bin alone. What
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from optuna_merge.methods.elementwise import evaluate
 from optuna_merge.methods.function import Chunk, MergeInput
 
 _LOW_BITS = 15  # of the 31 bits of a magnitude; the others number its bin
 _N_BINS = 1 << (31 - _LOW_BITS)
 _N_REMEMBERED = 4  # splits of one tensor: a density that is no trial parameter costs nothing after the first merge
-_LINE = 16  # neighbours that are looked at together when entries of a bin are searched for
+_N_REMEMBERED_VALUES = 256  # of one bin
+_MANY_LINES = 128  # if more than this part of the elements begins a line with an entry, each is looked at
+_LINE = 8  # neighbours that are looked at together when entries of a bin are searched for: bytes of an int64
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,17 @@ class Quantity:
     Attributes:
         key: Tells what it is, of which models; the same quantity of the same models has the same values in each merge.
         of: Its float32 values in a piece, shape ``[n]``; they will be overwritten.
+        index: The source whose task vector's magnitudes it is, if it is that.
     """
 
     key: tuple[str, ...]
     of: Callable[[Chunk], Tensor]
+    index: int | None = None
 
 
 def magnitudes(inputs: MergeInput, index: int) -> Quantity:
     """The magnitudes of a source's task vector."""
-    return Quantity(("magnitude", inputs.identities[index]), lambda chunk: chunk.task_vector(index).abs_())
+    return Quantity(("magnitude", inputs.identities[index]), lambda chunk: chunk.task_vector(index).abs_(), index)
 
 
 @dataclass(frozen=True)
@@ -44,29 +50,44 @@ class Split:
     """Parts the elements with the largest values, such as the largest entries of a task vector, from the others.
 
     Attributes:
-        value: Entries of a greater magnitude are among the largest, those of a smaller one are not.
-        cut: Of the entries of this very magnitude, those at a flat index below ``cut`` are.
-        is_early: Or, if False, those at ``cut`` and above.
+        thresholds: Entries of a greater magnitude are among the largest: those at a flat index below ``cut`` if it is
+            greater than the first of the two, those at ``cut`` and above if it is greater than the second.
+        cut: The two differ only in whether entries that tie are among the largest.
     """
 
-    value: float
-    cut: int
-    is_early: bool
+    thresholds: tuple[float, float]
+    cut: int = 0
 
-    def keep(self, chunk: Chunk, task_vector: Tensor, name: str = "kept") -> Tensor:
-        """A piece of the task vector with all but the largest entries zeroed.
+    @classmethod
+    def none(cls) -> Split:
+        """None are among the largest."""
+        return cls((math.inf, math.inf))
 
-        Args:
-            chunk: The piece.
-            task_vector: Its elements, shape ``[n]``.
-            name: Of the memory that the result is written to.
-        """
-        out = chunk.scratch(name)
-        n_before_cut = min(max(self.cut - chunk.span.start, 0), task_vector.numel())
-        for part, has_ties in ((slice(n_before_cut), self.is_early), (slice(n_before_cut, None), not self.is_early)):
-            largest_zeroed = _next_below(self.value) if has_ties else self.value
-            torch.ops.aten.hardshrink.out(task_vector[part], largest_zeroed, out=out[part])
-        return out
+    @classmethod
+    def all(cls) -> Split:
+        """All are."""
+        return cls((-1.0, -1.0))
+
+    def cut_in(self, span: slice) -> int:
+        """How many elements of a piece lie before the cut."""
+        n_before: int = min(max(self.cut - span.start, 0), span.stop - span.start)
+        return n_before
+
+    def keep(self, chunk: Chunk, values: Tensor) -> Tensor:
+        """A piece, shape ``[n]``, with all but the largest zeroed."""
+        numbers = torch.tensor(self.thresholds, dtype=torch.float32, device=values.device)
+        return keep_largest(values, numbers, torch.tensor(self.cut_in(chunk.span), device=values.device))
+
+
+def threshold(values: Tensor, thresholds: Tensor, cut: Tensor) -> Tensor:
+    """Of each element of a piece, shape ``[n]``; see :class:`Split`."""
+    place = torch.arange(values.shape[0], dtype=torch.int32, device=values.device)
+    return torch.where(place < cut, thresholds[0], thresholds[1])
+
+
+def keep_largest(values: Tensor, thresholds: Tensor, cut: Tensor) -> Tensor:
+    """A piece with all but the largest zeroed; see :class:`Split`. Entries that are not a number stay."""
+    return torch.where(values.abs() <= threshold(values, thresholds, cut), 0.0, values)
 
 
 def split(inputs: MergeInput, index: int, n_largest: int, *, is_early: bool) -> Split:
@@ -94,15 +115,13 @@ def split_by(inputs: MergeInput, quantity: Quantity, n_largest: int, *, is_early
 
 def _find_split(inputs: MergeInput, quantity: Quantity, n_largest: int, *, is_early: bool) -> Split:
     if n_largest == 0:
-        return Split(math.inf, 0, is_early)
+        return Split.none()
     value, n_above, n_equal = kth_largest(inputs, quantity, n_largest)
     n_ties = n_largest - n_above
     n_before = n_ties if is_early else n_equal - n_ties
-    if n_before == 0:
-        return Split(value, 0, is_early)
-    if n_before == n_equal:
-        return Split(value, inputs.models[0].numel(), is_early)
-    return Split(value, _end_of_ties(inputs, quantity, value, n_before), is_early)
+    cut = _end_of_ties(inputs, quantity, value, n_before) if 0 < n_before < n_equal else (n_before and 1 << 62)
+    with_ties = _next_below(value)
+    return Split((with_ties, value) if is_early else (value, with_ties), cut)
 
 
 def kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, int, int]:
@@ -119,8 +138,7 @@ def kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, 
     place, n_above = _find(counts, k)
     high_bits = first_bin + place
     low_bits, n_above_in_bin, n_equal = _find_in_bin(inputs, quantity, high_bits, k - n_above)
-    value = torch.tensor([high_bits << _LOW_BITS | low_bits], dtype=torch.int32).view(torch.float32).item()
-    return value, n_above + n_above_in_bin, n_equal
+    return _value_of(high_bits << _LOW_BITS | low_bits), n_above + n_above_in_bin, n_equal
 
 
 def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
@@ -142,35 +160,88 @@ def _find(counts: Tensor, k: int) -> tuple[int, int]:
 
 def _find_in_bin(inputs: MergeInput, quantity: Quantity, high_bits: int, k: int) -> tuple[int, int, int]:
     """Low bits of the ``k``-th largest entry of a bin, and how many there have greater ones, and the same."""
-    counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64, device=inputs.device)
-    for chunk in inputs.chunks():
-        found = _entries_of_bin(chunk, quantity.of(chunk).view(torch.int32), high_bits)
-        counts += torch.bincount(found & (len(counts) - 1), minlength=len(counts))
+    bins: dict[int, tuple[Tensor, Tensor]] = inputs.memory.setdefault((*quantity.key, inputs.name, "bins"), {})
+    if high_bits in bins:
+        low_bits, counts = bins[high_bits]
+    else:
+        low_bits, counts = _count_low_bits(inputs, quantity, high_bits)
+        if len(low_bits) <= _N_REMEMBERED_VALUES:  # as of bfloat16 models, whose differences lie on a lattice
+            bins[high_bits] = low_bits, counts
     place, n_above = _find(counts, k)
-    return place, n_above, int(counts[place])
+    return int(low_bits[place]), n_above, int(counts[place])
 
 
-def _entries_of_bin(chunk: Chunk, bits: Tensor, high_bits: int) -> Tensor:
-    """Those of a piece's values that are in a bin, in order, shape ``[n_found]``."""
-    is_in = torch.bitwise_right_shift(bits, _LOW_BITS, out=chunk.integers("is_in"))
-    torch.eq(is_in, high_bits, out=is_in)
-    # Few are: whole lines are passed over, which is several times faster than a look at each entry.
-    n_in_lines = bits.numel() // _LINE * _LINE
-    lines = is_in[:n_in_lines].view(-1, _LINE).amax(1).nonzero().view(-1)
-    near = torch.cat((bits[:n_in_lines].view(-1, _LINE).index_select(0, lines).view(-1), bits[n_in_lines:]))
-    return near[near >> _LOW_BITS == high_bits]
+def _count_low_bits(inputs: MergeInput, quantity: Quantity, high_bits: int) -> tuple[Tensor, Tensor]:
+    """The low bits that entries of a bin have, ascending, and how many have them."""
+    counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64, device=inputs.device)
+    lowest = high_bits << _LOW_BITS
+    for _, values, is_in in _where(inputs, quantity, _value_of(lowest), _value_of(lowest | (1 << _LOW_BITS) - 1)):
+        found = values(_places(is_in)).view(torch.int32)
+        counts += torch.bincount(found & (len(counts) - 1), minlength=len(counts))
+    low_bits = counts.nonzero().view(-1)
+    return low_bits, counts[low_bits]
 
 
 def _end_of_ties(inputs: MergeInput, quantity: Quantity, value: float, n_ties: int) -> int:
     """One more than the flat index of the ``n_ties``-th element where the quantity is ``value``."""
-    for chunk in inputs.chunks():
-        ties = torch.eq(quantity.of(chunk), value, out=chunk.scratch("ties"))
-        n_here = int(ties.sum())
+    for chunk, _, is_tie in _where(inputs, quantity, value, value):
+        n_here = int(is_tie.count_nonzero())
         if n_here >= n_ties:
-            end: int = chunk.span.start + int(ties.nonzero().view(-1)[n_ties - 1]) + 1
+            end: int = chunk.span.start + int(_places(is_tie)[n_ties - 1]) + 1
             return end
         n_ties -= n_here
     raise AssertionError("there are as many ties as were counted")
+
+
+def _where(
+    inputs: MergeInput, quantity: Quantity, low: float, high: float
+) -> Iterator[tuple[Chunk, Callable[[Tensor], Tensor], Tensor]]:
+    """For each piece a look-up of values by place, and 1 where they are in [low, high], else 0; uint8, ``[n]``."""
+    bounds = torch.tensor([low, high], dtype=torch.float32, device=inputs.device)
+    for chunk in inputs.chunks() if quantity.index is None else inputs.large_chunks():
+        is_in = chunk.scratch("is_in", torch.uint8)
+        if quantity.index is None:
+            values = quantity.of(chunk)
+            evaluate(inputs, is_in, _is_within, (values,), (), bounds, ())
+            yield chunk, values.__getitem__, is_in
+        else:
+            base, *models = chunk.stored()
+            pair = base, models[quantity.index]
+            evaluate(inputs, is_in, _has_magnitude_within, pair, (), bounds, ())
+            yield chunk, functools.partial(_magnitudes_at, *pair), is_in
+
+
+def _is_within(sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
+    # A product of numbers: masks that become bytes are not compiled to vector instructions.
+    return torch.where(sources[0] >= floats[0], 1.0, 0.0) * torch.where(sources[0] <= floats[1], 1.0, 0.0)
+
+
+def _has_magnitude_within(
+    sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+) -> Tensor:
+    base, model = sources
+    return _is_within(((model.float() - base.float()).abs(),), extras, floats, integers)
+
+
+def _magnitudes_at(base: Tensor, model: Tensor, places: Tensor) -> Tensor:
+    return (model[places].float() - base[places].float()).abs()
+
+
+def _places(is_in: Tensor) -> Tensor:
+    """The indices of the ones among zeros, in order; uint8 in, shape ``[n]``, int64 out."""
+    # Few are: eight at a time are passed over, which is several times faster than a look at each.
+    n_in_lines = is_in.numel() // _LINE * _LINE
+    lines = is_in[:n_in_lines].view(torch.int64).nonzero()
+    if len(lines) * _MANY_LINES > is_in.numel():
+        return is_in.nonzero().view(-1)
+    near = (lines * _LINE + torch.arange(_LINE, device=is_in.device)).view(-1)
+    near = torch.cat((near, torch.arange(n_in_lines, is_in.numel(), device=is_in.device)))
+    return near[is_in[near].bool()]
+
+
+def _value_of(bits: int) -> float:
+    value: float = torch.tensor([bits], dtype=torch.int32).view(torch.float32).item()
+    return math.inf if math.isnan(value) else value
 
 
 def _next_below(value: float) -> float:

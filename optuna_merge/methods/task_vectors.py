@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from optuna_merge.methods.function import Chunk, MergeInput
-from optuna_merge.methods.rescale import Sparsifier
+from optuna_merge.methods.elementwise import write
+from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.sparsifier import Sparsifier, Thinning
 
-Thin = Callable[[MergeInput, int], Sparsifier]
-"""Makes the sparsifier of one source's tensor."""
+Sparsify = Callable[[MergeInput, int], Sparsifier]
+"""Makes the sparsifier of one source's tensor; those of all sources have one thinning."""
 
-_SIGN_BIT = -(1 << 31)
 _NO_DIVISOR = 1e-8  # mergekit: a smaller sum of weights divides by 1 instead
 
 
 def untouched(inputs: MergeInput, index: int) -> Sparsifier:
     """The sparsifier that keeps everything as it is."""
-    return lambda chunk, task_vector: task_vector
+    return Sparsifier(_as_it_is)
 
 
-def add_task_vectors(inputs: MergeInput, out: Tensor, thin: Thin = untouched) -> None:
+def add_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify = untouched) -> None:
     """Write ``base + lambda sum_i weight_i sparse_i``, the sum divided by ``sum_i weight_i`` if normalized."""
-    weights = inputs.per_model["weight"]
-    divisor = _sum_of_weights(weights) if inputs.switches["normalize"] else 1.0
-    sparsifiers = [thin(inputs, index) for index in range(len(weights))]
-    flat = out.view(-1)
-    for chunk in inputs.chunks():
-        total = chunk.zeros("total")
-        for index, weight in enumerate(weights):
-            total += sparsifiers[index](chunk, chunk.task_vector(index)).mul_(weight)
-        if divisor != 1:
-            total /= divisor
-        flat[chunk.span] = _on_base(chunk, total)
+    divisor = _sum_of_weights(inputs.per_model["weight"]) if inputs.switches["normalize"] else 1.0
+    _write(inputs, out, sparsify, _added, divisor)
 
 
-def elect_task_vectors(inputs: MergeInput, out: Tensor, thin: Thin) -> None:
+def elect_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify) -> None:
     """Write the base plus those weighted entries that have the elected sign, which is the sign of their sum.
 
     A sum of 0 elects plus. If normalized, each element is divided by the sum of the weights that took part in it, or
@@ -47,36 +39,82 @@ def elect_task_vectors(inputs: MergeInput, out: Tensor, thin: Thin) -> None:
         TIES-Merging, arXiv:2306.01708, Algorithm 1, steps 2 and 3. Departure, as in mergekit: the weights enter the
         election.
     """
-    weights = inputs.per_model["weight"]
-    sparsifiers = [thin(inputs, index) for index in range(len(weights))]
-    flat = out.view(-1)
-    for chunk in inputs.chunks():
+    _write(inputs, out, sparsify, _elected_mean if inputs.switches["normalize"] else _elected_sum, 1.0)
+
+
+Combine = Callable[[list[Tensor], Tensor], Tensor]
+"""Of the sparse task vectors times their weights, shape ``[n]`` each, and the weights, shape ``[n_models]``."""
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """The expression of a method: an instance for each thinning and way to combine."""
+
+    thinning: Thinning
+    n_floats: int
+    n_integers: int
+    combine: Combine
+
+    def __call__(
+        self, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+    ) -> Tensor:
+        base, *models = sources
+        base = base.float()
+        divisor, scale = floats[0], floats[1]
+        weights = floats[2 : 2 + len(models)]
+        numbers = floats[2 + len(models) :]
         weighted = []
-        total = chunk.zeros("total")
-        for index, weight in enumerate(weights):
-            # Products are rounded before they are added: opposite ones then cancel, and elect plus.
-            sparse = sparsifiers[index](chunk, chunk.task_vector(index))
-            weighted.append(torch.mul(sparse, weight, out=chunk.scratch(f"weighted_{index}")))
-            total += weighted[index]
-        elected = total.view(torch.int32).bitwise_and_(_SIGN_BIT)  # where the sum was
-        agreeing = chunk.zeros("agreeing")
-        divisor = chunk.zeros("divisor")
-        for index, weight in enumerate(weights):
-            weighted[index].view(torch.int32).bitwise_xor_(elected)
-            agreeing += weighted[index].clamp_(min=0)
-            if inputs.switches["normalize"]:
-                divisor.add_(weighted[index].sign_(), alpha=weight)
-        if inputs.switches["normalize"]:
-            agreeing /= divisor.add_(torch.eq(divisor, 0, out=chunk.scratch("no_divisor")))
-        agreeing.view(torch.int32).bitwise_xor_(elected)
-        flat[chunk.span] = _on_base(chunk, agreeing)
+        for index, model in enumerate(models):
+            own = numbers[index * self.n_floats : (index + 1) * self.n_floats]
+            own_integers = integers[index * self.n_integers : (index + 1) * self.n_integers]
+            extra = extras[index] if extras else None
+            sparse = self.thinning(model.float() - base, own[1:], own_integers, extra) * own[0]
+            weighted.append(sparse * weights[index])
+        return base + self.combine(weighted, weights) / divisor * scale
 
 
-def _on_base(chunk: Chunk, total: Tensor) -> Tensor:
-    scale = chunk.inputs.shared["lambda"]
-    if scale != 1:
-        total *= scale
-    return torch.add(chunk.base, total, out=total)
+def _write(inputs: MergeInput, out: Tensor, sparsify: Sparsify, combine: Combine, divisor: float) -> None:
+    weights = inputs.per_model["weight"]
+    if not out.numel():
+        return
+    sparsifiers = [sparsify(inputs, index) for index in range(len(weights))]
+    first = sparsifiers[0]
+    expression = _Combination(first.thinning, 1 + len(first.floats), first.n_integers, combine)
+    numbers = [number for sparsifier in sparsifiers for number in (sparsifier.factor, *sparsifier.floats)]
+
+    def integers(span: slice) -> Iterator[int]:
+        return (number for sparsifier in sparsifiers for number in sparsifier.integers(span))
+
+    extras = [sparsifier.extra for sparsifier in sparsifiers if sparsifier.extra is not None]
+    write(inputs, out, expression, [divisor, inputs.shared["lambda"], *weights, *numbers], integers, extras)
+
+
+def _as_it_is(task_vector: Tensor, floats: Tensor, integers: Tensor, extra: Tensor | None) -> Tensor:
+    return task_vector
+
+
+def _added(weighted: list[Tensor], weights: Tensor) -> Tensor:
+    # Products are rounded before they are added: opposite ones then cancel, and elect plus.
+    total = torch.zeros_like(weighted[0])
+    for vector in weighted:
+        total = total + vector
+    return total
+
+
+def _elected_sum(weighted: list[Tensor], weights: Tensor) -> Tensor:
+    is_negative = _added(weighted, weights) < 0
+    total = torch.zeros_like(weighted[0])
+    for vector in weighted:
+        total = total + torch.where(torch.where(is_negative, vector > 0, vector < 0), 0.0, vector)
+    return total
+
+
+def _elected_mean(weighted: list[Tensor], weights: Tensor) -> Tensor:
+    is_negative = _added(weighted, weights) < 0
+    divisor = torch.zeros_like(weighted[0])
+    for index, vector in enumerate(weighted):
+        divisor = divisor + torch.where(torch.where(is_negative, vector < 0, vector > 0), weights[index], 0.0)
+    return _elected_sum(weighted, weights) / torch.where(divisor == 0, 1.0, divisor)
 
 
 def _sum_of_weights(weights: tuple[float, ...]) -> float:

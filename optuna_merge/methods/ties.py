@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from optuna_merge.methods.function import MergeInput
-from optuna_merge.methods.rescale import Sparsifier, rescaled
-from optuna_merge.methods.selection import split
+from optuna_merge.methods.selection import Split, keep_largest, split
+from optuna_merge.methods.sparsifier import Sparsifier, rescaled
 from optuna_merge.methods.task_vectors import elect_task_vectors
 
 
@@ -27,8 +27,15 @@ def trim(inputs: MergeInput, index: int) -> Sparsifier:
     """
     density = inputs.per_model["density"][index]
     n_elements = inputs.models[index].numel()
-    if density >= 1 or n_elements == 0:
-        return lambda chunk, task_vector: task_vector
-    if density <= 0:
-        return lambda chunk, task_vector: task_vector.zero_()
-    return rescaled(inputs, index, split(inputs, index, max(1, int(density * n_elements)), is_early=True).keep)
+    if density >= 1:
+        kept = Split.all()
+    elif density <= 0:
+        kept = Split.none()
+    else:
+        kept = split(inputs, index, max(1, int(density * n_elements)), is_early=True)
+    sparsifier = Sparsifier(_trimmed, kept.thresholds, 1, lambda span: (kept.cut_in(span),))
+    return rescaled(inputs, index, sparsifier)
+
+
+def _trimmed(task_vector: Tensor, floats: Tensor, integers: Tensor, extra: Tensor | None) -> Tensor:
+    return keep_largest(task_vector, floats, integers[0])

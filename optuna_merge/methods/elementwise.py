@@ -1,0 +1,114 @@
+"""Elementwise arithmetic: written once as plain torch, compiled into one pass over memory where that pays.
+
+Compiled and plain give the same bits: what is compiled contracts no product and sum into one rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from optuna_merge.methods.function import Chunk, MergeInput
+
+_LEAST_COMPILED = 1 << 14  # elements; for fewer the call costs more than the arithmetic
+_N_VARIANTS = 64  # of one kernel: dtypes, and whether a tensor has one element
+_OPTIONS = {
+    "emulate_precision_casts": True,  # on CUDA: no fused multiply-add
+    "cpp.dynamic_threads": True,
+}
+
+
+class Expression(Protocol):
+    """Elementwise arithmetic; equal ones share a kernel, so it must be hashable."""
+
+    def __call__(
+        self, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+    ) -> Tensor:
+        """Compute one piece.
+
+        Args:
+            sources: The base, if the method has one, and the models; shape ``[n]`` each, as stored.
+            extras: Others of that shape.
+            floats: float32 numbers, which may differ from call to call.
+            integers: int32 numbers, likewise.
+
+        Returns:
+            Shape ``[n]``.
+        """
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+def write(
+    inputs: MergeInput,
+    out: Tensor,
+    expression: Expression,
+    floats: Sequence[float],
+    integers: Callable[[slice], Iterable[int]] = lambda span: (),
+    extras: Sequence[Callable[[Chunk], Tensor]] = (),
+) -> None:
+    """Evaluate an expression over a whole tensor.
+
+    Args:
+        inputs: The tensor.
+        out: Contiguous, of its shape, on ``inputs.device``; each element is rounded once to its dtype.
+        expression: What is evaluated.
+        floats: Its numbers; become float32.
+        integers: Its int32 numbers for a piece, given which elements of the flat tensor that is.
+        extras: Make its other tensors, each in memory of its own that lives until the next piece.
+    """
+    flat = out.view(-1)
+    numbers = torch.tensor(floats, dtype=torch.float32, device=inputs.device)
+    for chunk in inputs.chunks() if extras else inputs.large_chunks():
+        made = tuple(extra(chunk) for extra in extras)
+        evaluate(inputs, flat[chunk.span], expression, chunk.stored(), made, numbers, integers(chunk.span))
+
+
+def evaluate(
+    inputs: MergeInput,
+    destination: Tensor,
+    expression: Expression,
+    sources: tuple[Tensor, ...],
+    extras: tuple[Tensor, ...],
+    floats: Tensor,
+    integers: Iterable[int],
+) -> None:
+    """Write an expression's values for one piece into ``destination``, shape ``[n]``; see :class:`Expression`."""
+    ints = torch.tensor(list(integers), dtype=torch.int32, device=inputs.device)
+    if inputs.is_compiled and destination.numel() >= _LEAST_COMPILED:
+        _kernel(expression)(destination, sources, extras, floats, ints)
+    else:
+        destination.copy_(expression(sources, extras, floats, ints))
+
+
+@functools.cache
+def _kernel(expression: Expression) -> Callable[..., None]:
+    def plain(
+        destination: Tensor, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+    ) -> None:
+        destination.copy_(expression(sources, extras, floats, integers))
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _N_VARIANTS)
+    kernel: Callable[..., None] = torch.compile(plain, dynamic=True, fullgraph=True, options=dict(_OPTIONS))
+    has_failed = False
+
+    def compiled(*arguments: Any) -> None:
+        nonlocal has_failed
+        if not has_failed:
+            try:
+                kernel(*arguments)
+            except Exception as exc:  # whatever a compiler, or its absence, may raise
+                has_failed = True
+                reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+                warnings.warn(f"merging is slower than it could be, torch.compile failed: {reason}", stacklevel=2)
+            else:
+                return
+        plain(*arguments)
+
+    return compiled
