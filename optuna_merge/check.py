@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from optuna_merge.config import StudyConfig
-from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.engine import Engine
 from optuna_merge.objective import StudyModels, build_scorer, make_describing_engine, make_sampler
 from optuna_merge.sampler import StableCmaEsSampler
@@ -65,8 +64,6 @@ def check_study(config: StudyConfig) -> Check:
     Raises:
         OptunaMergeError: With one line for each thing that would keep the study from running.
     """
-    if config.engine.backend == "vllm":
-        raise EngineError("engine.backend must be hf, got vllm: the vLLM engine is not built yet")
     models = StudyModels.open(config)
     engine = make_describing_engine(config, models)
     tasks = build_scorer(config, engine).describe()

@@ -44,6 +44,14 @@ PRUNER_OPTIONS = {
 }
 """Pruner to the options that it has."""
 
+_VLLM_RESOURCES = frozenset(
+    """
+    block_size distributed_executor_backend enforce_eager gpu_memory_utilization in_process kv_cache_memory_bytes
+    max_model_len max_num_batched_tokens max_num_seqs tensor_parallel_size
+    """.split()
+)
+"""Options of vLLM that are a matter of memory and speed."""
+
 _List = Strict(False)  # a YAML list is a Python list; the frozen config holds tuples
 
 
@@ -222,6 +230,42 @@ class StudyOptions(_Section):
         return value
 
 
+class VLLMConfig(_Section):
+    """Options of vLLM. Any other option of its ``LLM`` class may be given too.
+
+    Attributes:
+        gpu_memory_utilization: Part of a GPU's memory that vLLM takes; None: all but what merging needs.
+        max_model_len: Tokens of a prompt and what it generates; None: as many as the study's tasks need.
+        tensor_parallel_size: GPUs that share the model.
+        max_num_batched_tokens: Tokens that are computed at once; None: 8192, on a CPU 2048.
+        enforce_eager: No CUDA graphs; None: none unless a task generates.
+        quantization: Of the weights while they are scored, such as ``fp8``; None: none.
+        kv_cache_memory_bytes: Memory for prompts in flight; None: what is left, on a CPU 1 GiB.
+        in_process: Run vLLM in this process instead of one of its own.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    max_model_len: int | None = Field(None, ge=1)
+    tensor_parallel_size: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    enforce_eager: bool | None = None
+    quantization: str | None = None
+    kv_cache_memory_bytes: int | None = Field(None, ge=1)
+    in_process: bool | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What is given of the options that may change a score, and not only memory or speed."""
+        return {name: value for name, value in sorted(self.options.items()) if name not in _VLLM_RESOURCES}
+
+
 class EngineConfig(_Section):
     """What answers the eval tasks' requests.
 
@@ -232,6 +276,7 @@ class EngineConfig(_Section):
         dtype: Of the merged model while it is scored, and when exported; ``auto``: the base model's.
         batch_size: Sequences of the longest kind in one forward pass; ``auto``: by memory.
         trust_remote_code: Run Python code that a model folder brings along.
+        vllm: Options of vLLM.
     """
 
     backend: Literal["hf", "vllm"] = "hf"
@@ -240,6 +285,7 @@ class EngineConfig(_Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: int | Literal["auto"] = "auto"
     trust_remote_code: bool = False
+    vllm: VLLMConfig = VLLMConfig()
 
     @field_validator("device", "merge_device")
     @classmethod

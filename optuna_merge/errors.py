@@ -9,6 +9,7 @@
     │   └── NonFiniteMergeError    NaN or infinity in the result: fails that trial only
     ├── TaskError            an eval task, its metrics or its documents
     ├── EngineError          the engine that scores
+    │   └── EngineDiedError        it died, was started again and died again: fails that trial only
     ├── StudyError           a study or its storage
     │   ├── StudyMismatchError     the study was made from other inputs
     │   └── TrialTakenError        another process has taken a trial over
@@ -66,6 +67,10 @@ class TaskError(OptunaMergeError):
 
 class EngineError(OptunaMergeError):
     """The engine could not load weights or answer requests."""
+
+
+class EngineDiedError(EngineError):
+    """The engine died twice over one trial; the trial fails, the study goes on."""
 
 
 class StudyError(OptunaMergeError):

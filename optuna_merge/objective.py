@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -25,10 +25,18 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_merge import store
 from optuna_merge.checkpoint import Checkpoint, ResolvedReference, common_names, resolve
 from optuna_merge.config import StudyConfig, TaskConfig, load_study
-from optuna_merge.errors import CheckpointError, EngineError, NonFiniteMergeError, StudyError, TaskError
-from optuna_merge.evaluation.engine import Engine
+from optuna_merge.errors import (
+    CheckpointError,
+    EngineDiedError,
+    EngineError,
+    NonFiniteMergeError,
+    StudyError,
+    TaskError,
+)
+from optuna_merge.evaluation.engine import Engine, MakingEngine
 from optuna_merge.evaluation.tasks import ChunkResult, EvalTask, Score, Scorer
 from optuna_merge.merge import Merger
+from optuna_merge.merge_source import FACTORY, describe_source
 from optuna_merge.mergekit import to_mergekit
 from optuna_merge.pruner import SignedRankPruner, best_point
 from optuna_merge.recipe import Dtype, Recipe
@@ -55,11 +63,13 @@ class StudyModels:
         spelling: Resolved reference, model and adapter apart, to what a reader elsewhere should be told: a hub name
             as it was written, or the absolute path of a folder.
         checkpoints: Resolved reference to checkpoint, the base first.
+        resolved: Where they were found, in the same order.
     """
 
     refs: ModelRefs
     spelling: Mapping[str, str]
     checkpoints: Mapping[str, Checkpoint]
+    resolved: tuple[ResolvedReference, ...]
 
     @classmethod
     def open(cls, config: StudyConfig) -> StudyModels:
@@ -85,7 +95,7 @@ class StudyModels:
             tokenizer_source=_tokenizer_source(config, resolved, next(iter(checkpoints))),
         )
         spelling = {name: written for found in resolved.values() for name, written in found.spellings.items()}
-        return cls(refs, spelling, checkpoints)
+        return cls(refs, spelling, checkpoints, tuple(resolved.values()))
 
     @cached_property
     def contents(self) -> Mapping[str, str]:
@@ -151,8 +161,17 @@ class MergeObjective:
     direction = store.DIRECTION
 
     def __init__(
-        self, config: StudyConfig, models: StudyModels, merger: Merger, engine: Engine, scorer: Scorer
+        self, config: StudyConfig, models: StudyModels, merger: Merger | None, engine: Engine, scorer: Scorer
     ) -> None:
+        """Join the parts.
+
+        Args:
+            config: The study file.
+            models: Its checkpoints.
+            merger: Merges into the engine; None if the engine's workers merge.
+            engine: Holds the merged model.
+            scorer: Its eval tasks, prepared for the engine.
+        """
         self.config = config
         self.models = models
         self.space = SearchSpace(config, models.refs)
@@ -180,9 +199,10 @@ class MergeObjective:
     @classmethod
     def from_config(cls, config: StudyConfig) -> MergeObjective:
         """The same from a study file that has been read."""
-        if config.engine.backend == "vllm":
-            raise EngineError("engine.backend must be hf, got vllm; the vLLM engine is not built yet")
         models = StudyModels.open(config)
+        if config.engine.backend == "vllm":
+            making = make_vllm_engine(config, models)
+            return cls(config, models, None, making, build_scorer(config, making))
         engine = make_engine(config, models)
         device = _merge_device(config.engine.merge_device, engine)
         merger = Merger(models.views, device=device, tokenizer_source=models.refs.tokenizer_source)
@@ -210,11 +230,12 @@ class MergeObjective:
         trial.set_user_attr(store.RECIPE_DIGEST, digest)
         try:
             merge_s = self.load(recipe)
-        except NonFiniteMergeError as exc:
+            trial.set_user_attr(store.MERGE_SECONDS, round(merge_s, 4))
+            score = self._score(trial, digest, prunable=baseline is None)
+        except (NonFiniteMergeError, EngineDiedError) as exc:
+            self._loaded = None
             trial.set_user_attr(store.FAILURE, str(exc))
             return math.nan
-        trial.set_user_attr(store.MERGE_SECONDS, round(merge_s, 4))
-        score = self._score(trial, digest, prunable=baseline is None)
         for name, task in score.tasks.items():
             trial.set_user_attr(f"{store.SCORE} {name}", task.value)
             if task.stderr is not None:
@@ -233,13 +254,17 @@ class MergeObjective:
 
         Raises:
             NonFiniteMergeError: If the result holds NaN or infinity.
+            EngineDiedError: If the engine dies over it twice.
         """
         if self._loaded == recipe.digest():
             return 0.0
         self._loaded = None
         start = time.perf_counter()
-        in_place = str(self._merger.device) == self._engine.device
-        self._engine.load_weights(self._merger.merge(recipe, out=self._engine.resident if in_place else None))
+        if self._merger is None:
+            cast("MakingEngine", self._engine).load_made(recipe.to_json())
+        else:
+            in_place = str(self._merger.device) == self._engine.device
+            self._engine.load_weights(self._merger.merge(recipe, out=self._engine.resident if in_place else None))
         self._loaded = recipe.digest()
         return time.perf_counter() - start
 
@@ -261,7 +286,7 @@ class MergeObjective:
         architectures = self.models.template.config.get("architectures") or [None]
         return to_mergekit(
             self.recipe(trial),
-            names=self._merger.names,
+            names=self.models.names,
             architecture=architectures[0],
             references=self.models.spelling,
             comment=comment,
@@ -301,6 +326,7 @@ class MergeObjective:
             "engine.backend": config.engine.backend,
             store.CHUNKS: self.scorer.n_chunks,
             store.REQUESTS: self.scorer.fingerprint()[:16],
+            **({"engine.vllm": config.engine.vllm.deciding} if config.engine.backend == "vllm" else {}),
         }
 
     def describe(self) -> list[str]:
@@ -444,8 +470,42 @@ def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
         )
 
 
+def make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
+    """The vLLM engine of a study, its workers told where the models are; vLLM itself starts with the first merge.
+
+    Raises:
+        EngineError: If vLLM is not installed, or lacks what is needed.
+    """
+    from optuna_merge.evaluation.vllm import require_vllm
+
+    require_vllm()
+    return _vllm_engine(config, models)
+
+
+def _vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
+    from optuna_merge.evaluation.vllm import VLLMEngine
+
+    source = describe_source(models.resolved, models.refs.tokenizer_source, config.engine.merge_device)
+    engine = VLLMEngine(
+        models.described,
+        shapes={name: models.template.shape(name) for name in models.names},
+        dtype=models.refs.dtype,
+        source=(FACTORY, source),
+        options=config.engine.vllm.options,
+        trust_remote_code=config.engine.trust_remote_code,
+    )
+    if config.engine.device not in ("auto", engine.device, engine.device.partition(":")[0]):
+        raise EngineError(
+            f"engine.device must be auto for vllm, which runs on {engine.device}, got {config.engine.device};"
+            " choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    return engine
+
+
 def make_describing_engine(config: StudyConfig, models: StudyModels) -> Engine:
     """An engine that renders and tokenizes requests and holds no weights."""
+    if config.engine.backend == "vllm":
+        return _vllm_engine(config, models)
     from optuna_merge.evaluation.hf import HFEngine
 
     trust = config.engine.trust_remote_code

@@ -39,8 +39,17 @@ ARROWS = {
     },
     "evaluation.hf_weights": set(),
     "evaluation.language": {"evaluation.batches", "evaluation.engine", "evaluation.quiet"},
+    "evaluation.next_tokens": {"evaluation.batches"},
     "evaluation.quiet": set(),
     "evaluation.tasks": {"evaluation.engine", "evaluation.quiet"},
+    "evaluation.vllm": {
+        "evaluation.engine",
+        "evaluation.hf_weights",
+        "evaluation.language",
+        "evaluation.next_tokens",
+        "evaluation.vllm_worker",
+    },
+    "evaluation.vllm_worker": set(),
     "export": {"checkpoint", "merge", "mergekit", "recipe"},
     "files": set(),
     "holdout": {"evaluation.tasks", "objective", "report", "storage", "store"},
@@ -48,6 +57,7 @@ ARROWS = {
     "layers": {"recipe"},
     "lock": {"proxy", "storage"},
     "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe", "vocabulary"},
+    "merge_source": {"checkpoint", "merge", "recipe"},
     "mergekit": {"layers", "methods", "methods.choice", "recipe"},
     "methods": set(),
     "objective": {
@@ -56,7 +66,9 @@ ARROWS = {
         "evaluation.engine",
         "evaluation.hf",
         "evaluation.tasks",
+        "evaluation.vllm",
         "merge",
+        "merge_source",
         "mergekit",
         "pruner",
         "recipe",
@@ -191,7 +203,7 @@ def test_only_the_engines_know_their_libraries() -> None:
     # checkpoint and vocabulary read tokenizers; testing makes tiny checkpoints.
     users = {"checkpoint", "evaluation.hf_weights", "evaluation.language", "testing", "vocabulary"}
     assert importers("transformers") == users
-    assert importers("vllm") <= {"evaluation.vllm"}
+    assert importers("vllm") == {"evaluation.vllm", "evaluation.vllm_worker"}
     assert {module for module in importers("lm_eval") if not module.startswith("evaluation.")} == {"data"}
     assert importers("mergekit") == set()
 

@@ -21,7 +21,7 @@ from optuna_merge.cli.options import (
     print_json,
 )
 from optuna_merge.cli.report import print_summary
-from optuna_merge.errors import EngineError, OptunaMergeError, StudyError
+from optuna_merge.errors import OptunaMergeError, StudyError
 
 
 def run_study(
@@ -56,7 +56,7 @@ def run_study(
         bool,
         typer.Option("--in-memory/--no-in-memory", help="Understood and needless: every merge is made in memory."),
     ] = True,
-    vllm: Annotated[bool, typer.Option("--vllm", help="Score with vLLM; not built yet.")] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Score with vLLM.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases; not built yet.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that a model folder brings along.")
@@ -89,8 +89,6 @@ def run_study(
     from optuna_merge.config import load_study
 
     config = load_study(file, overrides)
-    if config.engine.backend == "vllm":
-        raise EngineError("engine.backend must be hf, got vllm: the vLLM engine is not built yet; use --device instead")
 
     from optuna_merge import study as studies
     from optuna_merge.cli.progress import TerminalWatcher

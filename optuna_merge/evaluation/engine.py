@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Engine", "Prepared", "Request", "Response"]
+__all__ = ["Engine", "MakingEngine", "Prepared", "Request", "Response"]
 
 Response = tuple[float, bool] | float | str
 """What answers a request, by its kind.
@@ -158,4 +158,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the device's memory; nothing else may be called afterwards. Closing twice is harmless."""
+        ...
+
+
+class MakingEngine(Engine, Protocol):
+    """An engine whose workers make the tensors themselves, where the weights are."""
+
+    def load_made(self, request: str) -> None:
+        """Overwrite the weights with what the workers' source makes of a request; as :meth:`Engine.load_weights`.
+
+        Args:
+            request: Plain text that the source understands.
+
+        Raises:
+            EngineDiedError: If the engine dies over it, is started again and dies again.
+        """
         ...
