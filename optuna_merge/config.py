@@ -420,6 +420,15 @@ class StudyConfig(_Section):
         return value
 
     @property
+    def question(self) -> str:
+        """What the study answers: the comment in the study file's first line; empty if there is none."""
+        try:
+            first = self.path.read_text(encoding="utf-8").partition("\n")[0]
+        except OSError:
+            return ""
+        return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+    @property
     def method(self) -> MergeMethod:
         """The declaration of the merge method."""
         return find_method(self.genome.merge_method)

@@ -19,7 +19,7 @@ from types import FrameType
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from optuna_merge import store
 from optuna_merge.config import StudyConfig
@@ -29,26 +29,11 @@ from optuna_merge.objective import MergeObjective
 from optuna_merge.owners import Claim, Claims
 from optuna_merge.report import best_merge
 from optuna_merge.storage import is_storage_error, reason
+from optuna_merge.watcher import Watcher
 
 BEST_CONFIG = "best_config.yaml"
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-
-
-class Watcher:
-    """What somebody who watches a study is told. Does nothing; subclass what is of interest."""
-
-    def study_opened(self, study: optuna.Study, n_trials: int, requeued: list[int]) -> None:
-        """Before the first trial. ``requeued``: trials that an earlier process left unfinished."""
-
-    def trial_started(self, trial: optuna.Trial) -> None:
-        """Before a trial is merged."""
-
-    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
-        """After each chunk of documents."""
-
-    def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
-        """After a trial is told. ``is_best``: it is the best merge so far, and ``best_config.yaml`` holds it."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +105,9 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
                     write_best_config(study, objective)
                 study.sampler, study.pruner = objective.sampler(), objective.pruner()
                 watcher.study_opened(study, config.study.n_trials, requeued)
-                return _run_trials(claims, objective, watcher, deadline)
+                outcome = _run_trials(claims, objective, watcher, deadline)
+                watcher.study_closed(study)
+                return outcome
         except Exception as exc:
             raise store.storage_error(url, exc) from exc
 
@@ -184,9 +171,11 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
             try:
                 value = objective(claim.trial)
             except optuna.TrialPruned:
+                watcher.trial_scored(claims.study, claim.trial)
                 finished = claim.tell(None, TrialState.PRUNED)
             else:
                 state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
+                watcher.trial_scored(claims.study, claim.trial)
                 finished = claim.tell(value if state == TrialState.COMPLETE else None, state)
     except (TrialTakenError, UpdateFinishedTrialError):
         return  # it is not lost: the other one finishes it

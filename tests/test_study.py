@@ -24,7 +24,8 @@ from optuna_merge.cli.options import open_started
 from optuna_merge.errors import StudyError, StudyMismatchError
 from optuna_merge.objective import MergeObjective
 from optuna_merge.report import best_merge
-from optuna_merge.study import BEST_CONFIG, Watcher, run_study
+from optuna_merge.study import BEST_CONFIG, run_study
+from optuna_merge.watcher import Watcher
 from tests import processes
 from tests.test_objective import fake_objective
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from optuna_merge import store
 from optuna_merge.report import best_merge
-from optuna_merge.study import Watcher
+from optuna_merge.watcher import Watcher
 
 
 class TerminalWatcher(Watcher):

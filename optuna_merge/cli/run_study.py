@@ -92,17 +92,20 @@ def run_study(
 
     from optuna_merge import study as studies
     from optuna_merge.cli.progress import TerminalWatcher
+    from optuna_merge.dashboard import DashboardWatcher
     from optuna_merge.holdout import score_holdout
     from optuna_merge.objective import MergeObjective
     from optuna_merge.report import N_BEST, summarize
+    from optuna_merge.watcher import Watchers
 
     note(f"reading models and eval tasks of {file}")
     config = studies.as_started(config)
     objective = MergeObjective.from_config(config)
     for line in objective.describe():
         note(line)
-    with TerminalWatcher() as watcher:
-        outcome = studies.run_study(config, objective, watcher)
+    dashboard = DashboardWatcher(config, objective.merge_file, note)
+    with TerminalWatcher() as terminal:
+        outcome = studies.run_study(config, objective, Watchers([dashboard, terminal]))
     study = open_started(config)
     if not outcome.interrupted:
         score_holdout(study, objective, note)
