@@ -55,6 +55,7 @@ ARROWS = {
     "files": set(),
     "holdout": {"evaluation.tasks", "objective", "report", "storage", "store"},
     "journal": set(),
+    "hub": set(),
     "layers": {"recipe"},
     "lock": {"proxy", "storage"},
     "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe", "vocabulary"},
@@ -92,6 +93,7 @@ ARROWS = {
     "svg": {"pictures"},
     "vocabulary": {"checkpoint", "layers"},
     "watcher": set(),
+    "webpage": {"config", "dashboard", "pictures", "report", "svg"},
     "testing": {"evaluation.engine", "methods", "methods.function"},
 }
 

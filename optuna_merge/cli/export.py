@@ -28,6 +28,10 @@ def export(
         int | None, typer.Option("--trial", metavar="N", help="Number of the trial; the best merge by default.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder of an earlier export.")] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload it to the Hugging Face hub, too.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that --push makes is public.")] = False,
     storage_path: StoragePath = None,
     storage: StorageUrl = None,
     seed: Seed = None,
@@ -39,12 +43,16 @@ def export(
     """
     from optuna_merge.config import load_study
     from optuna_merge.export import export
+    from optuna_merge.hub import check_name
+    from optuna_merge.hub import push as upload
     from optuna_merge.merge import Merger
     from optuna_merge.objective import StudyModels, merge_fingerprint, recipe_of
     from optuna_merge.report import best_merge, markdown_table, summarize
     from optuna_merge.space import SearchSpace
     from optuna_merge.store import FAILURE, refuse_differences
 
+    if push is not None:
+        check_name(push)
     config = load_study(file, overrides_of(storage_path, storage, seed=seed))
     study = open_started(config)
     trials = study.get_trials(deepcopy=False)
@@ -77,7 +85,13 @@ def export(
         overwrite=overwrite,
         copy_code=config.engine.trust_remote_code,
     )
+    address = None
+    if push is not None:
+        note(f"uploading to {push}")
+        address = upload(folder, push, message=f"optuna-merge: {origin}", private=not public)
     if as_json:
-        print_json({"trial": chosen.number, "score": score, "folder": str(folder)})
+        print_json({"trial": chosen.number, "score": score, "folder": str(folder), "address": address})
     else:
         typer.echo(str(folder))
+        if address is not None:
+            typer.echo(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,8 +20,12 @@ from optuna_merge.cli.options import (
     print_json,
     print_table,
 )
+from optuna_merge.errors import StudyError
 
 if TYPE_CHECKING:
+    import optuna
+
+    from optuna_merge.config import StudyConfig
     from optuna_merge.report import HoldoutRow, Row, Summary
 
 
@@ -33,16 +38,18 @@ def report(
     ] = None,
     task_search_path: TaskSearchPath = None,
     seed: Seed = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page with pictures, too.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print markdown, for a model card.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print sources, base, uniform merges and best merges on searched and held-out documents, and a paired test.
 
-    Example: optuna-merge report studies/quickstart.yaml
+    Example: optuna-merge report studies/quickstart.yaml --html report.html
 
     Where one of the best merges has not been scored on the holdout yet, this loads the models and does it.
     """
     from optuna_merge.config import load_study
-    from optuna_merge.report import N_BEST, needs_holdout, summarize
+    from optuna_merge.report import N_BEST, markdown_table, needs_holdout, summarize
 
     best = best or N_BEST
     config = load_study(file, overrides_of(storage_path, storage, task_search_path, seed))
@@ -58,10 +65,28 @@ def report(
         score_holdout(study, objective, note, best)
         objective.close()
     summary = summarize(study, config, best)
+    if html is not None:
+        _write_page(html, study, summary, config)
     if as_json:
         print_json(summary.as_dict())
+    elif markdown:
+        typer.echo(markdown_table(summary))
     else:
         print_summary(summary)
+
+
+def _write_page(out: Path, study: optuna.Study, summary: Summary, config: StudyConfig) -> None:
+    from optuna_merge.pictures import pictures
+    from optuna_merge.storage import reason
+    from optuna_merge.webpage import page
+
+    recipe = config.storage_path / "best_config.yaml"
+    try:
+        text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+        out.write_text(page(summary, config, pictures(study, summary, config), text), encoding="utf-8")
+    except OSError as exc:
+        raise StudyError(f"{out}: --html must be a file that can be written, got {reason(exc)}") from exc
+    note(f"page: {out}")
 
 
 def print_summary(summary: Summary) -> None:

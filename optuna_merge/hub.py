@@ -1,0 +1,62 @@
+"""Upload of an exported model to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from optuna_merge.errors import ExportError
+
+
+class Hub(Protocol):
+    """What an upload asks of ``huggingface_hub.HfApi``."""
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> object:
+        """Make a repository; it may exist."""
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> object:
+        """Upload a folder's files in one commit."""
+
+
+def check_name(repository: str) -> None:
+    """Refuse what is no ``org/name``, before a model is merged for it.
+
+    Raises:
+        ExportError: If it is none.
+    """
+    organisation, _, name = repository.partition("/")
+    if not organisation or not name or "/" in name:
+        raise ExportError(f"--push must be org/name, got {repository!r}; write for example my-org/my-merge")
+
+
+def push(folder: Path, repository: str, *, message: str, private: bool = True, hub: Hub | None = None) -> str:
+    """Upload a model folder, in one commit.
+
+    Args:
+        folder: An exported model.
+        repository: ``org/name``; made if it does not exist.
+        message: Of the commit.
+        private: Whether a new repository is private; one that exists stays what it is.
+        hub: Where to; the Hugging Face hub, with the reader's own token, by default.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ExportError: If the hub refuses or does not answer.
+    """
+    check_name(repository)
+    hub = hub or HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as exc:
+        words = " ".join(str(exc).split())[:300] or type(exc).__name__
+        raise ExportError(
+            f"{repository}: hub must accept the upload, got {words}; see `hf auth login`. The model is in {folder}"
+        ) from exc
+    return f"https://huggingface.co/{repository}"
