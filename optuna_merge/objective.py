@@ -35,6 +35,7 @@ from optuna_merge.errors import (
 )
 from optuna_merge.evaluation.engine import Engine, MakingEngine
 from optuna_merge.evaluation.tasks import ChunkResult, EvalTask, Score, Scorer
+from optuna_merge.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
 from optuna_merge.merge import Merger
 from optuna_merge.merge_source import FACTORY, describe_source
 from optuna_merge.mergekit import to_mergekit
@@ -479,10 +480,13 @@ def make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
     from optuna_merge.evaluation.vllm import require_vllm
 
     require_vllm()
-    return _vllm_engine(config, models)
+    plan = plan_memory(config, models, _vllm_engine(config, models))
+    plan.check()
+    share = {"gpu_memory_utilization": plan.utilization} if plan.card else {"kv_cache_memory_bytes": plan.kv_cache}
+    return _vllm_engine(config, models, share)
 
 
-def _vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
+def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str, Any] | None = None) -> MakingEngine:
     from optuna_merge.evaluation.vllm import VLLMEngine
 
     source = describe_source(models.resolved, models.refs.tokenizer_source, config.engine.merge_device)
@@ -491,7 +495,7 @@ def _vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
         shapes={name: models.template.shape(name) for name in models.names},
         dtype=models.refs.dtype,
         source=(FACTORY, source),
-        options=config.engine.vllm.options,
+        options={**(defaults or {}), **config.engine.vllm.options},
         trust_remote_code=config.engine.trust_remote_code,
     )
     if config.engine.device not in ("auto", engine.device, engine.device.partition(":")[0]):
@@ -511,6 +515,32 @@ def make_describing_engine(config: StudyConfig, models: StudyModels) -> Engine:
     trust = config.engine.trust_remote_code
     with models.described() as folder:
         return HFEngine.tokenizer_only(folder, dtype=models.refs.dtype, trust_remote_code=trust)
+
+
+def plan_memory(config: StudyConfig, models: StudyModels, engine: Engine, card: int | None = None) -> MemoryPlan:
+    """What a study takes of a card's memory.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        engine: Its engine; one without weights will do.
+        card: Bytes of the card; None: of the one that is found, 0 if there is none.
+    """
+    import torch
+
+    if card is None:
+        on_card = torch.cuda.is_available() and config.engine.device != "cpu"
+        card = torch.cuda.get_device_properties(0).total_memory if on_card else 0
+    shapes = {name: models.template.shape(name) for name in models.names}
+    itemsize = getattr(torch, models.refs.dtype).itemsize
+    n_models, described = len(models.checkpoints), models.template.config
+    if config.engine.backend == "hf":
+        return plan_hf(
+            shapes, described, itemsize=itemsize, n_models=n_models, batch_tokens=engine.batch_tokens, card=card
+        )
+    options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if card == 0 else {}
+    options |= {"max_num_batched_tokens": engine.batch_tokens, **config.engine.vllm.options}
+    return plan_vllm(shapes, described, itemsize=itemsize, n_models=n_models, card=card, options=options)
 
 
 def _merge_device(wanted: str, engine: Engine) -> str:

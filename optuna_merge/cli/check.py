@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,18 +12,30 @@ if TYPE_CHECKING:
     from optuna_merge.check import Check
 
 
-def check(file: StudyFile, task_search_path: TaskSearchPath = None, as_json: Json = False) -> None:
+def check(
+    file: StudyFile,
+    task_search_path: TaskSearchPath = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="For scoring with vLLM.")] = False,
+    card: Annotated[
+        str | None,
+        typer.Option("--card", metavar="SIZE", help="A GPU's memory, such as 24GB; by default the one here."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Check a study file against its models and eval tasks, in seconds, without loading weights.
 
     It checks, and prints: the study file; the number of dimensions and the population; names, shapes and vocabularies
-    of the models against each other; eval tasks, metrics and number of documents; memory on device and host.
+    of the models against each other; eval tasks, metrics and number of documents; memory on device and host, and
+    whether it fits into the card.
 
-    Example: optuna-merge check studies/quickstart.yaml
+    Example: optuna-merge check studies/quickstart.yaml --card 24GB
     """
     from optuna_merge.check import check_study
     from optuna_merge.config import load_study
+    from optuna_merge.memory import parse_size
 
-    result = check_study(load_study(file, overrides_of(task_search_path=task_search_path)))
+    overrides = overrides_of(task_search_path=task_search_path) | ({"engine.backend": "vllm"} if vllm else {})
+    result = check_study(load_study(file, overrides), None if card is None else parse_size(card))
     if as_json:
         print_json(result.as_dict())
         return
@@ -32,6 +44,8 @@ def check(file: StudyFile, task_search_path: TaskSearchPath = None, as_json: Jso
 
 
 def _lines(result: Check) -> list[str]:
+    from optuna_merge.memory import gib
+
     space, tasks, memory = result.space, result.tasks, result.memory
     lines = [
         f"models     {', '.join(result.models)}",
@@ -48,12 +62,8 @@ def _lines(result: Check) -> list[str]:
     lines += [
         f"scoring    {result.n_documents} documents in {result.n_chunks} chunks, {result.n_requests} requests,"
         f" longest {result.longest} tokens; chat template {result.chat_template}",
-        f"device     {result.device}: {_gib(memory['device'])} = {_gib(memory['weights'])} weights"
-        f" + {_gib(memory['merge_buffer'])} merging + {_gib(memory['scoring'])} scoring (estimated)",
-        f"host       {_gib(memory['sources'])} of model files, mapped and not copied; {_gib(memory['host_free'])} free",
+        f"device     {result.device}: {result.memory_line}",
+        f"host       {gib(memory['source_files'])} of model files, mapped and not copied;"
+        f" {gib(memory['host_free'])} free",
     ]
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
-
-
-def _gib(n_bytes: Any) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"

@@ -51,9 +51,6 @@ MINIMUM_VERSION = (0, 32)
 GENERATION_SEED = 1234
 """Seeds sampling, for tasks that ask for it: equal weights give equal texts."""
 
-CPU_KV_CACHE_BYTES = 2**30
-"""Of a CPU's memory, of which vLLM would otherwise take most."""
-
 _WORKER = "optuna_merge.evaluation.vllm_worker.WeightsWorker"
 _FOLDER_SOURCE = "optuna_merge.evaluation.vllm_worker:open_folder"
 _OURS = ("dtype", "load_format", "model", "tokenizer", "trust_remote_code", "worker_extension_cls")
@@ -382,7 +379,6 @@ class VLLMEngine:
             "enforce_eager": not self._generates or self.device == "cpu",
             "disable_log_stats": True,
             "seed": 0,
-            **({"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if self.device == "cpu" else {}),
             **self._options,
         }
         with self._described() as folder, _environment(self._in_process, longer=self._length > self._language.window):

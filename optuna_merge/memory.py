@@ -1,0 +1,245 @@
+"""What a study takes of a card's memory, reckoned from shapes: no torch, no device, no files.
+
+Bytes everywhere. What is reckoned is what the code is built to take, with bounds where a library decides: activations
+are those of a gated feed-forward part, a merge may hold a module's tensors twice.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optuna_merge.errors import EngineError
+
+Shapes = Mapping[str, Sequence[int]]
+
+HIDDEN_COPIES = 12
+"""Activations that live at once, in hidden widths of each token: attention, a gated feed-forward part and residuals."""
+
+PIECE_ELEMENTS = 1 << 24
+"""Elements of a tensor that are merged at a time on a GPU, in float32."""
+
+RUNTIME = 2**30
+"""Of a GPU, taken by its driver, its libraries and what they cannot use."""
+
+SEQUENCES = 256
+"""Sequences whose next token vLLM chooses at once; their logits are held in float32, twice."""
+
+MOST_UTILIZATION = 0.92
+
+CPU_KV_CACHE_BYTES = 2**30
+"""Of a CPU's memory, of which vLLM would otherwise take most."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where a card's memory goes; bytes.
+
+    Attributes:
+        card: In all; 0: unknown, or no card.
+        weights: The resident model.
+        merge_buffer: Tensors that are being merged and loaded.
+        scoring: Activations and logits of the largest forward pass.
+        kv_cache: Of prompts in flight; 0 for an engine that keeps none.
+        kv_token: Of one token of a prompt.
+        runtime: Driver and libraries.
+        sources: Models that are kept on the card.
+        n_cards: Cards that share weights and cache.
+    """
+
+    card: int
+    weights: int
+    merge_buffer: int
+    scoring: int
+    kv_cache: int = 0
+    kv_token: int = 0
+    runtime: int = 0
+    sources: int = 0
+    n_cards: int = 1
+
+    @property
+    def used(self) -> int:
+        """The sum of the parts."""
+        return self.weights + self.merge_buffer + self.scoring + self.kv_cache + self.runtime + self.sources
+
+    @property
+    def left(self) -> int:
+        """What is not taken; negative if it does not fit."""
+        return self.card - self.used
+
+    @property
+    def utilization(self) -> float:
+        """Of the card, what vLLM may take: all but what merging needs; in hundredths, rounded down."""
+        return min(MOST_UTILIZATION, math.floor(100 * (1 - self.merge_buffer / self.card)) / 100)
+
+    def check(self, longest: int = 0) -> None:
+        """Refuse what cannot fit.
+
+        Args:
+            longest: Tokens that the cache must hold at least.
+
+        Raises:
+            EngineError: With the numbers.
+        """
+        lacking = max(0, longest * self.kv_token - self.kv_cache)
+        if self.card == 0 or self.left - lacking >= 0:
+            return
+        raise EngineError(
+            f"engine: the study must fit into the card's {gib(self.card)}, needs {gib(self.used + lacking)}:"
+            f" {self.parts(lacking)}; use a larger card, engine.dtype: bfloat16, engine.vllm.quantization: fp8 or"
+            f" engine.vllm.tensor_parallel_size: {2 * self.n_cards}"
+        )
+
+    def parts(self, lacking: int = 0) -> str:
+        """The parts that are not 0, in words."""
+        parts = {
+            "weights": self.weights,
+            "KV cache": self.kv_cache + lacking,
+            "merging": self.merge_buffer,
+            "scoring": self.scoring,
+            "sources": self.sources,
+            "runtime": self.runtime,
+        }
+        return " + ".join(f"{gib(n_bytes)} {name}" for name, n_bytes in parts.items() if n_bytes)
+
+    def describe(self) -> str:
+        """The plan in one line."""
+        line = f"{gib(self.used)} = {self.parts()}"
+        if self.kv_token:
+            line += f"; the cache holds {self.kv_cache // self.kv_token:,} tokens"
+        of = f" on each of {self.n_cards} cards" if self.n_cards > 1 else ""
+        return line + (f"; {gib(self.left)} of {gib(self.card)} left{of}" if self.card else of) + " (estimated)"
+
+    def as_dict(self) -> dict[str, int]:
+        """Plain data, with the sums."""
+        return {**asdict(self), "device": self.used, "left": self.left if self.card else 0}
+
+
+def plan_hf(
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    *,
+    itemsize: int,
+    n_models: int,
+    batch_tokens: int,
+    card: int = 0,
+    sources: int = 0,
+) -> MemoryPlan:
+    """Reckon the transformers engine, into whose tensors a merge is written.
+
+    Args:
+        shapes: Of the merged model's tensors.
+        config: The model's ``config.json``.
+        itemsize: Bytes of an element.
+        n_models: Models that are merged, the base included.
+        batch_tokens: Padded tokens of one forward pass.
+        card: Bytes of the card; 0: unknown.
+        sources: Bytes of models that are kept on the card.
+    """
+    largest = max(math.prod(shape) for shape in shapes.values())
+    return MemoryPlan(
+        card=card,
+        weights=_weights(shapes, itemsize),
+        merge_buffer=largest * itemsize + _pieces(n_models, card),
+        scoring=_activations(config, batch_tokens) * itemsize,
+        runtime=RUNTIME if card else 0,
+        sources=sources,
+    )
+
+
+def plan_vllm(
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    *,
+    itemsize: int,
+    n_models: int,
+    card: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> MemoryPlan:
+    """Reckon the vLLM engine, whose workers merge tensor by tensor while the sources stay in the host's memory.
+
+    Args:
+        shapes: Of the merged model's tensors.
+        config: The model's ``config.json``.
+        itemsize: Bytes of an element.
+        n_models: Models that are merged, the base included.
+        card: Bytes of one card; 0: none, and the cache is what the options say.
+        options: ``engine.vllm``.
+    """
+    given = dict(options or {})
+    n_cards = int(given.get("tensor_parallel_size", 1))
+    tokens = int(given.get("max_num_batched_tokens", 8192))
+    merge_buffer = 2 * _largest_module(shapes) * itemsize + _pieces(n_models, card)
+    logits = 2 * 4 * SEQUENCES * int(config.get("vocab_size") or 0)
+    plan = MemoryPlan(
+        card=card,
+        weights=_weights(shapes, itemsize, str(given.get("quantization") or "")) // n_cards,
+        merge_buffer=merge_buffer,
+        scoring=_activations(config, tokens) * itemsize // n_cards + logits,
+        kv_token=_cached(config) * itemsize // n_cards,
+        runtime=RUNTIME if card else 0,
+        n_cards=n_cards,
+    )
+    if "kv_cache_memory_bytes" in given:
+        cache = int(given["kv_cache_memory_bytes"])
+    else:
+        share = float(given.get("gpu_memory_utilization", plan.utilization if card else 0))
+        cache = max(0, int(share * card) - plan.weights - plan.scoring - plan.runtime)
+    return MemoryPlan(**{**asdict(plan), "kv_cache": cache})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``24GB``, ``24GiB`` or ``24`` (GiB, as cards are sold).
+
+    Raises:
+        EngineError: If it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib|g|)", text.strip().lower())
+    if found is None or not float(found[1]):
+        raise EngineError(f"--card must be a size such as 24GB, got {text!r}; look it up in nvidia-smi")
+    return int(float(found[1]) * (10**9 if found[2] == "gb" else 2**30))
+
+
+def gib(n_bytes: float) -> str:
+    """A size for a reader."""
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def _weights(shapes: Shapes, itemsize: int, quantization: str = "") -> int:
+    """Of which a quantization to 8 bits makes the matrices inside the layers one byte an element."""
+    total = 0
+    for name, shape in shapes.items():
+        is_matrix = len(shape) > 1 and re.search(r"\.\d+\.", name) is not None
+        total += math.prod(shape) * (1 if is_matrix and re.search("fp8|int8", quantization) else itemsize)
+    return total
+
+
+def _pieces(n_models: int, card: int) -> int:
+    """Of each model one, and two to add up in; a CPU's fit into its cache."""
+    return (n_models + 2) * PIECE_ELEMENTS * 4 if card else 0
+
+
+def _largest_module(shapes: Shapes) -> int:
+    """Elements of the tensors that a loader may hold until a fused parameter is complete."""
+    modules: dict[str, int] = {}
+    for name, shape in shapes.items():
+        module = name.partition(".experts.")[0] if ".experts." in name else name.rpartition(".")[0].rpartition(".")[0]
+        modules[module] = modules.get(module, 0) + math.prod(shape)
+    return max(modules.values())
+
+
+def _activations(config: Mapping[str, Any], tokens: int) -> int:
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    inner = int(config.get("intermediate_size") or 4 * hidden)
+    return tokens * (HIDDEN_COPIES * hidden + 3 * inner)
+
+
+def _cached(config: Mapping[str, Any]) -> int:
+    """Keys and values of one token, in elements."""
+    n_layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    n_heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    width = int(config.get("head_dim") or (config.get("hidden_size") or config.get("n_embd") or 0) // n_heads)
+    return 2 * n_layers * int(config.get("num_key_value_heads") or n_heads) * width
