@@ -254,7 +254,7 @@ def generations(trials: Iterable[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
     """Generation of CMA-ES, from 0 on, to its trials, unfinished ones left out."""
     found: dict[int, list[FrozenTrial]] = defaultdict(list)
     for trial in trials:
-        number = next((value for key, value in trial.system_attrs.items() if key.endswith(":generation")), None)
+        number = store.generation(trial)
         if number is not None and trial.params and trial.state in store.FINISHED:
             found[number].append(trial)
     return dict(found)

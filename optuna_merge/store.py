@@ -15,7 +15,7 @@ from typing import Any, Literal
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import proxy
 from optuna_merge.errors import StudyError, StudyMismatchError
@@ -178,6 +178,12 @@ def running(url: str, study_name: str, requeue: Callable[[bool], None]) -> Itera
         requeue(False)
     with file_lock(path, shared=True):
         yield
+
+
+def generation(trial: FrozenTrial) -> int | None:
+    """The generation in which CMA-ES drew a trial, from 0 on; None if it did not."""
+    found: int | None = next((value for key, value in trial.system_attrs.items() if key.endswith(":generation")), None)
+    return found
 
 
 def n_finished(study: optuna.Study) -> int:

@@ -193,7 +193,6 @@ class TestAWholeStudy:
     @pytest.mark.parametrize(
         ("option", "words"),
         [
-            ("--wandb", "not built yet"),
             ("--no-in-memory", "every merge is made in memory"),
         ],
     )

@@ -93,6 +93,7 @@ ARROWS = {
     "store": {"journal", "lock", "proxy", "sampler", "storage"},
     "study": {"config", "lock", "objective", "owners", "report", "storage", "store", "watcher"},
     "svg": {"pictures"},
+    "trackers": {"config", "report", "sampler", "store", "watcher"},
     "vocabulary": {"checkpoint", "layers"},
     "watcher": set(),
     "webpage": {"config", "dashboard", "pictures", "report", "svg"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -57,7 +59,17 @@ def run_study(
         typer.Option("--in-memory/--no-in-memory", help="Understood and needless: every merge is made in memory."),
     ] = True,
     vllm: Annotated[bool, typer.Option("--vllm", help="Score with vLLM.")] = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases; not built yet.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases; WANDB_MODE=offline works.")] = False,
+    wandb_project: Annotated[
+        str, typer.Option("--wandb-project", metavar="NAME", help="Project there.")
+    ] = "optuna-merge",
+    wandb_entity: Annotated[
+        str | None, typer.Option("--wandb-entity", metavar="NAME", help="User or team there.")
+    ] = None,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option("--tracker", metavar="PATH", help="mlflow, or the import path of a Tracker class of your own."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that a model folder brings along.")
     ] = False,
@@ -71,8 +83,6 @@ def run_study(
     """
     if not in_memory:
         raise OptunaMergeError("--no-in-memory must be absent: every merge is made in memory; drop the option")
-    if wandb:
-        raise OptunaMergeError("--wandb must be absent: logging to Weights & Biases is not built yet; drop the option")
     overrides = overrides_of(storage_path, storage, task_search_path, seed)
     given: dict[str, Any] = {
         "study.n_trials": n_trials,
@@ -96,7 +106,14 @@ def run_study(
     from optuna_merge.holdout import score_holdout
     from optuna_merge.objective import MergeObjective
     from optuna_merge.report import N_BEST, summarize
+    from optuna_merge.trackers import TrackingWatcher, WandbTracker, make_tracker
     from optuna_merge.watcher import Watchers
+
+    trackers = [make_tracker(path) for path in tracker or ()]
+    if wandb:
+        if find_spec("wandb") is None:
+            raise StudyError("--wandb must have the package wandb, got none; pip install 'optuna-merge[wandb]'")
+        trackers.append(WandbTracker(config.storage_path, wandb_project, wandb_entity))
 
     note(f"reading models and eval tasks of {file}")
     config = studies.as_started(config)
@@ -104,8 +121,12 @@ def run_study(
     for line in objective.describe():
         note(line)
     dashboard = DashboardWatcher(config, objective.merge_file, note)
-    with TerminalWatcher() as terminal:
-        outcome = studies.run_study(config, objective, Watchers([dashboard, terminal]))
+    best_file = config.storage_path / studies.BEST_CONFIG
+    tracking = [TrackingWatcher(one, config, best_file, note) for one in trackers]
+    with TerminalWatcher() as terminal, ExitStack() as stack:
+        for watcher in tracking:
+            stack.callback(watcher.close)
+        outcome = studies.run_study(config, objective, Watchers([dashboard, *tracking, terminal]))
     study = open_started(config)
     if not outcome.interrupted:
         score_holdout(study, objective, note)
