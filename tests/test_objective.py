@@ -130,6 +130,33 @@ def test_pruned_trials_carry_the_paired_estimate(study_file: Callable[..., Path]
     assert study.best_trial.user_attrs[store.DOCUMENTS] == objective.scorer.n_documents
 
 
+@pytest.mark.parametrize("pruner", ["wilcoxon", "successive_halving", "none"])
+def test_a_full_score_is_that_of_one_pass_whatever_the_pruner(study_file: Callable[..., Path], pruner: str) -> None:
+    """The same merges in ten chunks with a pruner, and in one pass."""
+    study = {"seed": 1, "n_chunks": 10, "pruner": pruner}
+    objective = fake_objective(study_file(gold="0", study=study, n_documents=70))
+    sampler = optuna.samplers.RandomSampler(seed=2)
+    chunked = optuna.create_study(direction="maximize", sampler=sampler, pruner=objective.pruner())
+    chunked.optimize(objective, n_trials=25)
+    at_once = fake_objective(study_file(gold="0", study={**study, "n_chunks": 1, "pruner": "none"}, n_documents=70))
+    full = [trial for trial in chunked.trials if trial.state == TrialState.COMPLETE]
+    assert len(full) == 25 if pruner == "none" else 0 < len(full) < 25
+    for trial in full:
+        at_once.load(at_once.space.decode(trial.params))
+        assert at_once.scorer.score_all().value == trial.value
+        assert trial.user_attrs[store.DOCUMENTS] == at_once.scorer.n_documents
+
+
+def test_metrics_that_are_no_means_are_named_before_they_are_pruned_by(
+    study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = study_file(gold="0")
+    task = tmp_path / "tasks" / "two.yaml"
+    task.write_text(task.read_text().replace("aggregation: mean", "aggregation: median"))
+    [said] = [line for line in fake_objective(path).describe() if "pruning" in line]
+    assert said == "pruning judges two by what was scored so far: the metric is no mean over documents"
+
+
 def test_the_paired_estimate_by_hand() -> None:
     study = optuna.create_study(direction="maximize")
     distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
