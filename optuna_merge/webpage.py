@@ -56,13 +56,26 @@ def page(summary: Summary, config: StudyConfig, drawn: Sequence[Picture], recipe
         f"<p><span class=quiet>Merged by {escape(config.genome.merge_method)}:</span> {models}</p>",
         f"<p><span class=quiet>Score:</span> {tasks}</p>",
         *_tables(summary),
-        *(f"<figure><figcaption>{escape(p.title)}</figcaption>{svg.draw(p)}</figure>" for p in drawn),
+        *map(_figure_of, drawn),
     ]
     if recipe:
         parts.append(f"<h2>The best merge, as a mergekit file</h2><pre>{escape(recipe)}</pre>")
     if summary.failures:
         failures = "".join(f"<li>trial {number}: {escape(why)}</li>" for number, why in summary.failures.items())
         parts.append(f"<h2>Failed trials</h2><ul>{failures}</ul>")
+    return _document(title, parts)
+
+
+def pictures_page(title: str, drawn: Sequence[Picture]) -> str:
+    """Pictures alone, as a page."""
+    return _document(title, [f"<h1>{escape(title)}</h1>", *map(_figure_of, drawn)])
+
+
+def _figure_of(picture: Picture) -> str:
+    return f"<figure><figcaption>{escape(picture.title)}</figcaption>{svg.draw(picture)}</figure>"
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -51,6 +51,7 @@ ARROWS = {
         "evaluation.vllm_worker",
     },
     "evaluation.vllm_worker": set(),
+    "explain": {"pictures", "sampler", "store"},
     "export": {"checkpoint", "merge", "mergekit", "recipe"},
     "files": set(),
     "holdout": {"evaluation.tasks", "objective", "report", "storage", "store"},

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from optuna_merge.cli import check, dashboard, export, methods, prepare_data, report, run_study, status
+from optuna_merge.cli import check, dashboard, explain, export, methods, prepare_data, report, run_study, status
 from optuna_merge.cli.options import INTERRUPTED
 from optuna_merge.errors import OptunaMergeError
 
@@ -44,6 +44,7 @@ app.command("check", short_help="Check a study file; load no weights.")(check.ch
 app.command("status", short_help="Say how far a study is.")(status.status)
 app.command("report", short_help="Compare the best merge with the rest.")(report.report)
 app.command("dashboard", short_help="Show the study in the browser.")(dashboard.dashboard)
+app.command("explain", short_help="Say which layer groups and models matter.")(explain.explain)
 app.command("export", short_help="Write a trial's merge as a model.")(export.export)
 app.command("methods", short_help="List the merge methods.")(methods.methods)
 app.command("prepare-data", short_help="Make the documents of the eval tasks.")(prepare_data.prepare_data)
