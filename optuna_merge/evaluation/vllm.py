@@ -99,7 +99,7 @@ class VLLMEngine:
     """A vLLM engine that stays while its weights change; it starts when the first weights come.
 
     An engine that dies is started again, given the same weights and asked again; one that dies a second time between
-    two loads is given up until the next load.
+    two loads is given up until the next load. One that dies before it has answered anything is given up at once.
 
     Attributes:
         dtype: Of the resident weights.
@@ -168,6 +168,7 @@ class VLLMEngine:
         self._request: tuple[str, str, str] | None = None
         self._is_complete = False
         self._has_died = False
+        self._has_answered = False
         self._spooled: TemporaryDirectory[str] | None = None
 
     @property
@@ -243,7 +244,9 @@ class VLLMEngine:
         assert isinstance(prepared, VLLMPrepared)
         if not self._is_complete:
             raise EngineError("engine: holds no complete set of weights; load a merge first")
-        return self._surviving(lambda: self._respond(prepared))
+        responses = self._surviving(lambda: self._respond(prepared))
+        self._has_answered = True
+        return responses
 
     def worker_process_ids(self) -> list[int]:
         """Of the workers, the first one's first; starts vLLM if need be."""
@@ -277,6 +280,9 @@ class VLLMEngine:
                 return call()
             except _DeathError as exc:
                 self._stop()
+                if not self._has_answered:
+                    self._is_complete = False
+                    raise EngineError(f"engine: vLLM cannot run this model: {exc}; see its log above") from exc
                 if self._has_died:
                     self._is_complete = False
                     raise EngineDiedError(

@@ -38,6 +38,7 @@ REQUESTS = [
     TextRequest("loglikelihood_rolling", (f"{LONG} {LONG} {LONG}",)),
     TextRequest("generate_until", ("the dog", {"until": ["\n"], "max_gen_toks": 4})),
 ]
+Resident = tuple[VLLMEngine, Path, list[dict[str, Tensor]]]
 SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
@@ -135,16 +136,29 @@ class TestWithoutVLLM:
             make(base).prepare([endless])
 
 
+@pytest.fixture(scope="class")
+def resident(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resident]:
+    """One engine for the tests of a class, which find it as the one before has left it; a family of models."""
+    base, weights = family(tmp_path_factory.mktemp("family"))
+    engine = make(base)
+    engine.prepare(REQUESTS)
+    yield engine, base, weights
+    engine.close()
+
+
 @pytest.mark.vllm
 class TestVLLMEngine(EngineConformance):
     head_dim = HEAD_DIM
 
     @pytest.fixture(autouse=True)
-    def _closing(self, engine_of: Callable[..., VLLMEngine]) -> None:
-        self._open = engine_of
+    def _shared(self, resident: Resident) -> None:
+        self._engine = resident[0]
 
     def make_engine(self, folder: Path) -> VLLMEngine:
-        return self._open(folder)
+        """The one that there is, of the same shape, without weights."""
+        with pytest.raises(EngineError, match="must be delivered"):
+            self._engine.load_weights([])
+        return self._engine
 
 
 @pytest.mark.vllm
@@ -183,6 +197,8 @@ class TestAgainstTheOthers:
             assert_close(responses[-1], other.respond(theirs))
         assert responses[1] == responses[3] != responses[2]
         assert engine.n_starts == 1
+        if options:
+            return  # what a worker process starts with is in the test of its death
         engine.close()
         fresh = engine_of(base, **options)
         again = fresh.prepare(REQUESTS)
@@ -192,12 +208,10 @@ class TestAgainstTheOthers:
 
 @pytest.mark.vllm
 class TestHazards:
-    def test_the_prefix_cache_forgets_the_merge_before(
-        self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]
-    ) -> None:
+    def test_the_prefix_cache_forgets_the_merge_before(self, resident: Resident) -> None:
         """A prompt longer than a block, the same for both merges: its blocks are those of the first one if kept."""
-        base, weights = family(tmp_path)
-        engine, other = engine_of(base), HFEngine(base, device="cpu")
+        engine, base, weights = resident
+        other = HFEngine(base, device="cpu")
         requests = [TextRequest("loglikelihood", (LONG, choice)) for choice in CHOICES]
         prepared, theirs = engine.prepare(requests), other.prepare(requests)
         assert prepared.longest > 32
@@ -210,6 +224,86 @@ class TestHazards:
                 assert isinstance(expected, tuple)
                 assert abs(response[0] - expected[0]) < 1e-4
 
+    def test_grouping_changes_no_log_likelihood(self, resident: Resident) -> None:
+        """The choices of one question together, each alone, and by the log-probabilities of whole prompts."""
+        from vllm import SamplingParams
+
+        engine, _, weights = resident
+        requests = [r for r in REQUESTS if r.request_type == "loglikelihood" and len(r.args[0]) < 200]
+        together = engine.prepare(requests)
+        assert len(together.plan.questions) < len(requests)
+        engine.load_weights(weights[0].items())
+        responses = engine.respond(together)
+        for request, item, response in zip(requests, together.encoded.items, responses, strict=True):
+            [alone] = engine.respond(engine.prepare([request]))
+            assert isinstance(alone, tuple)
+            assert isinstance(response, tuple)
+            assert alone[1] == response[1]
+            assert abs(alone[0] - response[0]) < 1e-5
+            tokens = [*item.context, *item.continuation]
+            parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+            [output] = engine._llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
+            pairs = list(zip(tokens, output.prompt_logprobs, strict=True))[len(item.context) :]
+            assert abs(sum(found[token].logprob for token, found in pairs) - response[0]) < 1e-5
+
+    def test_activations_that_overflow_leave_no_trace(self, resident: Resident) -> None:
+        """Finite weights whose keys and values are not: what they leave in the cache must not reach the next merge."""
+        engine, _, weights = resident
+        prepared = engine.prepare(REQUESTS)
+        engine.load_weights(weights[0].items())
+        expected = engine.respond(prepared)
+        huge = {name: tensor * (1e38 if "v_proj" in name else 1) for name, tensor in weights[1].items()}
+        huge = {name: tensor.clamp(-3e38, 3e38) for name, tensor in huge.items()}
+        engine.load_weights(huge.items())
+        assert not all(torch.tensor(r[0]).isfinite() for r in engine.respond(prepared) if isinstance(r, tuple))
+        engine.load_weights(weights[0].items())
+        assert engine.respond(prepared) == expected
+
+    def test_nothing_that_is_not_finite_reaches_the_workers_model(self, resident: Resident, tmp_path: Path) -> None:
+        engine, _, weights = resident
+        name = list(weights[0])[-3]
+        broken = {**weights[1], name: weights[1][name] * torch.nan}
+        source, n_starts = tmp_path / "source", engine.n_starts
+        prepared = engine.prepare(REQUESTS)
+        engine.load_weights(weights[0].items())
+        expected = engine.respond(prepared)
+        for tensors, error, message in (
+            (broken, NonFiniteMergeError, f"{name}: must be finite"),
+            ({k: v for k, v in weights[1].items() if k != name}, EngineError, f"{name}: must be delivered"),
+            ({**weights[1], "no.such": weights[1][name]}, EngineError, "no.such: must be in the checkpoint"),
+        ):
+            source.mkdir(exist_ok=True)
+            save_file(tensors, source / "model.safetensors")
+            engine._source = ("optuna_merge.evaluation.vllm_worker:open_folder", "")
+            with pytest.raises(error, match=message):
+                engine.load_made(str(source))
+            with pytest.raises(EngineError, match="load a merge first"):
+                engine.respond(prepared)
+            engine.load_weights(weights[0].items())
+            assert engine.respond(prepared) == expected
+        assert engine.n_starts == n_starts
+
+    def test_sampling_and_stopping_are_repeatable(self, resident: Resident) -> None:
+        engine, _, weights = resident
+        greedy = {"until": [], "max_gen_toks": 8}
+        sampled = {**greedy, "do_sample": True, "temperature": 1.0}
+        prompts = [("the dog", greedy), ("the dog", sampled), ("the dog", {**greedy, "do_sample": False})]
+        engine.load_weights(weights[0].items())
+        prepared = engine.prepare([TextRequest("generate_until", prompt) for prompt in prompts])
+        texts = engine.respond(prepared)
+        assert engine.respond(prepared) == texts
+        assert texts[0] == texts[2] != texts[1]
+        text = texts[0]
+        assert isinstance(text, str)
+        stop = text[2:4]
+        [cut] = engine.respond(engine.prepare([TextRequest("generate_until", ("the dog", {**greedy, "until": stop}))]))
+        assert cut == text.split(stop)[0]
+        with pytest.raises(EngineError, match="vLLM must know its generation_kwargs"):
+            engine.respond(engine.prepare([TextRequest("generate_until", ("a", {**greedy, "num_beams": 4}))]))
+
+
+@pytest.mark.vllm
+class TestEnginesOfTheirOwn:
     def test_a_reset_that_is_refused_is_a_death(
         self, tmp_path: Path, engine_of: Callable[..., VLLMEngine], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -230,72 +324,6 @@ class TestHazards:
         assert engine.respond(prepared) == expected
         assert engine.n_starts == 3
 
-    def test_grouping_changes_no_log_likelihood(self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]) -> None:
-        """The choices of one question together, each alone, and by the log-probabilities of whole prompts."""
-        from vllm import SamplingParams
-
-        base, weights = family(tmp_path)
-        engine = engine_of(base)
-        requests = [r for r in REQUESTS if r.request_type == "loglikelihood" and len(r.args[0]) < 200]
-        together = engine.prepare(requests)
-        assert len(together.plan.questions) < len(requests)
-        engine.load_weights(weights[0].items())
-        responses = engine.respond(together)
-        for request, item, response in zip(requests, together.encoded.items, responses, strict=True):
-            [alone] = engine.respond(engine.prepare([request]))
-            assert isinstance(alone, tuple)
-            assert isinstance(response, tuple)
-            assert alone[1] == response[1]
-            assert abs(alone[0] - response[0]) < 1e-5
-            tokens = [*item.context, *item.continuation]
-            parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-            [output] = engine._llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
-            pairs = list(zip(tokens, output.prompt_logprobs, strict=True))[len(item.context) :]
-            assert abs(sum(found[token].logprob for token, found in pairs) - response[0]) < 1e-5
-
-    def test_activations_that_overflow_leave_no_trace(
-        self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]
-    ) -> None:
-        """Finite weights whose keys and values are not: what they leave in the cache must not reach the next merge."""
-        base, weights = family(tmp_path)
-        engine = engine_of(base)
-        prepared = engine.prepare(REQUESTS)
-        engine.load_weights(weights[0].items())
-        expected = engine.respond(prepared)
-        huge = {name: tensor * (1e38 if "v_proj" in name else 1) for name, tensor in weights[1].items()}
-        huge = {name: tensor.clamp(-3e38, 3e38) for name, tensor in huge.items()}
-        engine.load_weights(huge.items())
-        assert not all(torch.tensor(r[0]).isfinite() for r in engine.respond(prepared) if isinstance(r, tuple))
-        engine.load_weights(weights[0].items())
-        assert engine.respond(prepared) == expected
-
-    def test_nothing_that_is_not_finite_reaches_the_workers_model(
-        self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]
-    ) -> None:
-        base, weights = family(tmp_path / "models")
-        name = list(weights[0])[-3]
-        broken = {**weights[1], name: weights[1][name] * torch.nan}
-        source = tmp_path / "source"
-        engine = engine_of(base)
-        prepared = engine.prepare(REQUESTS)
-        engine.load_weights(weights[0].items())
-        expected = engine.respond(prepared)
-        for tensors, error, message in (
-            (broken, NonFiniteMergeError, f"{name}: must be finite"),
-            ({k: v for k, v in weights[1].items() if k != name}, EngineError, f"{name}: must be delivered"),
-            ({**weights[1], "no.such": weights[1][name]}, EngineError, "no.such: must be in the checkpoint"),
-        ):
-            source.mkdir(exist_ok=True)
-            save_file(tensors, source / "model.safetensors")
-            engine._source = ("optuna_merge.evaluation.vllm_worker:open_folder", "")
-            with pytest.raises(error, match=message):
-                engine.load_made(str(source))
-            with pytest.raises(EngineError, match="load a merge first"):
-                engine.respond(prepared)
-            engine.load_weights(weights[0].items())
-            assert engine.respond(prepared) == expected
-        assert engine.n_starts == 1
-
     def test_a_checkpoint_that_lacks_a_weight_is_refused(
         self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]
     ) -> None:
@@ -307,25 +335,6 @@ class TestHazards:
         engine._shapes = json.dumps(shapes)
         with pytest.raises(EngineError, match=r"lm_head.weight: the checkpoint must hold every weight of vLLM's Llama"):
             engine.load_weights(lacking.items())
-
-    def test_sampling_and_stopping_are_repeatable(self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]) -> None:
-        base, weights = family(tmp_path)
-        engine = engine_of(base)
-        greedy = {"until": [], "max_gen_toks": 8}
-        sampled = {**greedy, "do_sample": True, "temperature": 1.0}
-        prompts = [("the dog", greedy), ("the dog", sampled), ("the dog", {**greedy, "do_sample": False})]
-        engine.load_weights(weights[0].items())
-        prepared = engine.prepare([TextRequest("generate_until", prompt) for prompt in prompts])
-        texts = engine.respond(prepared)
-        assert engine.respond(prepared) == texts
-        assert texts[0] == texts[2] != texts[1]
-        text = texts[0]
-        assert isinstance(text, str)
-        stop = text[2:4]
-        [cut] = engine.respond(engine.prepare([TextRequest("generate_until", ("the dog", {**greedy, "until": stop}))]))
-        assert cut == text.split(stop)[0]
-        with pytest.raises(EngineError, match="vLLM must know its generation_kwargs"):
-            engine.respond(engine.prepare([TextRequest("generate_until", ("a", {**greedy, "num_beams": 4}))]))
 
     def test_an_option_that_vllm_does_not_have(self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]) -> None:
         base, weights = family(tmp_path)
