@@ -170,6 +170,11 @@ class Checkpoint:
         stored = self._tensors.get(name)
         return stored if self._adapter is None else self._adapter.apply(name, stored)
 
+    def prefetch(self, name: str) -> None:
+        """Begin to read a tensor from disk, and return at once; does nothing where it is in memory."""
+        if name in self._tensors:
+            self._tensors.prefetch(name)
+
     @cached_property
     def n_layers(self) -> int:
         """Number of layers, by ``config.json`` or else by the tensor names."""
@@ -312,6 +317,10 @@ class CheckpointView(Checkpoint):
     def get(self, name: str) -> Tensor:
         """A tensor; must never be written to."""
         return self._inner.get(name)
+
+    def prefetch(self, name: str) -> None:
+        """Begin to read a tensor from disk, and return at once; does nothing where it is in memory."""
+        self._inner.prefetch(name)
 
     def vocabulary(self) -> dict[str, int] | None:
         """Token to id, added tokens included; None if the folder holds no tokenizer."""

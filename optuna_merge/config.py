@@ -273,6 +273,8 @@ class EngineConfig(_Section):
         backend: ``hf`` (transformers) or ``vllm``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>``.
         merge_device: Where tensors are merged; ``auto``: on ``device``.
+        sources: Where the models to merge live: ``gpu``, ``host`` memory or ``disk``; ``auto``: the first that they
+            fit into, or ``disk`` if they are merged on the CPU.
         dtype: Of the merged model while it is scored, and when exported; ``auto``: the base model's.
         batch_size: Sequences of the longest kind in one forward pass; ``auto``: by memory.
         trust_remote_code: Run Python code that a model folder brings along.
@@ -282,6 +284,7 @@ class EngineConfig(_Section):
     backend: Literal["hf", "vllm"] = "hf"
     device: str = "auto"
     merge_device: str = "auto"
+    sources: Literal["auto", "gpu", "host", "disk"] = "auto"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: int | Literal["auto"] = "auto"
     trust_remote_code: bool = False

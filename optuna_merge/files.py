@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _BLOCK_BYTES = 4096
+_MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_WILLNEED") else None
+if _MADVISE is not None:
+    _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class TensorFiles:
@@ -79,6 +84,13 @@ class TensorFiles:
         self._slice(name)
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
+
+    def prefetch(self, name: str) -> None:
+        """Ask the operating system to read a tensor ahead; returns at once."""
+        stored = self.get(name)
+        start = stored.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        if _MADVISE is not None and stored.numel():
+            _MADVISE(start, stored.data_ptr() + stored.nbytes - start, mmap.MADV_WILLNEED)
 
     @property
     def nbytes(self) -> int:

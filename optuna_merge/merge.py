@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from optuna_merge.layers import Place, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
+from optuna_merge.sources import Placement, place_sources
 from optuna_merge.vocabulary import unify
 
 Destination = Callable[[str], Tensor | None]
@@ -29,6 +31,9 @@ Destination = Callable[[str], Tensor | None]
 
 _COMPILED_FROM = 1 << 27
 """Elements of a model from which on a study saves more time than a compiler takes, which is up to a minute."""
+
+_STAGED_BYTES = 3 << 27
+"""A tensor's sources are brought to the GPU whole up to this size, and in pieces beyond."""
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # the CPU's buffers stay in its cache
 
@@ -49,6 +54,7 @@ class Merger:
         tokenizer_source: str | None = None,
         chunk_elements: int | None = None,
         is_compiled: bool | None = None,
+        sources: Placement = "disk",
     ) -> None:
         """Check that the checkpoints go together.
 
@@ -60,15 +66,18 @@ class Merger:
             chunk_elements: Elements merged at a time; None: by device.
             is_compiled: Compile elementwise arithmetic with torch.compile; None: if the models are large. It
                 changes no result; where it fails, a warning says so and merging goes on without.
+            sources: Where the checkpoints' tensors are kept from when they are first read.
 
         Raises:
             CheckpointError: If they differ in names, shapes, architecture or vocabulary.
         """
-        self.checkpoints = unify(checkpoints, tokenizer_source)
         self.device = torch.device(device)
+        self.checkpoints = place_sources(unify(checkpoints, tokenizer_source), sources, self.device)
+        self._reads_ahead = sources == "disk"
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
         self._is_compiled = self._is_large() if is_compiled is None else is_compiled
         self._buffers: dict[str, Tensor] = {}
+        self._written: dict[int, _Written] = {}  # address of a destination -> what it holds
         self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
 
     @classmethod
@@ -101,7 +110,8 @@ class Merger:
         Args:
             recipe: Its references must be among ``checkpoints``.
             out: Where results are written, for instance into a resident model. A destination must be contiguous, on
-                ``device``, of the tensor's shape and of ``recipe.dtype``.
+                ``device``, of the tensor's shape and of ``recipe.dtype``, and nobody else may write into it: a
+                tensor that would be merged from the same numbers as last time is left as it is.
 
         Yields:
             Name and merged tensor, each once: the destination of ``out``, or a new tensor that nothing else
@@ -112,7 +122,11 @@ class Merger:
             MergeError: If the recipe does not fit the checkpoints, or a method fails; the message names the tensor.
         """
         plan = _Plan.make(recipe, self.checkpoints)
-        for name in self.names:
+        names = self.names
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            if self._reads_ahead and following is not None:
+                for checkpoint in plan.read:
+                    checkpoint.prefetch(following)
             destination = None if out is None else out(name)
             yield name, self._merge_tensor(plan, name, destination)
 
@@ -134,30 +148,51 @@ class Merger:
             result = torch.empty(template.shape(name), dtype=dtype, device=self.device)
         else:
             _check_destination(name, result, template.shape(name), dtype, self.device)
-        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
-            return result.copy_(template.get(name))
-        inputs = self._inputs(plan, name)
-        try:
-            plan.function(inputs, result)
-        except Exception as exc:  # a user's method may raise anything
-            raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
+        numbers = self._numbers(plan, name, dtype)
+        written = _Written.of(plan, numbers, name)
+        address = result.data_ptr()
+        if destination is not None and self._written.pop(address, None) == written:
+            self._written[address] = written
+            return result
+        if numbers is None:
+            result.copy_(template.get(name))
+        else:
+            try:
+                plan.function(self._inputs(plan, name, numbers), result)
+            except Exception as exc:  # a user's method may raise anything
+                raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
+        if destination is not None:
+            self._written[address] = written
         return result
 
-    def _inputs(self, plan: _Plan, name: str) -> MergeInput:
+    def _numbers(self, plan: _Plan, name: str, dtype: torch.dtype) -> _Numbers | None:
+        """What applies to a tensor; None: it is copied."""
+        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
+            return None
+        place = place_of(name, plan.template.layer_stack)
+        shared, per_model = _parameters(plan.method, plan.recipe, name, place)
+        per_used = {parameter: tuple(values[i] for i in plan.used) for parameter, values in per_model.items()}
+        return _Numbers(shared, per_used)
+
+    def _stage(self, tensors: list[Tensor]) -> list[Tensor]:
+        if sum(tensor.nbytes for tensor in tensors) > _STAGED_BYTES:
+            return tensors
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+
+    def _inputs(self, plan: _Plan, name: str, numbers: _Numbers) -> MergeInput:
         assert plan.method is not None
         recipe = plan.recipe
-        place = place_of(name, plan.template.layer_stack)
-        shared, per_model = _parameters(plan.method, recipe, name, place)
-        used = [i for i, model in enumerate(recipe.models) if plan.base is None or model != recipe.base_model]
+        stored = self._stage([checkpoint.get(name) for checkpoint in plan.read])
+        base, models = (None, stored) if plan.base is None else (stored[0], stored[1:])
         return MergeInput(
             name=name,
-            base=None if plan.base is None else plan.base.get(name),
-            models=tuple(plan.models[i].get(name) for i in used),
-            per_model={parameter: tuple(values[i] for i in used) for parameter, values in per_model.items()},
-            shared=shared,
+            base=base,
+            models=tuple(models),
+            per_model=numbers.per_model,
+            shared=numbers.shared,
             switches={switch: bool(recipe.options.get(switch, default)) for switch, default in plan.method.switches},
             seed=recipe.seed,
-            identities=tuple(plan.identities[i] for i in used),
+            identities=tuple(plan.identities[i] for i in plan.used),
             device=self.device,
             chunk_elements=self._chunk_elements,
             buffers=self._buffers,
@@ -166,8 +201,38 @@ class Merger:
         )
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers that apply to one tensor: those of all models, and those of each that is used."""
+
+    shared: dict[str, float]
+    per_model: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a destination was last written from: equal ones hold equal tensors."""
+
+    origin: tuple[Any, ...]
+    numbers: _Numbers | None
+
+    @classmethod
+    def of(cls, plan: _Plan, numbers: _Numbers | None, name: str) -> _Written:
+        """The record of a tensor that is written now."""
+        recipe = plan.recipe
+        if numbers is None:
+            return cls((name, PASSTHROUGH, recipe.dtype, id(plan.template)), None)
+        settings = (name, recipe.method, recipe.dtype, recipe.seed, tuple(sorted(recipe.options.items())))
+        return cls((*settings, *(id(checkpoint) for checkpoint in plan.read)), numbers)
+
+
 class _Plan:
-    """A recipe whose names have become objects."""
+    """A recipe whose names have become objects.
+
+    Attributes:
+        used: Which of the recipe's models enter the merge: all but the base, if the method has one.
+        read: The base, if the method has one, and the models that enter.
+    """
 
     def __init__(self, recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None) -> None:
         self.recipe = recipe
@@ -175,6 +240,10 @@ class _Plan:
         self.template = base or models[0]
         self.method = None if recipe.method == PASSTHROUGH else find_method(recipe.method)
         self.base = None if self.method is None or self.method.base in ("none", "unused") else base
+        self.used = tuple(i for i, m in enumerate(recipe.models) if self.base is None or m != recipe.base_model)
+        self.read = [self.template] if self.method is None else [models[i] for i in self.used]
+        if self.base is not None:
+            self.read.insert(0, self.base)
         self.function: MergeFunction = _no_function if self.method is None else self.method.load()
 
     @cached_property

@@ -206,7 +206,12 @@ class MergeObjective:
             return cls(config, models, None, making, build_scorer(config, making))
         engine = make_engine(config, models)
         device = _merge_device(config.engine.merge_device, engine)
-        merger = Merger(models.views, device=device, tokenizer_source=models.refs.tokenizer_source)
+        merger = Merger(
+            models.views,
+            device=device,
+            tokenizer_source=models.refs.tokenizer_source,
+            sources=models.plan_sources(config.engine.sources, device).placement,
+        )
         return cls(config, models, merger, engine, build_scorer(config, engine))
 
     def __call__(self, trial: optuna.Trial) -> float:
