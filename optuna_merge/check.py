@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from optuna_merge.config import StudyConfig
 from optuna_merge.objective import StudyModels, build_scorer, make_describing_engine, make_sampler, plan_memory
 from optuna_merge.sampler import StableCmaEsSampler
+from optuna_merge.sources import SourcePlan, free_host_bytes, merge_seconds
 from optuna_merge.space import SearchSpace
 
 
@@ -30,6 +30,8 @@ class Check:
         n_documents, n_chunks, n_requests, longest: Of one evaluation; ``longest`` in tokens.
         chat_template: Whether prompts go through it, and why.
         device: Where it would run.
+        sources: Where the models to merge live: ``placement``, ``n_bytes``, ``reason``, and ``seconds`` that reading
+            them once takes, by a sample (None: the card is not here); None: vLLM's workers read them from files.
         memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, what is ``left`` of the ``card``;
             ``source_files`` and ``host_free`` of the host.
         memory_line: The same, for a reader.
@@ -49,6 +51,7 @@ class Check:
     longest: int
     chat_template: str
     device: str
+    sources: dict[str, Any] | None
     memory: dict[str, int]
     memory_line: str
     warnings: list[str]
@@ -78,6 +81,11 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     device = "cuda" if torch.cuda.is_available() or card else "cpu"
     memory = plan_memory(config, models, engine, card)
     memory.check(tasks.longest + 1)
+    sources = (
+        None if config.engine.backend == "vllm" else models.plan_sources(config, _merge_device(config, device), memory)
+    )
+    if sources is not None and sources.placement == "gpu":
+        memory = replace(memory, sources=sources.n_bytes)
     return Check(
         models=[*space.labels, *([f"base {config.genome.base_model}"] if config.genome.base_model else [])],
         dtype=models.refs.dtype,
@@ -108,14 +116,25 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
         longest=tasks.longest,
         chat_template=tasks.chat_template_reason,
         device=device if config.engine.device == "auto" else config.engine.device,
+        sources=None if sources is None else _describe(sources, models, merge_device),
         memory={
             **memory.as_dict(),
             "source_files": sum(checkpoint.nbytes for checkpoint in models.checkpoints.values()),
-            "host_free": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "host_free": free_host_bytes(),
         },
         memory_line=memory.describe(),
         warnings=_warnings(config, space),
     )
+
+
+def _merge_device(config: StudyConfig, device: str) -> torch.device:
+    engine = device if config.engine.device == "auto" else config.engine.device
+    return torch.device(engine if config.engine.merge_device == "auto" else config.engine.merge_device)
+
+
+def _describe(plan: SourcePlan, models: StudyModels, device: torch.device) -> dict[str, Any]:
+    is_here = device.type == "cpu" or torch.cuda.is_available()
+    return {**asdict(plan), "seconds": merge_seconds(plan, models.views.values(), device) if is_here else None}
 
 
 def _warnings(config: StudyConfig, space: SearchSpace) -> list[str]:

@@ -30,6 +30,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _BLOCK_BYTES = 4096
+_READ_AHEAD_BYTES = 1 << 20  # Linux reads a device's longest request for one call, and no more
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_WILLNEED") else None
 if _MADVISE is not None:
     _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -90,7 +91,9 @@ class TensorFiles:
         stored = self.get(name)
         start = stored.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         if _MADVISE is not None and stored.numel():
-            _MADVISE(start, stored.data_ptr() + stored.nbytes - start, mmap.MADV_WILLNEED)
+            end = stored.data_ptr() + stored.nbytes
+            for address in range(start, end, _READ_AHEAD_BYTES):
+                _MADVISE(address, min(_READ_AHEAD_BYTES, end - address), mmap.MADV_WILLNEED)
 
     @property
     def nbytes(self) -> int:

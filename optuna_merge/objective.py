@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import store
@@ -42,6 +43,7 @@ from optuna_merge.mergekit import to_mergekit
 from optuna_merge.pruner import SignedRankPruner, best_point
 from optuna_merge.recipe import Dtype, Recipe
 from optuna_merge.sampler import PAIRED_ESTIMATE, StableCmaEsSampler, StableRandomSampler
+from optuna_merge.sources import SourcePlan, free_host_bytes, plan_sources
 from optuna_merge.space import ModelRefs, SearchSpace
 from optuna_merge.vocabulary import unify
 
@@ -132,6 +134,26 @@ class StudyModels:
         """Of the merged model's tensors."""
         return common_names(list(self.views.values()))
 
+    def plan_sources(self, config: StudyConfig, device: torch.device, memory: MemoryPlan) -> SourcePlan:
+        """Where the models to merge will live.
+
+        Args:
+            config: Whose ``engine.sources`` is wanted.
+            device: Where they are merged.
+            memory: What else the device holds.
+
+        Raises:
+            EngineError: If they do not fit where they are wanted.
+        """
+        return plan_sources(
+            config.engine.sources,
+            self.views.values(),
+            self.names,
+            device,
+            gpu_free=max(0, memory.left),
+            host_free=free_host_bytes(),
+        )
+
     @contextmanager
     def described(self) -> Iterator[Path]:
         """A folder with the merged model's configuration and tokenizer, for as long as it is needed."""
@@ -210,7 +232,7 @@ class MergeObjective:
             models.views,
             device=device,
             tokenizer_source=models.refs.tokenizer_source,
-            sources=models.plan_sources(config.engine.sources, device).placement,
+            sources=models.plan_sources(config, torch.device(device), plan_memory(config, models, engine)).placement,
         )
         return cls(config, models, merger, engine, build_scorer(config, engine))
 
@@ -531,8 +553,6 @@ def plan_memory(config: StudyConfig, models: StudyModels, engine: Engine, card: 
         engine: Its engine; one without weights will do.
         card: Bytes of the card; None: of the one that is found, 0 if there is none.
     """
-    import torch
-
     if card is None:
         on_card = torch.cuda.is_available() and config.engine.device != "cpu"
         card = torch.cuda.get_device_properties(0).total_memory if on_card else 0
@@ -553,8 +573,6 @@ def _merge_device(wanted: str, engine: Engine) -> str:
         return engine.device
     if wanted == "cpu":
         return wanted
-    import torch
-
     index, n_devices = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
     if index >= n_devices:
         raise EngineError(

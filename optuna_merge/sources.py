@@ -21,7 +21,6 @@ from optuna_merge.errors import EngineError
 Placement = Literal["gpu", "host", "disk"]
 
 _HOST_SHARE = 0.8  # of the free host memory, that sources may take
-_GPU_RESERVE = 0.15  # of the card, for scoring and for the buffers of merging
 _SAMPLE_BYTES = 1 << 26
 
 
@@ -124,15 +123,6 @@ def merge_seconds(plan: SourcePlan, checkpoints: Iterable[Checkpoint], device: t
             if n_read >= _SAMPLE_BYTES:
                 return seconds / n_read * plan.n_bytes
     return seconds / max(1, n_read) * plan.n_bytes
-
-
-def free_gpu_bytes(device: torch.device, n_planned: int = 0) -> int:
-    """Bytes that sources may take on a device: what is free, less what is planned, and 15 % of the card for scoring."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, int(free + unused - n_planned - _GPU_RESERVE * total))
 
 
 def free_host_bytes() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,7 +63,17 @@ def _lines(result: Check) -> list[str]:
         f"scoring    {result.n_documents} documents in {result.n_chunks} chunks, {result.n_requests} requests,"
         f" longest {result.longest} tokens; chat template {result.chat_template}",
         f"device     {result.device}: {result.memory_line}",
-        f"host       {gib(memory['source_files'])} of model files, mapped and not copied;"
-        f" {gib(memory['host_free'])} free",
+        f"host       {gib(memory['source_files'])} of model files; {gib(memory['host_free'])} free",
+        _sources_line(result.sources),
     ]
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
+
+
+def _sources_line(sources: dict[str, Any] | None) -> str:
+    from optuna_merge.memory import gib
+
+    if sources is None:
+        return "sources    disk (mapped files, merged by vLLM's workers)"
+    time = "" if sources["seconds"] is None else f", about {sources['seconds']:.2g} s by a sample"
+    read = f"a merge reads {gib(sources['n_bytes'])}{time}"
+    return f"sources    {sources['placement']} ({sources['reason']}); {read}"
