@@ -271,7 +271,9 @@ def artifact_store(config: StudyConfig) -> FileSystemArtifactStore:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise StudyError(f"{folder}: artifacts must be writable, got {reason(exc)}; choose another storage_path") from exc
+        raise StudyError(
+            f"{folder}: artifacts must be writable, got {reason(exc)}; choose another storage_path"
+        ) from exc
     return FileSystemArtifactStore(str(folder))
 
 
