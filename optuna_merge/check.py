@@ -81,9 +81,8 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     device = "cuda" if torch.cuda.is_available() or card else "cpu"
     memory = plan_memory(config, models, engine, card)
     memory.check(tasks.longest + 1)
-    sources = (
-        None if config.engine.backend == "vllm" else models.plan_sources(config, _merge_device(config, device), memory)
-    )
+    merge_device = _merge_device(config, device)
+    sources = None if config.engine.backend == "vllm" else models.plan_sources(config, merge_device, memory)
     if sources is not None and sources.placement == "gpu":
         memory = replace(memory, sources=sources.n_bytes)
     return Check(
