@@ -54,11 +54,11 @@ class Arm:
 
     Attributes:
         settings: Replace keys of the study file.
-        sampler: Made from the study seed; None: what the study file says.
+        sampler: Made for the objective; None: what the study file says.
     """
 
     settings: dict[str, Any]
-    sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
+    sampler: Callable[[MergeObjective], optuna.samplers.BaseSampler] | None = None
 
 
 def _arms() -> dict[str, Arm]:
@@ -70,12 +70,15 @@ def _arms() -> dict[str, Arm]:
     return arms
 
 
-def tpe(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed)
+def tpe(objective: MergeObjective) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=objective.config.study.seed)
 
 
-def gp(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.GPSampler(seed=seed)
+def gp(objective: MergeObjective) -> optuna.samplers.BaseSampler:
+    """Over the whole space: of its own, it takes what all trials have in common, and a source has no parameters."""
+    sampler = optuna.samplers.GPSampler(seed=objective.config.study.seed)
+    sampler.infer_relative_search_space = lambda *_: dict(objective.space.distributions)  # type: ignore[method-assign]
+    return sampler
 
 
 ARMS = _arms()
@@ -163,7 +166,7 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
         if arm == PEER:
             return Run(pycma(landscape, objective, seed, merges), budget)
         make = ARMS[arm].sampler
-        sampler = objective.sampler() if make is None else make(seed)
+        sampler = objective.sampler() if make is None else make(objective)
         study = optuna.create_study(direction="maximize", sampler=sampler, pruner=objective.pruner())
         objective.enqueue_baselines(study)
         steps: list[Step] = []
@@ -319,7 +322,7 @@ class Synthetic:
         refs = ModelRefs(config.sources, "./base", self._n_layers, "float32")
         model = SyntheticModel(self._n_layers, seed)
         scorer: Any = SyntheticScorer(model, [f"task_{k}" for k in range(N_MODELS)])
-        return MergeObjective(config, SyntheticModels(refs, {}, {}), model, model, scorer)  # type: ignore[arg-type]
+        return MergeObjective(config, SyntheticModels(refs, {}, {}, ()), model, model, scorer)  # type: ignore[arg-type]
 
     def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
         objective.load(recipe)
