@@ -206,6 +206,7 @@ class StudyOptions(_Section):
     Attributes:
         name: Name in the storage; empty: the study file's name.
         n_trials: Trials in total, baselines included; a second run continues up to it.
+        n_workers: Processes that will run it at the same time, on all machines; decides the population.
         seed: Decides every draw, split and mask of the study.
         sampler, pruner: By name, or with options.
         storage: Optuna storage URL; None: an SQLite file in ``storage_path``.
@@ -215,6 +216,7 @@ class StudyOptions(_Section):
 
     name: str = ""
     n_trials: int = Field(100, ge=1)
+    n_workers: int = Field(1, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
     sampler: SamplerConfig = SamplerConfig()
     pruner: PrunerConfig = PrunerConfig()

@@ -13,6 +13,7 @@
     ├── StudyError           a study or its storage
     │   ├── StudyMismatchError     the study was made from other inputs
     │   └── TrialTakenError        another process has taken a trial over
+    ├── WorkerError          worker processes
     ├── ExportError          writing a merged model or a recipe
     └── DataError            preparing the documents of an eval task
 
@@ -83,6 +84,10 @@ class StudyMismatchError(StudyError):
 
 class TrialTakenError(StudyError):
     """Another process has taken over a trial that this one was running."""
+
+
+class WorkerError(OptunaMergeError):
+    """No worker process is left."""
 
 
 class ExportError(OptunaMergeError):

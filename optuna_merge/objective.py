@@ -42,7 +42,7 @@ from optuna_merge.merge_source import FACTORY, describe_source
 from optuna_merge.mergekit import to_mergekit
 from optuna_merge.pruner import SignedRankPruner, best_point
 from optuna_merge.recipe import Dtype, Recipe
-from optuna_merge.sampler import PAIRED_ESTIMATE, StableCmaEsSampler, StableRandomSampler
+from optuna_merge.sampler import PAIRED_ESTIMATE, StableCmaEsSampler, StableRandomSampler, population_size
 from optuna_merge.sources import SourcePlan, free_host_bytes, plan_sources
 from optuna_merge.space import ModelRefs, SearchSpace
 from optuna_merge.vocabulary import unify
@@ -320,9 +320,13 @@ class MergeObjective:
             comment=comment,
         )
 
-    def sampler(self) -> optuna.samplers.BaseSampler:
-        """The sampler that the study file asks for."""
-        return make_sampler(self.config, self.space)
+    def sampler(self, population: int | None = None) -> optuna.samplers.BaseSampler:
+        """The sampler that the study file asks for.
+
+        Args:
+            population: Of CMA-ES; None: as the study file says, or by the numbers of weights and workers.
+        """
+        return make_sampler(self.config, self.space, population)
 
     def pruner(self) -> optuna.pruners.BasePruner:
         """The pruner that the study file asks for.
@@ -367,10 +371,25 @@ class MergeObjective:
             f"scoring: {tasks.n_documents} documents in {tasks.n_chunks} chunks, {held_out} held out;"
             f" {engine.dtype} on {engine.device}; chat template {tasks.chat_template_reason}",
         ]
+        if shared := self._shared_population():
+            lines.append(shared)
         if self.scorer.not_means:
             names = ", ".join(self.scorer.not_means)
             lines.append(f"pruning judges {names} by what was scored so far: the metric is no mean over documents")
         return lines
+
+    def _shared_population(self) -> str:
+        n_workers, sampler = self.config.study.n_workers, self.sampler()
+        if n_workers == 1 or not isinstance(sampler, StableCmaEsSampler):
+            return ""
+        population, usual = sampler.population_size, population_size(len(self.space.distributions))
+        share = population / (population + n_workers - 1)
+        if share < 0.8 or population == usual:
+            return f"{n_workers} workers: CMA-ES learns from {share:.0%} of the trials, {population} in a generation"
+        return (
+            f"{n_workers} workers: generations of {population} trials instead of {usual}, so that CMA-ES learns from"
+            f" {share:.0%} of the trials"
+        )
 
     def close(self) -> None:
         """Free the device's memory."""
@@ -604,8 +623,8 @@ def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
     )
 
 
-def make_sampler(config: StudyConfig, space: SearchSpace) -> optuna.samplers.BaseSampler:
-    """The sampler that a study file asks for."""
+def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None = None) -> optuna.samplers.BaseSampler:
+    """The sampler that a study file asks for; see :meth:`MergeObjective.sampler`."""
     import numpy as np
 
     options, seed = config.study.sampler, config.study.seed
@@ -620,7 +639,11 @@ def make_sampler(config: StudyConfig, space: SearchSpace) -> optuna.samplers.Bas
         return recorded
 
     return StableCmaEsSampler(
-        space.distributions, seed=seed, start=start, covariance=space.covariance(), popsize=options.popsize
+        space.distributions,
+        seed=seed,
+        start=start,
+        covariance=space.covariance(),
+        popsize=population or options.popsize or population_size(len(space.distributions), config.study.n_workers),
     )
 
 

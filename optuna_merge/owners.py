@@ -37,6 +37,10 @@ LEASE_S = 60.0
 """How long a trial of another machine may stay as it is before its process counts as dead."""
 
 
+_claims_here: set[str] = set()
+"""Claims of this process that have not ended."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """A process that runs a trial.
@@ -69,7 +73,9 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it surely runs no more; a process of another machine is never sure to."""
+        """Whether it surely runs the trial no more; a process of another machine is never sure to."""
+        if self.is_here and self.pid == os.getpid() and self.claim not in _claims_here:
+            return True
         return self.is_here and _start_ticks(self.pid) != self.started
 
 
@@ -89,6 +95,7 @@ class Claim:
         self._claims = claims
         self._owner = owner
         self._ended = threading.Event()
+        _claims_here.add(owner.claim)
 
     def __enter__(self) -> Claim:
         threading.Thread(target=self._beat, daemon=True).start()
@@ -96,6 +103,7 @@ class Claim:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        _claims_here.discard(self._owner.claim)
 
     def tell(self, value: float | Sequence[float] | None, state: TrialState) -> FrozenTrial:
         """Finish the trial, as ``study.tell`` does, if it is still this process that runs it.

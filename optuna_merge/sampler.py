@@ -23,7 +23,24 @@ _EDGE = 1.5
 """The mean starts at least this many standard deviations inside the bounds: cmaes redraws what falls outside and then
 clips it, and started at a bound 45 % of the coordinates sat on it."""
 
+_OTHERS = 4
+"""Trials of a generation for each other worker: then CMA-ES learns from 4 of 5 trials."""
+
 Start = Mapping[str, float] | Callable[[optuna.Study], Mapping[str, float]]
+
+
+def population_size(n_dimensions: int, n_workers: int = 1) -> int:
+    """Trials in a generation: 4 + floor(3 ln n), or more where many workers run at the same time.
+
+    What the other workers run when a generation is complete ends too late to teach CMA-ES anything: of
+    p + n_workers - 1 trials it learns from p, the population. It is the least with which that is 80 %.
+
+    Args:
+        n_dimensions: At least 1.
+        n_workers: At least 1.
+    """
+    usual = 4 + int(3 * np.log(max(1, n_dimensions)))
+    return max(usual, _OTHERS * (n_workers - 1))
 
 
 class StableCmaEsSampler(CmaEsSampler):
@@ -95,7 +112,7 @@ class StableCmaEsSampler(CmaEsSampler):
     def population_size(self) -> int:
         """Trials in a generation."""
         n = sum(not distribution.single() for distribution in self._fixed_space.values())
-        return self._popsize or 4 + int(3 * np.log(max(1, n)))
+        return self._popsize or population_size(n)
 
     def generation_of(self, trial: FrozenTrial) -> int | None:
         """The generation in which CMA-ES drew a trial; None if it did not."""

@@ -35,6 +35,8 @@ CHUNKS = "study.n_chunks"
 """In the fingerprint: parts that the documents are cut into."""
 WANTED = "n_trials"
 """Study: how many trials the latest run was asked for."""
+POPULATION = "population"
+"""Study: trials in a generation of CMA-ES, since it was begun."""
 START = "start"
 """Study: where the search began, once it has."""
 

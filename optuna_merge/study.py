@@ -6,7 +6,6 @@ Knows Optuna and the objective; prints nothing. Whoever watches passes a ``Watch
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 import time
@@ -28,6 +27,7 @@ from optuna_merge.lock import make_lock
 from optuna_merge.objective import MergeObjective
 from optuna_merge.owners import Claim, Claims
 from optuna_merge.report import best_merge
+from optuna_merge.sampler import StableCmaEsSampler
 from optuna_merge.storage import is_storage_error, reason
 from optuna_merge.watcher import Watcher
 
@@ -85,7 +85,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
     watcher = watcher or Watcher()
     name, url = config.study.name, store.storage_url(config.storage_path, config.study.storage)
     deadline = math.inf if config.study.timeout is None else time.monotonic() + config.study.timeout
-    with _quiet_optuna(), _terminable():
+    with _quiet_optuna(), terminable():
         try:
             study, storage = store.create_study(url, name)
             claims = Claims(study, storage, make_lock(storage.backend, name, store.local_file(url)))
@@ -103,7 +103,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
                     study.set_metric_names(["score"])
                     objective.enqueue_baselines(study)
                     write_best_config(study, objective)
-                study.sampler, study.pruner = objective.sampler(), objective.pruner()
+                study.sampler, study.pruner = _sampler(study, objective), objective.pruner()
                 watcher.study_opened(study, config.study.n_trials, requeued)
                 outcome = _run_trials(claims, objective, watcher, deadline)
                 watcher.study_closed(study)
@@ -137,6 +137,14 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
             f"{path}: best merge must be writable, got {reason(exc)}; make room and run the same command again"
         ) from exc
     return path
+
+
+def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:
+    """The sampler, with the population that the study was begun with."""
+    sampler = objective.sampler(study.user_attrs.get(store.POPULATION))
+    if store.POPULATION not in study.user_attrs and isinstance(sampler, StableCmaEsSampler):
+        study.set_user_attr(store.POPULATION, sampler.population_size)
+    return sampler
 
 
 def _run_trials(claims: Claims, objective: MergeObjective, watcher: Watcher, deadline: float) -> Outcome:
@@ -218,14 +226,14 @@ def _quiet_optuna() -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM end a study as Ctrl-C does; a scheduler sends it before it kills."""
+def terminable() -> Iterator[None]:
+    """Make SIGTERM end what runs as Ctrl-C does; a scheduler sends it before it kills."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(_: int, __: FrameType | None) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        raise KeyboardInterrupt  # itself, not by SIGINT: a shell's background processes ignore that
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -94,12 +94,13 @@ ARROWS = {
     "space": {"config", "layers", "methods", "recipe"},
     "storage": set(),
     "store": {"journal", "lock", "proxy", "sampler", "storage"},
-    "study": {"config", "lock", "objective", "owners", "report", "storage", "store", "watcher"},
+    "study": {"config", "lock", "objective", "owners", "report", "sampler", "storage", "store", "watcher"},
     "svg": {"pictures"},
     "trackers": {"config", "report", "sampler", "store", "watcher"},
     "vocabulary": {"checkpoint", "layers"},
     "watcher": set(),
     "webpage": {"config", "dashboard", "pictures", "report", "svg"},
+    "workers": set(),
     "testing": {"evaluation.engine", "methods", "methods.function"},
 }
 

@@ -47,6 +47,8 @@ def elsewhere(claims: Claims, trial_id: int) -> None:
 def test_an_owner_is_gone_when_its_process_is() -> None:
     me = Owner.me()
     assert (me.host, me.pid) == (socket.gethostname(), os.getpid())
+    assert me.is_gone  # no claim of ours
+    owners._claims_here.add(me.claim)
     assert not me.is_gone
     assert replace(me, started=me.started - 1).is_gone  # an earlier process had our number
     assert not replace(me, host="another-host", pid=1).is_gone  # who knows

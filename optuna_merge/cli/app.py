@@ -12,7 +12,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from optuna_merge.cli import check, dashboard, explain, export, methods, prepare_data, report, run_study, status
+from optuna_merge.cli import (
+    check,
+    dashboard,
+    explain,
+    export,
+    methods,
+    prepare_data,
+    report,
+    run_study,
+    serve_storage,
+    status,
+)
 from optuna_merge.cli.options import INTERRUPTED
 from optuna_merge.errors import OptunaMergeError
 
@@ -47,6 +58,7 @@ app.command("dashboard", short_help="Show the study in the browser.")(dashboard.
 app.command("explain", short_help="Say which layer groups and models matter.")(explain.explain)
 app.command("export", short_help="Write a trial's merge as a model.")(export.export)
 app.command("methods", short_help="List the merge methods.")(methods.methods)
+app.command("serve-storage", short_help="Hand a storage to workers on other hosts.")(serve_storage.serve_storage)
 app.command("prepare-data", short_help="Make the documents of the eval tasks.")(prepare_data.prepare_data)
 
 

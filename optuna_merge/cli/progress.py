@@ -19,7 +19,7 @@ from optuna_merge.watcher import Watcher
 class TerminalWatcher(Watcher):
     """Shows trials, the best merge and what it has to beat, and the time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bar: bool = True) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.fields[what]}"),
@@ -29,7 +29,7 @@ class TerminalWatcher(Watcher):
             TextColumn("{task.fields[left]}"),
             console=self._console,
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (bar and sys.stderr.isatty()),
         )
         self._task = self._bar.add_task("", total=None, what="", best="", left="")
         self._n_trials = 0

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import Annotated, Any
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +32,11 @@ from optuna_merge.cli.options import (
 from optuna_merge.cli.report import print_summary
 from optuna_merge.errors import OptunaMergeError, StudyError
 
+if TYPE_CHECKING:
+    from optuna_merge.config import StudyConfig
+    from optuna_merge.objective import MergeObjective
+    from optuna_merge.trackers import Tracker
+
 
 def run_study(
     file: StudyFile,
@@ -38,6 +50,13 @@ def run_study(
     storage: StorageUrl = None,
     task_search_path: TaskSearchPath = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:<index>.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, metavar="N", help="Processes that run it here, together."),
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option("--devices", metavar="LIST", help="One worker on each, such as cuda:0,cuda:1.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", help="Longest sequences in one forward pass.")
     ] = None,
@@ -74,13 +93,20 @@ def run_study(
         bool, typer.Option("--trust-remote-code", help="Run Python code that a model folder brings along.")
     ] = False,
     as_json: Json = False,
+    as_worker: Annotated[str | None, typer.Option("--as-worker", hidden=True)] = None,
 ) -> None:
     """Run a study, or go on with it: the same line starts and resumes.
 
     Example: optuna-merge run-study studies/quickstart.yaml --n-trials 100
 
+    Any number of these may run one study at the same time, on all machines that reach its storage; they run N trials
+    in all.
+
     Ctrl-C stops it cleanly; the trial in flight is put back, and the next start takes it up where it was.
     """
+    if as_worker is not None:
+        _work(file, **json.loads(as_worker))
+        return
     if not in_memory:
         raise OptunaMergeError("--no-in-memory must be absent: every merge is made in memory; drop the option")
     overrides = overrides_of(storage_path, storage, task_search_path, seed)
@@ -100,14 +126,12 @@ def run_study(
 
     config = load_study(file, overrides)
 
+    from optuna_merge import store
     from optuna_merge import study as studies
-    from optuna_merge.cli.progress import TerminalWatcher
-    from optuna_merge.dashboard import DashboardWatcher
     from optuna_merge.holdout import score_holdout
-    from optuna_merge.objective import MergeObjective
     from optuna_merge.report import N_BEST, summarize
-    from optuna_merge.trackers import TrackingWatcher, WandbTracker, make_tracker
-    from optuna_merge.watcher import Watchers
+    from optuna_merge.trackers import WandbTracker, make_tracker
+    from optuna_merge.workers import parse_devices
 
     trackers = [make_tracker(path) for path in tracker or ()]
     if wandb:
@@ -115,20 +139,22 @@ def run_study(
             raise StudyError("--wandb must have the package wandb, got none; pip install 'optuna-merge[wandb]'")
         trackers.append(WandbTracker(config.storage_path, wandb_project, wandb_entity))
 
-    note(f"reading models and eval tasks of {file}")
-    config = studies.as_started(config)
-    objective = MergeObjective.from_config(config)
-    for line in objective.describe():
-        note(line)
-    dashboard = DashboardWatcher(config, objective.merge_file, note)
-    best_file = config.storage_path / studies.BEST_CONFIG
-    tracking = [TrackingWatcher(one, config, best_file, note) for one in trackers]
-    with TerminalWatcher() as terminal, ExitStack() as stack:
-        for watcher in tracking:
-            stack.callback(watcher.close)
-        outcome = studies.run_study(config, objective, Watchers([dashboard, *tracking, terminal]))
+    names: list[str | None] = [*parse_devices(devices)] if devices else []
+    n_workers = workers or len(names) or 1
+    if n_workers > 1:
+        if trackers:
+            raise StudyError("--wandb and --tracker follow one process, got --workers or --devices; leave one out")
+        overrides["study.n_workers"] = max(n_workers, config.study.n_workers)
+    config = load_study(file, overrides | ({"engine.device": names[0]} if names else {}))
+    objective = None
+    if n_workers == 1:
+        objective = _objective(file, config)
+        interrupted = _run(studies.as_started(config), objective, trackers, bar=True)
+    else:
+        interrupted = _run_workers(file, overrides, [*islice(cycle(names or [None]), n_workers)])
     study = open_started(config)
-    if not outcome.interrupted:
+    if not interrupted:
+        objective = objective or _objective(file, config)
         score_holdout(study, objective, note)
     summary = summarize(study, config, N_BEST)
     if as_json:
@@ -138,13 +164,82 @@ def run_study(
         if summary.best_trial is not None:
             typer.echo(f"recipe: {config.storage_path / studies.BEST_CONFIG}")
             typer.echo(f"model:  {export_line(file, storage_path, storage, seed)}")
-    objective.close()
-    if outcome.interrupted:
-        note(f"interrupted after {outcome.n_finished} of {config.study.n_trials} trials; the same command continues")
+    if objective is not None:
+        objective.close()
+    n_finished = store.n_finished(study)
+    if interrupted:
+        note(f"interrupted after {n_finished} of {config.study.n_trials} trials; the same command continues")
         raise typer.Exit(INTERRUPTED)
     if summary.best_trial is None:
         raise StudyError(
             f"study {config.study.name!r} must have a merge with a score, got none; see the failures above"
         )
-    if outcome.timed_out:
-        note(f"timeout after {outcome.n_finished} of {config.study.n_trials} trials; the same command continues")
+    if n_finished < config.study.n_trials:
+        note(f"timeout after {n_finished} of {config.study.n_trials} trials; the same command continues")
+
+
+def _objective(file: Path, config: StudyConfig) -> MergeObjective:
+    from optuna_merge.objective import MergeObjective
+    from optuna_merge.study import as_started
+
+    note(f"reading models and eval tasks of {file}")
+    objective = MergeObjective.from_config(as_started(config))
+    for line in objective.describe():
+        note(line)
+    return objective
+
+
+def _run(config: StudyConfig, objective: MergeObjective, trackers: Sequence[Tracker], *, bar: bool) -> bool:
+    """Run the study in this process; whether it was interrupted."""
+    from optuna_merge.cli.progress import TerminalWatcher
+    from optuna_merge.dashboard import DashboardWatcher
+    from optuna_merge.study import BEST_CONFIG, run_study
+    from optuna_merge.trackers import TrackingWatcher
+    from optuna_merge.watcher import Watchers
+
+    dashboard = DashboardWatcher(config, objective.merge_file, note)
+    tracking = [TrackingWatcher(one, config, config.storage_path / BEST_CONFIG, note) for one in trackers]
+    with TerminalWatcher(bar=bar) as terminal, ExitStack() as stack:
+        for watcher in tracking:
+            stack.callback(watcher.close)
+        return run_study(config, objective, Watchers([dashboard, *tracking, terminal])).interrupted
+
+
+def _run_workers(file: Path, overrides: dict[str, Any], devices: list[str | None]) -> bool:
+    """Run worker processes on these devices, None being the study file's; whether they were interrupted."""
+    from optuna_merge.study import terminable
+    from optuna_merge.workers import run_workers
+
+    start = [sys.executable, "-m", "optuna_merge", "run-study", str(file), "--as-worker"]
+    commands = []
+    for number, device in enumerate(devices, start=1):
+        given = overrides if device is None else overrides | {"engine.device": device}
+        commands.append([*start, json.dumps({"number": number, "overrides": given}, default=str)])
+    where = ", ".join(dict.fromkeys(device for device in devices if device is not None))
+    note(f"{len(devices)} workers" + (f" on {where}" if where else ""))
+    with terminable():
+        return run_workers(commands, max(1, (os.cpu_count() or 1) // len(devices)), note)
+
+
+def _work(file: Path, number: int, overrides: dict[str, Any]) -> None:
+    """What a worker process does; the first one says what the study is."""
+    from optuna_merge.config import load_study
+    from optuna_merge.objective import MergeObjective
+    from optuna_merge.study import as_started
+    from optuna_merge.workers import CRASHED, stop_with_parent
+
+    stop_with_parent()
+    try:
+        config = as_started(load_study(file, overrides))
+        objective = MergeObjective.from_config(config)
+        for line in objective.describe() if number == 1 else ():
+            note(line)
+        interrupted = _run(config, objective, (), bar=False)
+        objective.close()
+    except OptunaMergeError:
+        raise
+    except Exception as exc:
+        traceback.print_exc()
+        raise typer.Exit(CRASHED) from exc
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)

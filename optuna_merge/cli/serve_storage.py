@@ -1,0 +1,46 @@
+"""``serve-storage``: hand a study's storage to workers on other hosts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from optuna_merge.cli.options import note
+
+
+def serve_storage(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Storage to serve: sqlite:///FILE, postgresql://... or mysql://...")
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other hosts in.")
+    ] = "localhost",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 13000,
+) -> None:
+    """Serve a storage over gRPC, to be named grpc://HOST:PORT by run-study on other hosts.
+
+    Example: optuna-merge serve-storage sqlite:///studies/study.db --host 0.0.0.0
+
+    There is no password: whoever reaches the port can change every study. Listen on a network that you trust.
+    """
+    from pathlib import Path
+
+    from optuna_merge.config import absolute_storage
+    from optuna_merge.errors import StudyError
+    from optuna_merge.proxy import make_server
+    from optuna_merge.storage import BatchedStorage
+    from optuna_merge.store import open_storage, shown_url
+
+    if url.startswith(("journal:", "grpc:")):
+        raise StudyError(f"URL must name a database, got {url}: Optuna's proxy serves no other; use sqlite:///FILE")
+    url = absolute_storage(url, Path.cwd())
+    storage = BatchedStorage(open_storage(url), shown_url(url), batched=False)
+    server, port = make_server(storage, host, port)
+    server.start()
+    note(f"serving {shown_url(url)} as grpc://{host}:{port}; Ctrl-C ends it")
+    try:
+        server.wait_for_termination()
+    except KeyboardInterrupt:
+        server.stop(grace=1).wait()
+        raise

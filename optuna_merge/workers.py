@@ -1,0 +1,140 @@
+"""Worker processes of one study on this machine: started, replaced when they die, stopped together.
+
+A worker is a command line like any other that runs the study; what it knows of the others it reads in the storage.
+Knows nothing of studies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from optuna_merge.errors import OptunaMergeError, WorkerError
+
+EXPECTED_ERROR = 1
+"""Exit code of a worker that says why it cannot go on; it is not replaced."""
+INTERRUPTED = 130
+"""Exit code of a worker that was asked to stop."""
+CRASHED = 70
+"""Exit code of a worker that failed as nobody expected; it is replaced, as one is that a signal ended."""
+
+_CRASHES = 3
+_WITHIN_S = 120.0
+_POLL_S = 0.2
+
+
+@dataclass
+class _Worker:
+    number: int
+    command: Sequence[str]
+    process: subprocess.Popen[bytes]
+    crashes: list[float] = field(default_factory=list)
+
+
+def run_workers(commands: Sequence[Sequence[str]], n_threads: int, note: Callable[[str], None]) -> bool:
+    """Run worker processes until all are done.
+
+    Args:
+        commands: One command line for each worker.
+        n_threads: OpenMP threads of each, where the environment does not say.
+        note: Is told of workers that die.
+
+    Returns:
+        Whether they were interrupted, by Ctrl-C or from elsewhere.
+
+    Raises:
+        WorkerError: If all have given up.
+    """
+    environment = {"OMP_NUM_THREADS": str(n_threads), **os.environ}
+
+    def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once. The pipe ends
+        # with this process, however that ends, which tells the worker to stop.
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+
+    workers = [_Worker(number, command, start(command)) for number, command in enumerate(commands, start=1)]
+    n_done = 0
+    interrupted = False
+    try:
+        while workers:
+            time.sleep(_POLL_S)
+            for worker in list(workers):
+                code = worker.process.poll()
+                if code is None:
+                    continue
+                if worker.process.stdin is not None:
+                    worker.process.stdin.close()
+                if code in (0, INTERRUPTED, -signal.SIGTERM):
+                    n_done += 1
+                    interrupted |= code != 0
+                    workers.remove(worker)
+                elif code == EXPECTED_ERROR or not _may_restart(worker):
+                    note(f"worker {worker.number} has given up ({_ended(code)})")
+                    workers.remove(worker)
+                else:
+                    note(f"worker {worker.number} died ({_ended(code)}); starting it again")
+                    worker.process = start(worker.command)
+    except KeyboardInterrupt:
+        interrupted = True
+        _stop(workers, note)
+    except BaseException:
+        _stop(workers, note)
+        raise
+    if not interrupted and not n_done:
+        raise WorkerError(f"workers: at least one of {len(commands)} must run, all have given up; see above")
+    return interrupted
+
+
+def stop_with_parent() -> None:
+    """Interrupt this process, a worker, when the one that started it has ended; returns at once."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1):  # not sys.stdin, whose lock would be in the way when Python ends
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def parse_devices(devices: str) -> list[str]:
+    """The devices of ``--devices``, such as ``cuda:0,cuda:1``.
+
+    Raises:
+        OptunaMergeError: If one is left out.
+    """
+    names = [name.strip() for name in devices.split(",")]
+    if not all(names):
+        raise OptunaMergeError(f"--devices must be names with commas between them, got {devices!r}; try cuda:0,cuda:1")
+    return names
+
+
+def _may_restart(worker: _Worker) -> bool:
+    now = time.monotonic()
+    worker.crashes = [*(when for when in worker.crashes if now - when < _WITHIN_S), now]
+    return len(worker.crashes) < _CRASHES
+
+
+def _stop(workers: Sequence[_Worker], note: Callable[[str], None]) -> None:
+    """Let all put their trials back; a second Ctrl-C kills them, and their trials come back all the same."""
+    try:
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.process.terminate()
+        for worker in workers:
+            worker.process.wait()
+    except KeyboardInterrupt:
+        note("killing the workers")
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def _ended(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

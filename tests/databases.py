@@ -1,0 +1,95 @@
+"""Real servers for tests: PostgreSQL, and the gRPC proxy; each ends with its context."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+class Postgres:
+    """A PostgreSQL server with a data folder of its own, from the programs that pgserver brings."""
+
+    def __init__(self, folder: Path) -> None:
+        programs = Path(pytest.importorskip("pgserver").__file__).parent / "pginstall" / "bin"
+        self._postgres = str(programs / "postgres")
+        self.port = free_port()
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self._folder = folder
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            self._as = {"user": "nobody", "group": "nogroup"}
+            shutil.chown(folder, "nobody", "nogroup")
+        command = [str(programs / "initdb"), "-D", str(folder / "data"), "-U", "postgres", "--auth=trust", "-N"]
+        subprocess.run(command, check=True, capture_output=True, cwd="/", **self._as)
+        self.start()
+
+    def start(self) -> None:
+        options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._folder), "-c", "shared_buffers=16MB"]
+        self._process = subprocess.Popen(
+            [self._postgres, "-D", str(self._folder / "data"), *options],
+            stderr=(self._folder / "log").open("ab"),
+            cwd="/",
+            **self._as,
+        )
+        wait_for(self.port)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT: drop all connections and end; SIGKILL: as if the power were cut."""
+        self._process.send_signal(how)
+        self._process.wait()
+        if how == signal.SIGKILL:
+            time.sleep(0.5)  # its children notice
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[Postgres]:
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:  # pytest's own are closed to other users
+        server = Postgres(Path(folder))
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@contextlib.contextmanager
+def proxy(url: str) -> Iterator[str]:
+    """``optuna-merge serve-storage`` over a storage; the URL to reach it by."""
+    pytest.importorskip("grpc")
+    port = free_port()
+    command = [sys.executable, "-m", "optuna_merge", "serve-storage", url, "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command)
+    try:
+        wait_for(port)
+        yield f"grpc://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
