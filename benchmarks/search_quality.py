@@ -39,7 +39,7 @@ from optuna_merge.objective import MergeObjective, StudyModels, build_scorer, ma
 from optuna_merge.recipe import PASSTHROUGH, Recipe
 from optuna_merge.report import best_merge
 from optuna_merge.space import ModelRefs
-from optuna_merge.store import DOCUMENTS
+from optuna_merge.store import BASELINE, BASELINE_KIND, DOCUMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 N_MODELS = 3
@@ -75,10 +75,7 @@ def tpe(objective: MergeObjective) -> optuna.samplers.BaseSampler:
 
 
 def gp(objective: MergeObjective) -> optuna.samplers.BaseSampler:
-    """Over the whole space: of its own, it takes what all trials have in common, and a source has no parameters."""
-    sampler = optuna.samplers.GPSampler(seed=objective.config.study.seed)
-    sampler.infer_relative_search_space = lambda *_: dict(objective.space.distributions)  # type: ignore[method-assign]
-    return sampler
+    return optuna.samplers.GPSampler(seed=objective.config.study.seed)
 
 
 ARMS = _arms()
@@ -168,7 +165,10 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
         make = ARMS[arm].sampler
         sampler = objective.sampler() if make is None else make(objective)
         study = optuna.create_study(direction="maximize", sampler=sampler, pruner=objective.pruner())
-        objective.enqueue_baselines(study)
+        if make is gp:  # it draws at random where a trial has no parameters, as those of sources and the base
+            enqueue_points(study, objective)
+        else:
+            objective.enqueue_baselines(study)
         steps: list[Step] = []
         documents = 0
         while True:
@@ -184,6 +184,14 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
             if best is not None and best.number == trial.number:
                 true = landscape.truth(objective, objective.recipe(best))
                 steps.append(Step(documents, float(best.value or 0.0), true))
+
+
+def enqueue_points(study: optuna.Study, objective: MergeObjective) -> None:
+    """Enqueue the uniform merges alone."""
+    for baseline in objective.space.baselines:
+        if baseline.params:
+            attributes = {BASELINE: baseline.name, BASELINE_KIND: baseline.kind}
+            study.enqueue_trial(dict(baseline.params), user_attrs=attributes)
 
 
 def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: int) -> list[Step]:
