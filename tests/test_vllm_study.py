@@ -53,6 +53,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def runs(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.vllm
 def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, study_file: Callable[..., Path]) -> None:
     base, models = write_tiny_models(tmp_path / "wide", 2, head_dim=32, n_layers=2, spread=0.3)
@@ -85,7 +92,7 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, study_file
     assert workers
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+    while any(runs(pid) for pid in workers):
         assert time.monotonic() < deadline, "vLLM outlives the study"
         time.sleep(0.2)
     summaries = []

@@ -268,7 +268,7 @@ class VLLMEngine:
         assert self._request is not None
         self._start()
         with _noticing_death():
-            answers = self._llm.collective_rpc("load_from", args=(*self._request, self._shapes))
+            answers = self._llm.collective_rpc("load_from", args=(*self._request, self._shapes, os.getpid()))
         raise_first(answers)
 
     def _surviving(self, call: Callable[[], _Result]) -> _Result:

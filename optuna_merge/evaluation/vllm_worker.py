@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ class WeightsWorker:
     model_config: Any
     reload_weights: Callable[..., None]
 
-    def load_from(self, factory: str, argument: str, request: str, shapes: str) -> Answer:
+    def load_from(self, factory: str, argument: str, request: str, shapes: str, study: int) -> Answer:
         """Overwrite the weights with what a source makes.
 
         The worker's part of a tensor-parallel model is filled; each worker makes all tensors itself.
@@ -47,7 +50,11 @@ class WeightsWorker:
             argument: For the factory.
             request: For the source.
             shapes: JSON: name of every tensor that must come to its shape.
+            study: Process that the worker must not outlive.
         """
+        if not self.__dict__.setdefault("_weights_watched", False):
+            self.__dict__["_weights_watched"] = True
+            _die_with(study)
         try:
             stream = self._source(factory, argument)(request)
             expected = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
@@ -186,6 +193,32 @@ class _Recorded:
 
     def __exit__(self, *exc: object) -> None:
         del self._model.load_weights
+
+
+def _die_with(study: int) -> None:
+    """End this worker, and vLLM's process between it and the study, once the study is gone.
+
+    vLLM stays when the process that started it is killed, and with it the memory that the next start needs.
+    """
+    parent = os.getppid()
+    if os.getpid() == study or study not in (parent, _parent_of(parent)):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent and (parent == study or _parent_of(parent) == study):
+            time.sleep(0.5)
+        if parent != study and os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="study-watch").start()
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _check_loaded(model: Any, loaded: set[str] | None, quantization: str | None) -> None:

@@ -270,7 +270,7 @@ class TestHazards:
         for tensors, error, message in (
             (broken, NonFiniteMergeError, f"{name}: must be finite"),
             ({k: v for k, v in weights[1].items() if k != name}, EngineError, f"{name}: must be delivered"),
-            ({**weights[1], "no.such": weights[1][name]}, EngineError, "no.such: must be in the checkpoint"),
+            ({**weights[1], "no.such": weights[1][name].clone()}, EngineError, "no.such: must be in the checkpoint"),
         ):
             source.mkdir(exist_ok=True)
             save_file(tensors, source / "model.safetensors")
