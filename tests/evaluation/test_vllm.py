@@ -263,10 +263,10 @@ class TestHazards:
         engine, _, weights = resident
         name = list(weights[0])[-3]
         broken = {**weights[1], name: weights[1][name] * torch.nan}
-        source, n_starts = tmp_path / "source", engine.n_starts
+        source = tmp_path / "source"
         prepared = engine.prepare(REQUESTS)
         engine.load_weights(weights[0].items())
-        expected = engine.respond(prepared)
+        expected, n_starts = engine.respond(prepared), engine.n_starts
         for tensors, error, message in (
             (broken, NonFiniteMergeError, f"{name}: must be finite"),
             ({k: v for k, v in weights[1].items() if k != name}, EngineError, f"{name}: must be delivered"),
