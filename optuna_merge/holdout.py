@@ -66,7 +66,13 @@ def score_holdout(
     _write(
         objective.config.storage_path / HOLDOUT_FILE,
         json.dumps(
-            {"study": study.study_name, "best_trial": best.number, "rows": [asdict(row) for row in rows]}, indent=1
+            {
+                "study": study.study_name,
+                "best_trial": best.number,
+                "recipe": best.user_attrs.get(store.RECIPE_DIGEST),
+                "rows": [asdict(row) for row in rows],
+            },
+            indent=1,
         ),
     )
     return rows

@@ -247,8 +247,9 @@ def _read_holdout(file: Path, study: optuna.Study, best: FrozenTrial | None) -> 
         return {}
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        if data["study"] != study.study_name or data["best_trial"] != best.number:
-            return {}
+        made_for = (data["study"], data["best_trial"], data["recipe"])
+        if made_for != (study.study_name, best.number, best.user_attrs.get(store.RECIPE_DIGEST)):
+            return {}  # another study may have written there, even one of that name
         rows = [
             HoldoutRow(**{**row, "tasks": {name: TaskFigure(**task) for name, task in row["tasks"].items()}})
             for row in data["rows"]

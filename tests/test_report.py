@@ -47,9 +47,11 @@ def held(trial: int, value: float, difference: float = 0.0, stderr: float = 0.0,
     return HoldoutRow(trial, value, {"one": TaskFigure("acc,none", value, 0.1, 10)}, difference, stderr, p_value)
 
 
-def write(config: StudyConfig, rows: list[HoldoutRow], best: int = 6, study: str = "tiny") -> None:
+def write(
+    config: StudyConfig, rows: list[HoldoutRow], best: int = 6, study: str = "tiny", recipe: str | None = None
+) -> None:
     config.storage_path.mkdir(exist_ok=True)
-    data = {"study": study, "best_trial": best, "rows": [asdict(row) for row in rows]}
+    data = {"study": study, "best_trial": best, "recipe": recipe, "rows": [asdict(row) for row in rows]}
     (config.storage_path / HOLDOUT_FILE).write_text(json.dumps(data))
 
 
@@ -115,9 +117,16 @@ def test_a_best_uniform_merge_is_not_compared_with_itself(config: StudyConfig) -
     assert verdict(summarize(study, config)) == ""
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"study": "tiny", "best_trial": 6, "rows": [{}]}'])
+@pytest.mark.parametrize("text", ["", "{}", '{"study": "tiny", "best_trial": 6, "recipe": null, "rows": [{}]}'])
 def test_figures_that_cannot_be_read_back(study: optuna.Study, config: StudyConfig, text: str) -> None:
     write(config, [])
     (config.storage_path / HOLDOUT_FILE).write_text(text)
     with pytest.raises(StudyError, match=r"holdout.json: must hold the holdout's figures, got .*; delete it: report"):
         summarize(study, config)
+
+
+def test_figures_of_another_recipe_are_not_this_study_s(study: optuna.Study, config: StudyConfig) -> None:
+    write(config, [held(6, 0.7)], recipe="of a study of that name, somewhere else")
+    assert needs_holdout(study, config.storage_path, 1)
+    write(config, [held(6, 0.7)])
+    assert not needs_holdout(study, config.storage_path, 1)
