@@ -6,10 +6,10 @@
 
 Checkpoints are random bfloat16, made on the spot; sources are read once before anything is measured. The copy
 bandwidth is that of copying the same tensors into the resident model, read plus written, in the same run. Each repeat
-has another density, as the trials of a search have; "kept" is the time of a merge whose density is that of the one
-before. "MiB" is the memory used beyond the resident model and the mapped files: the run fails if it is over 512. On the
-CPU it is that of anonymous pages, looked at every 5 ms (on Linux alone), for the peak that the kernel keeps counts
-the pages of mapped files too.
+has other weights and another density, as the trials of a search have; "kept" is the time of a merge with the density
+of the one before. "MiB" is the memory used beyond the resident model and the mapped files: the run fails if it is over
+512. On the CPU it is that of anonymous pages, looked at every 5 ms (on Linux alone), for the peak that the kernel
+keeps counts the pages of mapped files too.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ def main() -> None:
         )
         for method in args.methods.split(","):
             recipes = [
-                make_recipe(method, references, args.n_layers, DENSITY - 0.001 * i) for i in range(args.repeats + 1)
+                make_recipe(method, references, args.n_layers, DENSITY - 0.001 * i, i) for i in range(args.repeats + 1)
             ]
             with ExtraMemory(args.device) as memory:
                 times = [seconds_of(lambda recipe=recipe: merge_all(merger, recipe, resident)) for recipe in recipes]
-                kept_s = seconds_of(lambda recipe=recipes[-1]: merge_all(merger, recipe, resident))
+                kept = make_recipe(method, references, args.n_layers, DENSITY - 0.001 * args.repeats, -1)
+                kept_s = seconds_of(lambda recipe=kept: merge_all(merger, recipe, resident))
             seconds = statistics.median(times[1:])
             n_read = len(recipes[0].references) - (method == "linear")  # which does not read its base
             speed = 2 * (n_read + 1) * n_elements / seconds
@@ -120,10 +121,11 @@ def write_models(folder: Path, n_layers: int) -> list[Path]:
     return paths
 
 
-def make_recipe(method: str, references: list[str], n_layers: int, density: float) -> Recipe:
+def make_recipe(method: str, references: list[str], n_layers: int, density: float, number: int) -> Recipe:
+    """The merge of one trial; each number has other weights, for tensors of the same numbers are left as they are."""
     declared = METHODS[method]
     base = None if declared.base == "none" else references[0]
-    values = {"weight": (0.37, 0.91, 0.22), "density": (density,) * N_SOURCES}
+    values = {"weight": (0.37 + 0.001 * number, 0.91, 0.22), "density": (density,) * N_SOURCES}
     per_model = {p.name: values[p.name] for p in declared.parameters if p.per_model and p.name in values}
     group = GroupRecipe("all", (0, n_layers), ("embedding", "head"), (ParameterSet(None, {}, per_model),))
     return Recipe(method, tuple(references[1:]), base, n_layers, (group,), dtype="bfloat16")

@@ -1,0 +1,643 @@
+"""Everything there is to know of merging and scoring on CUDA, proven and measured in one call.
+
+    python benchmarks/cuda_suite.py                                    all parts, at the shape of Mistral 7B
+    python benchmarks/cuda_suite.py --part equal --part merge
+    python benchmarks/cuda_suite.py --device cpu --tiny                the same code, in the test suite
+
+Needs no network and no file from elsewhere: models are random weights, tokenizer and documents are made on the spot,
+below ``--folder`` (at full size 58 GB). Figures go to ``--out`` as JSON; a table is printed last. A part whose package
+is missing is skipped with a word; one that finds a difference ends the run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import math
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.errors import NonFiniteMergeError
+from optuna_merge.evaluation.engine import Engine
+from optuna_merge.export import export
+from optuna_merge.merge import Merger
+from optuna_merge.methods import METHODS
+from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
+from optuna_merge.testing import merge_tensors, write_tiny_models
+
+N_SOURCES = 3
+GIB = 2**30
+FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}  # dense bfloat16, by the makers' data sheets
+SPEED_METHODS = ("linear", "task_arithmetic", "dare_linear", "dare_ties", "ties", "breadcrumbs", "della")
+TINY_COMPILED = ("linear", "ties")  # a compiler takes seconds for each
+MISTRAL = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+TINY = MISTRAL | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 320,
+}
+WORDS = "cat dog mat sat ran after the and on one two three four five six seven eight nine ten letter next".split()
+
+
+class DifferenceError(Exception):
+    """Two ways to the same thing differ."""
+
+
+@dataclass
+class Suite:
+    """What the parts share: device, sizes and the models on disk."""
+
+    device: torch.device
+    tiny: bool
+    folder: Path
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Of the models."""
+        return TINY if self.tiny else MISTRAL
+
+    @property
+    def models(self) -> list[Path]:
+        """The base, then its fine-tunes; written when they are first asked for."""
+        paths = [self.folder / f"model_{number}" for number in range(N_SOURCES + 1)]
+        if not (self.folder / "complete").exists():
+            write_models(self, paths)
+            (self.folder / "complete").touch()
+        return paths
+
+    @property
+    def n_parameters(self) -> int:
+        """Of each model."""
+        checkpoint = Checkpoint.open(str(self.models[0]))
+        return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+
+    def wait(self) -> None:
+        """Until the device has done what it was told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, action: Callable[[], Any], repeats: int = 3) -> float:
+        """The least of some repeats, the device's work included."""
+        best = math.inf
+        for _ in range(repeats):
+            self.wait()
+            start = time.perf_counter()
+            action()
+            self.wait()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def peak(self, reset: bool = False) -> int:
+        """Greatest number of bytes in use since the last reset; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        if reset:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def write_models(suite: Suite, paths: list[Path]) -> None:
+    """Random bfloat16 checkpoints of one shape, with a tokenizer; one file a layer, made on the device."""
+    base, _ = write_tiny_models(suite.folder / "tokenizer", 0)
+    config = json.loads((base / "config.json").read_text()) | suite.shape
+    config |= {"dtype": "bfloat16", "tie_word_embeddings": False}
+    generator = torch.Generator(suite.device).manual_seed(0)
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
+        for file in base.iterdir():
+            if "token" in file.name:
+                shutil.copyfile(file, path / file.name)
+        (path / "config.json").write_text(json.dumps(config))
+    weight_map = {}
+    for number, group in enumerate(tensor_shapes(suite.shape)):
+        file_name = f"model-{number + 1:05d}.safetensors"
+        weight_map |= dict.fromkeys(group, file_name)
+        drawn = {
+            name: 0.02 * torch.randn(shape, generator=generator, device=suite.device) for name, shape in group.items()
+        }
+        for index, path in enumerate(paths):
+            stored = {}
+            for name, tensor in drawn.items():
+                noise = torch.randn(tensor.shape, generator=generator, device=suite.device)
+                norm = 1.0 if name.endswith("norm.weight") else 0.0
+                stored[name] = (tensor + norm + (0.002 if index else 0) * noise).bfloat16().cpu()
+            save_file(stored, path / file_name, metadata={"format": "pt"})
+    for path in paths:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def tensor_shapes(shape: dict[str, int]) -> Iterator[dict[str, tuple[int, ...]]]:
+    hidden, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
+    vocabulary = (shape["vocab_size"], hidden)
+    yield {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary, "model.norm.weight": (hidden,)}
+    for layer in range(shape["num_hidden_layers"]):
+        parts = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        yield {f"model.layers.{layer}.{part}.weight": size for part, size in parts.items()}
+
+
+def make_recipe(suite: Suite, method: str, number: int = 0) -> Recipe:
+    """The merge of one trial: each number has other weights and densities."""
+    declared = METHODS[method]
+    least, greatest = declared.n_models_for(declared.base != "none")
+    sources = suite.models[1 : 1 + min(N_SOURCES, greatest or N_SOURCES)]
+    assert len(sources) >= least
+    weights, density = (0.37 + 0.001 * number, 0.91 - 0.001 * number, 0.22), 0.5 - 0.001 * number
+    values = {"weight": weights, "density": (density,) * N_SOURCES, "epsilon": (0.1,) * N_SOURCES}
+    per_model = {
+        p.name: values.get(p.name, (p.default or 0.0,) * N_SOURCES)[: len(sources)]
+        for p in declared.parameters
+        if p.per_model
+    }
+    n_layers = suite.shape["num_hidden_layers"]
+    group = GroupRecipe("all", (0, n_layers), ("embedding", "head"), (ParameterSet(None, {}, per_model),))
+    base = None if declared.base == "none" else str(suite.models[0])
+    return Recipe(method, tuple(map(str, sources)), base, n_layers, (group,), dtype="bfloat16")
+
+
+def open_merger(suite: Suite, recipe: Recipe, sources: Any, **options: Any) -> Merger:
+    return Merger({r: Checkpoint.open(r) for r in recipe.references}, device=suite.device, sources=sources, **options)
+
+
+# -- 1. equal ---------------------------------------------------------------------------------------------------------
+
+
+def part_equal(suite: Suite) -> dict[str, Any]:
+    """Each method on the device against the CPU, for any size of pieces and any place of the sources."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (131, 257) if suite.tiny else (1031, 2053)
+    base = 0.02 * torch.randn(shape, generator=generator)
+    sources = [(base + 0.002 * torch.randn(shape, generator=generator)).bfloat16() for _ in range(N_SOURCES)]
+    base = base.bfloat16()
+    figures: dict[str, Any] = {}
+    for method, declared in METHODS.items():
+        greatest = declared.n_models_for(declared.base != "none")[1] or N_SOURCES
+        settings: dict[str, Any] = {p.name: 0.5 for p in declared.parameters if p.name in ("density", "select_topk")}
+        settings |= {p.name: 0.1 for p in declared.parameters if p.name == "epsilon"}
+
+        def run(device: torch.device, dtype: str, **options: Any) -> Tensor:
+            placed = [tensor.to(device) for tensor in sources[:greatest]]  # noqa: B023
+            with_base = None if declared.base == "none" else base.to(device)  # noqa: B023
+            return merge_tensors(method, placed, with_base, dtype=dtype, **settings, **options).cpu()  # noqa: B023
+
+        expected = run(torch.device("cpu"), "float32")
+        scale = expected.abs().clamp(min=1e-4)
+        worst = float(((run(suite.device, "float32") - expected).abs() / scale).max())
+        rounded = run(torch.device("cpu"), "bfloat16")
+        figures[method] = figure = {
+            "relative_float32": worst,
+            "differing_bfloat16": float((run(suite.device, "bfloat16") != rounded).float().mean()),
+        }
+        if method in (TINY_COMPILED if suite.tiny else SPEED_METHODS):
+            compiled = run(suite.device, "bfloat16", is_compiled=True)
+            figure["differing_compiled"] = float((compiled != rounded).float().mean())
+        if figure["relative_float32"] > 1e-6 or max(list(figure.values())[1:]) > 1e-4:
+            raise DifferenceError(f"{method}: {figure}")
+        for chunk_elements in (shape[1], 10 * shape[1], 1 << 30):
+            pieces = run(suite.device, "float32", chunk_elements=chunk_elements)
+            if not torch.equal(pieces, run(suite.device, "float32")):
+                raise DifferenceError(f"{method}: pieces of {chunk_elements} elements change the result")
+    recipe = make_recipe(suite, "dare_ties")
+    placements = ["disk", "host", *(["gpu"] if suite.device.type == "cuda" else [])]
+    streams = [open_merger(suite, recipe, placement).merge(recipe) for placement in placements]
+    for parts in zip(*streams, strict=True):
+        name, first = parts[0]
+        if not all(torch.equal(first, tensor) for _, tensor in parts[1:]):
+            raise DifferenceError(f"{name}: differs between sources on {placements}")
+    figures["exported"] = exported_difference(suite, recipe)
+    return figures
+
+
+def exported_difference(suite: Suite, recipe: Recipe) -> int:
+    """Number of tensors of an export that are not the resident ones; an error unless it is 0."""
+    merger = open_merger(suite, recipe, "disk")
+    resident = dict(merger.merge(recipe))
+    folder = suite.folder / "exported"
+    export(recipe, folder, merger=open_merger(suite, recipe, "disk"))
+    exported = Checkpoint.open(str(folder))
+    n_different = sum(not torch.equal(exported.get(name), tensor.cpu()) for name, tensor in resident.items())
+    shutil.rmtree(folder)
+    if n_different:
+        raise DifferenceError(f"{n_different} exported tensors differ from the resident ones")
+    return n_different
+
+
+# -- 2. merge speed ---------------------------------------------------------------------------------------------------
+
+
+def part_merge(suite: Suite) -> dict[str, Any]:
+    """Seconds of a merge by method and place of the sources, over the bandwidth of copying, and the peak of memory."""
+    first = make_recipe(suite, "linear")
+    names = open_merger(suite, first, "disk").names
+    shapes = Checkpoint.open(first.models[0])
+    resident = {name: torch.empty(shapes.shape(name), dtype=torch.bfloat16, device=suite.device) for name in names}
+    n_elements = sum(tensor.numel() for tensor in resident.values())
+    is_cuda = suite.device.type == "cuda"
+    figures: dict[str, Any] = {"copy": copy_bandwidths(suite)}
+    for placement in ["gpu", "host", "disk"] if is_cuda else ["host", "disk"]:
+        for method in SPEED_METHODS:
+            recipes = [make_recipe(suite, method, number) for number in range(6)]
+            merger = open_merger(suite, recipes[0], placement, is_compiled=None if suite.tiny else True)
+            before = suite.peak(reset=True) and torch.cuda.memory_allocated(suite.device)
+            merge_all(merger, recipes[0], resident)  # places the sources, makes tables, compiles
+            placed = torch.cuda.memory_allocated(suite.device) - before if is_cuda else 0
+            suite.peak(reset=True)
+            turns = iter(recipes[1:])  # a merge of the same numbers would be left as it is
+            seconds = suite.seconds(lambda m=merger, t=turns: merge_all(m, next(t), resident), repeats=5)
+            n_moved = 2 * n_elements * (len(recipes[0].references) + 1)
+            link = figures["copy"]["device" if placement == "gpu" or not is_cuda else "host"]
+            bound = n_moved if placement == "gpu" or not is_cuda else n_moved - 2 * n_elements
+            figures[f"{method}, {placement}"] = {
+                "seconds": seconds,
+                "gb_per_s": bound / seconds / 1e9,
+                "of_copy": bound / seconds / link,
+                "extra_mib": (suite.peak() - before - placed) / 2**20 if is_cuda else None,
+            }
+            del merger
+    return figures
+
+
+def copy_bandwidths(suite: Suite) -> dict[str, float]:
+    """Bytes a second, read plus written on the device; of the link from pinned host memory, bytes moved."""
+    n_bytes = 1 << (20 if suite.tiny else 31)
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=suite.device)
+    target = torch.empty_like(source)
+    bandwidths = {"device": 2 * n_bytes / suite.seconds(lambda: target.copy_(source), 5)}
+    if suite.device.type == "cuda":
+        pinned = torch.ones(n_bytes // 4, dtype=torch.uint8).pin_memory()
+        copied = target[: n_bytes // 4]
+        bandwidths["host"] = pinned.numel() / suite.seconds(lambda: copied.copy_(pinned, non_blocking=True), 5)
+    return bandwidths
+
+
+def merge_all(merger: Merger, recipe: Recipe, resident: dict[str, Tensor]) -> None:
+    for _ in merger.merge(recipe, out=resident.get):
+        pass
+
+
+# -- 3. scoring speed -------------------------------------------------------------------------------------------------
+
+
+def part_scoring(suite: Suite) -> dict[str, Any]:
+    """Documents and tokens a second of three kinds of tasks, over bare forward passes and over lm-eval."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from optuna_merge.evaluation.hf import HFEngine
+    from optuna_merge.evaluation.tasks import EvalTask, Scorer
+
+    path, folder = suite.models[0], suite.folder / "tasks"
+    dtype = "float32" if suite.device.type == "cpu" else "bfloat16"
+    live = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(suite.device)
+    engine = HFEngine(path, dtype=dtype, device=str(suite.device))
+    engine.load_weights(live.state_dict().items())
+    lm = HFLM(pretrained=live, tokenizer=AutoTokenizer.from_pretrained(path), batch_size=4 if suite.tiny else 32)
+    manager = TaskManager(include_path=str(folder), include_defaults=False) if write_tasks(suite, folder) else None
+    terms = {task: [EvalTask(task)] for task in ("letters", "phrases")}
+    terms["generates"] = [EvalTask("generates", metric="exact_match,none")]
+    figures: dict[str, Any] = {}
+    for task in terms:
+        scorer = Scorer.build(engine, terms[task], task_search_path=[folder], apply_chat_template=False, n_chunks=1)
+        described = scorer.describe()
+        seconds = suite.seconds(scorer.score_all, 2)
+        forward = suite.seconds(lambda n=described.n_tokens: bare_forward(live, n, engine), 2)
+        start = time.perf_counter()
+        lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
+        peer = time.perf_counter() - start
+        peak = next((flops for card, flops in FLOPS.items() if card in device_name(suite)), None)
+        rate = described.n_tokens / seconds
+        figures[task] = {
+            "documents_per_s": described.n_documents / seconds,
+            "tokens_per_s": rate,
+            "flop_utilisation": None if peak is None else 2 * suite.n_parameters * rate / peak,
+            "over_forward": None if task == "generates" else seconds / forward,
+            "over_lm_eval": seconds / peer,
+        }
+    return figures
+
+
+def bare_forward(model: Any, n_tokens: int, engine: Engine, length: int = 256) -> None:
+    """The decoder without its output layer on as many tokens, in full batches without padding."""
+    rows = max(1, engine.batch_tokens // length)
+    with torch.inference_mode():
+        while n_tokens > 0:
+            used = min(rows, max(1, n_tokens // length))
+            tokens = torch.zeros((used, length), dtype=torch.long, device=model.device)
+            model.model(tokens, use_cache=False)
+            n_tokens -= used * length
+
+
+def write_tasks(suite: Suite, folder: Path) -> bool:
+    """Four letters after a long context, choices of several tokens, and generated text."""
+    import random
+
+    folder.mkdir(exist_ok=True)
+    rnd = random.Random(0)
+    n_documents, n_words = (8, 12) if suite.tiny else (200, 100)
+
+    def phrase(n: int) -> str:
+        return " ".join(rnd.choice(WORDS) for _ in range(n))
+
+    kinds: dict[str, Callable[[], list[str]]] = {
+        "letters": lambda: ["A", "B", "C", "D"],
+        "phrases": lambda: [phrase(4) for _ in range(4)],
+        "generates": lambda: [phrase(1)],
+    }
+    for name, choices in kinds.items():
+        rows = [
+            {
+                "text": f"Question: {phrase(n_words)}? Answer:",
+                "choices": (c := choices()),
+                "gold": rnd.randrange(len(c)),
+            }
+            for _ in range(n_documents // (4 if name == "generates" else 1))
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        task: dict[str, Any] = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": f"{folder}/{name}.jsonl"}},
+            "test_split": "test",
+            "doc_to_text": "{{text}}",
+        }
+        if name == "generates":
+            task |= {"output_type": "generate_until", "doc_to_target": "{{choices[0]}}"}
+            task |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 4 if suite.tiny else 32}}
+            metric = "exact_match"
+        else:
+            task |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
+            metric = "acc"
+        task["metric_list"] = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return True
+
+
+# -- 4, 5. a study, and the same within 24 GiB ------------------------------------------------------------------------
+
+
+def part_study(suite: Suite) -> dict[str, Any]:
+    """Twenty trials with pruning: where the seconds of a trial go."""
+    return run_trials(suite, n_trials=4 if suite.tiny else 20, sources="auto")
+
+
+def part_memory(suite: Suite) -> dict[str, Any]:
+    """The same loop in 24 GiB of the card, sources in host memory, and the plan of ``check`` against the peak."""
+    figures: dict[str, Any] = {}
+    if suite.device.type == "cuda":
+        total = torch.cuda.get_device_properties(suite.device).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total), suite.device)
+    try:
+        suite.peak(reset=True)
+        figures = run_trials(suite, n_trials=2, sources="host")
+    finally:
+        if suite.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, suite.device)
+    figures["peak_gib"] = suite.peak() / GIB
+    if suite.device.type == "cuda":
+        figures["planned_over_peak"] = figures["planned_gib"] / figures["peak_gib"]
+    return figures
+
+
+def run_trials(suite: Suite, n_trials: int, sources: str) -> dict[str, Any]:
+    from optuna_merge import store
+    from optuna_merge.config import load_study
+    from optuna_merge.objective import MergeObjective, make_describing_engine, plan_memory
+    from optuna_merge.study import run_study
+
+    write_tasks(suite, suite.folder / "tasks")
+    name = f"suite_{time.time_ns()}"
+    (suite.folder / f"{name}.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "study": {"name": name, "n_trials": n_trials, "seed": 0},
+                "storage_path": f"./{name}",
+                "genome": {
+                    "models": [str(path) for path in suite.models[1:]],
+                    "base_model": str(suite.models[0]),
+                    "merge_method": "task_arithmetic",
+                    "layer_granularity": max(1, suite.shape["num_hidden_layers"] // 4),
+                },
+                "tasks": [{"name": "letters"}, {"name": "phrases"}],
+                "task_search_path": ["./tasks"],
+                "apply_chat_template": False,
+                "engine": {"device": str(suite.device), "sources": sources},
+            }
+        )
+    )
+    config = load_study(suite.folder / f"{name}.yaml")
+    objective = MergeObjective.from_config(config)
+    planned = plan_memory(config, objective.models, make_describing_engine(config, objective.models))
+    start = time.perf_counter()
+    run_study(config, objective)
+    wall = time.perf_counter() - start
+    trials = store.open_study(store.storage_url(config.storage_path, config.study.storage), name).trials
+    keys = (store.MERGE_SECONDS, store.EVALUATION_SECONDS)
+    spent = [sum(trial.user_attrs.get(key, 0.0) for trial in trials) for key in keys]
+    objective.close()
+    return {
+        "n_trials": n_trials,
+        "seconds_a_trial": wall / n_trials,
+        "merge": spent[0] / wall,
+        "scoring": spent[1] / wall,
+        "rest": 1 - sum(spent) / wall,
+        "planned_gib": (planned.used - planned.runtime) / GIB,
+    }
+
+
+# -- 6. faults --------------------------------------------------------------------------------------------------------
+
+
+def part_faults(suite: Suite) -> dict[str, Any]:
+    """After a merge that is not finite, one that is interrupted and memory that runs out, the next score is right."""
+    from optuna_merge.evaluation.hf import HFEngine
+    from optuna_merge.evaluation.tasks import EvalTask, Scorer
+
+    folder = suite.folder / "tasks"
+    write_tasks(suite, folder)
+    recipe = make_recipe(suite, "task_arithmetic")
+    dtype: Any = recipe.dtype
+    engine = HFEngine(suite.models[0], dtype=dtype, device=str(suite.device))
+    merger = open_merger(suite, recipe, "disk")
+    tasks = [EvalTask("letters"), EvalTask("phrases")]
+    scorer = Scorer.build(engine, tasks, task_search_path=[folder], apply_chat_template=False)
+
+    def score() -> float:
+        engine.load_weights(merger.merge(recipe, out=engine.resident))
+        return scorer.score_all().value
+
+    expected = score()
+    figures: dict[str, Any] = {}
+
+    def check(fault: str) -> None:
+        found = score()
+        if found != expected:
+            raise DifferenceError(f"after {fault} the score is {found}, before it was {expected}")
+        figures[fault] = "the next score is right"
+
+    endless = make_recipe(suite, "task_arithmetic")
+    (group,) = endless.groups
+    huge = ParameterSet(None, {}, {"weight": (1e40, 1e40, 1e40)})
+    endless = Recipe(
+        endless.method,
+        endless.models,
+        endless.base_model,
+        endless.n_layers,
+        (GroupRecipe(group.name, group.layers, group.roles, (huge,)),),
+        dtype=endless.dtype,
+    )
+    try:
+        engine.load_weights(merger.merge(endless, out=engine.resident))
+    except NonFiniteMergeError:
+        check("a merge that is not finite")
+    else:
+        raise DifferenceError("a merge that is not finite was loaded")
+
+    def interrupted() -> Iterator[tuple[str, Tensor]]:
+        yield from itertools.islice(merger.merge(recipe, out=engine.resident), 3)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        engine.load_weights(interrupted())
+    check("an interrupted merge")
+    if suite.device.type == "cuda":
+        total = torch.cuda.get_device_properties(suite.device).total_memory
+        torch.cuda.empty_cache()
+        used = torch.cuda.memory_reserved(suite.device)
+        for fault, spare in (("little memory in scoring", GIB), ("next to no memory in merging", GIB // 16)):
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (used + spare) / total), suite.device)
+            try:
+                figures[f"{fault}: score there"] = score()
+            except torch.OutOfMemoryError as exc:
+                figures[f"{fault}: score there"] = f"fails: {str(exc).splitlines()[0]}"
+            except Exception as exc:  # a merge wraps what stopped it
+                figures[f"{fault}: score there"] = f"fails: {exc}"
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0, suite.device)
+            check(fault)
+    return figures
+
+
+PARTS = {
+    "equal": part_equal,
+    "merge": part_merge,
+    "scoring": part_scoring,
+    "study": part_study,
+    "memory": part_memory,
+    "faults": part_faults,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to run the code")
+    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument("--folder", type=Path, help="where models go; a temporary folder by default")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device must be there, got {options.device}: no CUDA device is found; try --device cpu --tiny")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        suite = Suite(torch.device(options.device), options.tiny, folder)
+        results, failed = run(suite, options.part or list(PARTS))
+    report = {"machine": machine(suite), "parts": results}
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    show(report)
+    if failed:
+        sys.exit(1)
+
+
+def run(suite: Suite, parts: list[str]) -> tuple[dict[str, Any], bool]:
+    results: dict[str, Any] = {}
+    failed = False
+    for name in parts:
+        start = time.perf_counter()
+        try:
+            results[name] = {"figures": PARTS[name](suite)}
+        except ImportError as exc:
+            results[name] = {"skipped": f"{exc.name or exc} is missing"}
+        except DifferenceError as exc:
+            results[name], failed = {"failed": str(exc)}, True
+        results[name]["seconds"] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {results[name]['seconds']} s", file=sys.stderr, flush=True)
+    results["vllm"] = {"skipped": "this script scores with transformers; see benchmarks/vllm_tokens.py"}
+    return results, failed
+
+
+def machine(suite: Suite) -> dict[str, str]:
+    """What the figures were taken on."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(suite),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def device_name(suite: Suite) -> str:
+    return torch.cuda.get_device_name(suite.device) if suite.device.type == "cuda" else "CPU"
+
+
+def show(report: dict[str, Any]) -> None:
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    for name, part in report["parts"].items():
+        print(f"\n{name}: {part.get('skipped') or part.get('failed') or 'passed'}")
+        for row, figures in part.get("figures", {}).items():
+            values = figures if isinstance(figures, dict) else {"": figures}
+            print(f"  {row:34}" + "  ".join(f"{key} {shown(value)}".strip() for key, value in values.items()))
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()
