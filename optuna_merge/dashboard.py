@@ -117,7 +117,10 @@ def standing(summary: Summary) -> str:
 
 def plotly(picture: Picture) -> dict[str, Any]:
     """A picture as plotly's JSON: data and layout, without a template, so that the dashboard's theme applies."""
-    layout: dict[str, Any] = {"title": {"text": picture.title}, "margin": {"l": 80, "r": 20, "t": 60, "b": 60}}
+    layout: dict[str, Any] = {
+        "title": {"text": picture.title, "x": 0.02, "font": {"size": 14}},
+        "margin": {"l": 80, "r": 20, "t": 60, "b": 60},
+    }
     if isinstance(picture, HeatMap):
         layout |= {
             "xaxis": {"title": {"text": picture.x_title}, "type": "category"},

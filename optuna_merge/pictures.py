@@ -167,8 +167,8 @@ def score_by_model(summary: Summary, config: StudyConfig) -> Bars | None:
         stderr = math.hypot(*known) if len(known) == len(errors) else None
 
         bars.append((row.name, _ROLES[row.kind], value, stderr))
-    where = "documents that the search never saw" if held else "the searched documents"
-    return Bars("score-by-model", f"The best merge and what it has to beat, on {where}", "score", bars)
+    where = "held-out" if held else "searched"
+    return Bars("score-by-model", f"Against the baselines, on {where} documents", "score", bars)
 
 
 def weights_of(trial: FrozenTrial, labels: Sequence[str], trials: Sequence[FrozenTrial]) -> HeatMap | None:

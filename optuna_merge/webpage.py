@@ -24,7 +24,7 @@ figure { margin: 2rem 0 0; break-inside: avoid; } figcaption { font-weight: 600;
 .spent { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
 .spent div { background: var(--panel); border: 1px solid var(--rule); border-radius: 6px; padding: .5rem .9rem; }
 .spent b { display: block; font-size: 1.25rem; } .spent span { color: var(--quiet); font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .82rem; }
 th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule);
   font-variant-numeric: tabular-nums; } th:first-child, td:first-child { text-align: left; }
 th { color: var(--quiet); font-weight: 500; } tr.best td { font-weight: 650; }

@@ -1,19 +1,25 @@
-"""What ``run-study`` shows on stderr: a bar in a terminal, a line for each trial elsewhere."""
+"""What ``run-study`` and ``status --watch`` show: a live view in a terminal, a line for each trial elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from types import TracebackType
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from optuna_merge import store
 from optuna_merge.report import best_merge
 from optuna_merge.watcher import Watcher
+
+PAUSE_S = 2.0
 
 
 class TerminalWatcher(Watcher):
@@ -21,30 +27,29 @@ class TerminalWatcher(Watcher):
 
     def __init__(self, *, bar: bool = True) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.fields[what]}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[best]}"),
-            TextColumn("{task.fields[left]}"),
-            console=self._console,
-            transient=True,
-            disable=not (bar and sys.stderr.isatty()),
-        )
-        self._task = self._bar.add_task("", total=None, what="", best="", left="")
+        self._is_live = bar and sys.stderr.isatty()
+        self._study: optuna.Study | None = None
+        self._standing: list[tuple[str, str]] = []
+        self._chunks: list[tuple[float, float | None]] = []
+        self._n_chunks = 0
+        self._n_finished = 0
+        self._n_documents = 0
+        self._trial: optuna.Trial | None = None
         self._n_trials = 0
         self._n_before = 0
         self._since = time.monotonic()
         self._label = ""
+        self._live = Live(console=self._console, transient=True, refresh_per_second=4, get_renderable=self._view)
 
     def __enter__(self) -> TerminalWatcher:
-        self._bar.start()
+        if self._is_live:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def study_opened(self, study: optuna.Study, n_trials: int, requeued: list[int]) -> None:
         """Say where the study stands."""
@@ -54,22 +59,32 @@ class TerminalWatcher(Watcher):
             self._console.print(f"taken up again: trial {', '.join(map(str, requeued))}", markup=False)
         if self._n_before:
             self._console.print(f"{self._n_before} of {n_trials} trials were finished before", markup=False)
-        self._bar.update(self._task, total=n_trials, completed=self._n_before, best=_best(study))
+        self._study, self._n_finished = study, self._n_before
+        self._standing = standing_of(study)
 
     def trial_started(self, trial: optuna.Trial) -> None:
         """Name the trial."""
         self._label = trial.user_attrs.get(store.BASELINE, f"trial {trial.number}")
-        self._bar.update(self._task, what=self._label)
+        self._trial, self._chunks = trial, []
 
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
-        """Show how far the trial is."""
-        self._bar.update(self._task, what=f"{self._label} {n_scored}/{n_chunks}")
+        """Show how far the trial is, and each chunk beside the best merge's."""
+        self._n_chunks = n_chunks
+        if not self._is_live or self._trial is None or self._study is None:
+            return
+        best = best_merge(self._study)
+        beaten = {} if best is None else best.intermediate_values
+        own = self._study._storage.get_trial(self._trial._trial_id).intermediate_values
+        self._chunks = [(value, beaten.get(step)) for step, value in sorted(own.items())]
 
     def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
         """One line for the trial."""
         n_finished = store.n_finished(study)
         left = self._left(n_finished)
-        self._bar.update(self._task, completed=n_finished, best=_best(study), left=left)
+        self._n_finished, self._trial, self._chunks = n_finished, None, []
+        self._n_documents += trial.user_attrs.get(store.DOCUMENTS, 0)
+        if self._is_live:
+            self._standing = standing_of(study)
         baseline = trial.user_attrs.get(store.BASELINE)
         name = f"trial {trial.number}" + (f" ({baseline})" if baseline else "")
         if trial.state == TrialState.COMPLETE:
@@ -83,14 +98,37 @@ class TerminalWatcher(Watcher):
             f"[{n_finished}/{self._n_trials}] {name}  {result}  {_seconds(trial)}  {left}{mark}", markup=False
         )
 
+    def _view(self) -> Group:
+        bar = Table.grid(padding=(0, 1))
+        speed = self._n_documents / max(time.monotonic() - self._since, 1e-9)
+        bar.add_row(
+            ProgressBar(total=max(self._n_trials, 1), completed=self._n_finished, width=30),
+            Text(f"{self._n_finished}/{self._n_trials} trials"),
+            Text(f"{speed:,.0f} documents/s"),
+            Text(self._left(self._n_finished)),
+        )
+        table = Table.grid(padding=(0, 2))
+        for name, words in self._standing:
+            table.add_row(Text(name, style="bold"), Text(words))
+        table.add_row(Text("now", style="bold"), self._now())
+        return Group(bar, table)
+
+    def _now(self) -> Text:
+        text = Text(self._label)
+        if not self._chunks:
+            return text
+        text.append(f"  chunk {len(self._chunks)}/{self._n_chunks}  ")
+        for value, beaten in self._chunks:
+            style = "dim" if beaten is None or value == beaten else "green" if value > beaten else "red"
+            text.append("▪" if style == "dim" else "▲" if style == "green" else "▼", style=style)
+        ahead = [value - beaten for value, beaten in self._chunks if beaten is not None]
+        if ahead:
+            text.append(f"  {sum(ahead) / len(ahead):+.4f} on the best merge's chunks")
+        return text
+
     def _left(self, n_finished: int) -> str:
-        done = n_finished - self._n_before
-        if done <= 0:
-            return ""
-        seconds = (time.monotonic() - self._since) / done * max(0, self._n_trials - n_finished)
-        minutes, rest = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{rest:02d} left"
+        seconds = time.monotonic() - self._since
+        return time_left(seconds, n_finished - self._n_before, self._n_trials - n_finished)
 
 
 def _seconds(trial: FrozenTrial) -> str:
@@ -98,6 +136,77 @@ def _seconds(trial: FrozenTrial) -> str:
     return f"merge {merge:.2f} s, scoring {trial.user_attrs.get(store.EVALUATION_SECONDS, 0.0):.2f} s"
 
 
-def _best(study: optuna.Study) -> str:
+def standing_of(study: optuna.Study) -> list[tuple[str, str]]:
+    """What leads and what it beats, the generation, and the pruned trials: a word and its explanation each."""
+    trials = study.get_trials(deepcopy=False)
+    rows: list[tuple[str, str]] = []
     best = best_merge(study)
-    return "" if best is None else f"best {best.value:.4f} (trial {best.number})"
+    rivals = [
+        trial
+        for trial in trials
+        if trial.user_attrs.get(store.BASELINE_KIND) in ("source", "uniform")
+        and trial.state == TrialState.COMPLETE
+        and (best is None or trial.number != best.number)
+    ]
+    rival = max(rivals, key=lambda trial: trial.value or 0.0, default=None)
+    if best is not None:
+        rows.append(("best", f"{best.value:.4f}  trial {best.number}"))
+    if rival is not None:
+        words = f"{rival.value:.4f}  {rival.user_attrs[store.BASELINE]}"
+        if best is not None and best.value is not None and rival.value is not None:
+            words += f"  ({best.value - rival.value:+.4f})"
+        rows.append(("to beat", words))
+    generations = [found for trial in trials if (found := store.generation(trial)) is not None]
+    states = Counter(trial.state for trial in trials)
+    words = (
+        f"{states[TrialState.PRUNED]} pruned, {states[TrialState.FAIL]} failed, {states[TrialState.RUNNING]} running"
+    )
+    rows.append(("trials", words + (f"; generation {max(generations)}" if generations else "")))
+    return rows
+
+
+class StudyView:
+    """A study that runs elsewhere, read from its storage.
+
+    Attributes:
+        is_done: It has as many finished trials as its latest run was asked for.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+        self._since = time.monotonic()
+        self._n_before = store.n_finished(study)
+        self._documents_before = self._documents()
+        self.is_done = False
+
+    def render(self) -> Group:
+        """What it looks like now."""
+        wanted, finished = self._study.user_attrs.get(store.WANTED, 0), store.n_finished(self._study)
+        self.is_done = finished >= wanted
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            ProgressBar(total=max(wanted, 1), completed=finished, width=30),
+            Text(f"{finished}/{wanted} trials"),
+            Text(f"{(self._documents() - self._documents_before) / seconds:,.0f} documents/s"),
+            Text(time_left(seconds, finished - self._n_before, wanted - finished)),
+        )
+        table = Table.grid(padding=(0, 2))
+        for name, words in standing_of(self._study):
+            table.add_row(Text(name, style="bold"), Text(words))
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            name = trial.user_attrs.get(store.BASELINE, f"trial {trial.number}")
+            table.add_row(Text("now", style="bold"), Text(f"{name}  {len(trial.intermediate_values)} chunks"))
+        return Group(bar, table)
+
+    def _documents(self) -> int:
+        return sum(trial.user_attrs.get(store.DOCUMENTS, 0) for trial in self._study.get_trials(deepcopy=False))
+
+
+def time_left(seconds: float, n_done: int, n_left: int) -> str:
+    """``1:02:03 left``, if trials go on to take what those that were done have taken; empty before the first."""
+    if n_done <= 0:
+        return ""
+    minutes, rest = divmod(round(seconds / n_done * max(0, n_left)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} left"
