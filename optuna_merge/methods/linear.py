@@ -26,5 +26,12 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
 def _weighted_sum(sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
     total = sources[0].float() * floats[0]
     for index in range(1, len(sources)):
-        total = total + sources[index].float() * floats[index]
+        total = _multiply_add(total, sources[index].float(), floats[index])
     return total / floats[len(sources)]  # at the end: weights divided before give other bits
+
+
+def _multiply_add(total: Tensor, values: Tensor, factor: Tensor) -> Tensor:
+    """``total + values * factor``, rounded once, as mergekit does it."""
+    if torch.compiler.is_compiling() and total.device.type == "cpu":  # what is compiled there rounds the product too
+        return (total.double() + values.double() * factor.double()).float()
+    return torch.addcmul(total, values, factor)

@@ -72,6 +72,17 @@ def test_the_kth_largest_of_a_large_tensor(kind: str) -> None:
 def test_the_histogram_is_made_once() -> None:
     inputs = inputs_of(torch.linspace(-1, 1, 1000).view(10, 100))
     selection.kth_largest(inputs, selection.magnitudes(inputs, 0), 10)
-    (remembered,) = inputs.memory.values()
+    key = (*selection.magnitudes(inputs, 0).key, inputs.name)
+    remembered = inputs.memory[key]
     selection.kth_largest(inputs, selection.magnitudes(inputs, 0), 900)
-    assert list(inputs.memory.values()) == [remembered]
+    assert inputs.memory[key] is remembered
+
+
+def test_a_bin_of_few_values_is_searched_once() -> None:
+    inputs = inputs_of((torch.arange(4000) % 3 + 1).float().view(40, 100))
+    n_above = n_equal = 4000 // 3
+    assert selection.kth_largest(inputs, selection.magnitudes(inputs, 0), n_above + 1) == (2.0, n_above, n_equal)
+    bins = inputs.memory[(*selection.magnitudes(inputs, 0).key, inputs.name, "bins")]
+    (remembered,) = bins.values()
+    assert selection.kth_largest(inputs, selection.magnitudes(inputs, 0), n_above + 9) == (2.0, n_above, n_equal)
+    assert list(bins.values()) == [remembered]
