@@ -45,7 +45,7 @@ N_SOURCES = 3
 GIB = 2**30
 FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}  # dense bfloat16, by the makers' data sheets
 SPEED_METHODS = ("linear", "task_arithmetic", "dare_linear", "dare_ties", "ties", "breadcrumbs", "della")
-TINY_COMPILED = ("linear", "ties")  # a compiler takes seconds for each
+TINY_COMPILED = ("task_arithmetic", "ties")  # a compiler takes seconds for each
 MISTRAL = {
     "hidden_size": 4096,
     "intermediate_size": 14336,

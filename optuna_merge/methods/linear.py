@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,18 +22,13 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
     """
     weights = inputs.per_model["weight"]
     divisor = torch.tensor(weights, dtype=torch.float32).sum().item() if inputs.switches["normalize"] else 1.0
-    write(inputs.of(None, inputs.models), out, _weighted_sum, [*weights, divisor])
+    # Compiled for a CPU, a product would be rounded before it is added.
+    sums = replace(inputs, base=None, is_compiled=inputs.is_compiled and inputs.device.type != "cpu")
+    write(sums, out, _weighted_sum, [*weights, divisor])
 
 
 def _weighted_sum(sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
     total = sources[0].float() * floats[0]
     for index in range(1, len(sources)):
-        total = _multiply_add(total, sources[index].float(), floats[index])
-    return total / floats[len(sources)]  # at the end: weights divided before give other bits
-
-
-def _multiply_add(total: Tensor, values: Tensor, factor: Tensor) -> Tensor:
-    """``total + values * factor``, rounded once, as mergekit does it."""
-    if torch.compiler.is_compiling() and total.device.type == "cpu":  # what is compiled there rounds the product too
-        return (total.double() + values.double() * factor.double()).float()
-    return torch.addcmul(total, values, factor)
+        total.addcmul_(sources[index].float(), floats[index])  # rounds once, as in mergekit
+    return total.div_(floats[len(sources)])  # at the end: weights divided before give other bits

@@ -23,7 +23,7 @@ def models() -> list[Tensor]:
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("linear", {}),
+        ("task_arithmetic", {}),
         ("ties", {"density": [0.5, 0.2, 1.0]}),
         ("dare_ties", {"density": [0.5, 0.9, 0.0]}),
         ("della_linear", {"lambda_": 0.7, "density": [0.5, 0.4, 1.0], "epsilon": 0.1}),
@@ -36,7 +36,7 @@ def test_compiled_gives_the_same_bits(models: list[Tensor], method: str, setting
             merge_tensors(
                 method,
                 sources,
-                None if method == "linear" else base,
+                base,
                 weight=[0.37, -0.91, 0.22],
                 dtype=dtype,
                 is_compiled=is_compiled,
@@ -51,7 +51,7 @@ def test_what_was_compiled_ran() -> None:
     """Else the test above compares plain torch with itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        merge_tensors("linear", [torch.ones(200, 200)] * 2, weight=1.0, is_compiled=True)
+        merge_tensors("task_arithmetic", [torch.ones(200, 200)] * 2, torch.ones(200, 200), is_compiled=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
