@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ _WORKER = "optuna_merge.evaluation.vllm_worker.WeightsWorker"
 _FOLDER_SOURCE = "optuna_merge.evaluation.vllm_worker:open_folder"
 _OURS = ("dtype", "load_format", "model", "tokenizer", "trust_remote_code", "worker_extension_cls")
 """Options of vLLM that follow from the study file."""
+
+_SECONDS_TO_STOP = 60.0
+_THREADS = ("MPClient", "EngineCore")
+"""How the names of the threads begin that vLLM leaves in this process."""
 
 _Result = TypeVar("_Result")
 
@@ -411,8 +416,12 @@ class VLLMEngine:
             return
         llm, self._llm = self._llm, None
         with contextlib.suppress(Exception):  # it may be dead already
-            llm.llm_engine.engine_core.shutdown()
+            llm.llm_engine.engine_core.shutdown(timeout=_SECONDS_TO_STOP)
         del llm
+        for thread in threading.enumerate():
+            # one that is still at work when the interpreter ends can abort the process
+            if thread.name.startswith(_THREADS):
+                thread.join(_SECONDS_TO_STOP)
         if self._in_process:
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -81,6 +82,9 @@ class WeightsWorker:
         on_cpu = torch.device(self.device).type == "cpu"
         if on_cpu:
             _forget_packed_experts(model)
+        if self.model_config.quantization is None:
+            # at each load it warns of layers that only have buffers; of weights, _check_loaded says it
+            logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         counted = _Counted(stream)
         with torch.no_grad(), _Recorded(model) as loaded:
             try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,17 @@ def family(
 ) -> tuple[Path, list[dict[str, Tensor]]]:
     base, others = write_tiny_models(folder, 2, architecture, head_dim=HEAD_DIM, spread=0.1, **changes)
     return base, [load_file(path / "model.safetensors") for path in (base, *others)]
+
+
+def reads_folders() -> type:
+    """vLLM's ``LLM``, which loads the weights of its folder by itself, whatever it is told."""
+    from vllm import LLM
+
+    class ReadsFolders(LLM):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "load_format": "auto", "worker_extension_cls": ""})
+
+    return ReadsFolders
 
 
 def assert_close(responses: list[Any], expected: list[Any], tolerance: float = 1e-4) -> None:
@@ -185,6 +198,7 @@ class TestAgainstTheOthers:
         options: dict[str, Any],
         tmp_path: Path,
         engine_of: Callable[..., VLLMEngine],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         base, weights = family(tmp_path, architecture, tied=tied)
         engine, other = engine_of(base, **options), HFEngine(base, device="cpu")
@@ -200,9 +214,15 @@ class TestAgainstTheOthers:
         if options:
             return  # what a worker process starts with is in the test of its death
         engine.close()
-        fresh = engine_of(base, **options)
+        exported = tmp_path / "exported"
+        shutil.copytree(base, exported)
+        save_file(weights[1], exported / "model.safetensors", {"format": "pt"})
+        fresh = engine_of(exported)
         again = fresh.prepare(REQUESTS)
-        fresh.load_weights(weights[1].items())
+        with monkeypatch.context() as patch:
+            patch.setattr("vllm.LLM", reads_folders())
+            fresh._start()
+        fresh._is_complete = True
         assert fresh.respond(again) == responses[3]
 
 
@@ -349,6 +369,7 @@ class TestEnginesOfTheirOwn:
 @pytest.mark.vllm
 def test_an_engine_that_dies_is_started_once_again(tmp_path: Path, engine_of: Callable[..., VLLMEngine]) -> None:
     base, weights = family(tmp_path)
+    names = {thread.name for thread in threading.enumerate()}
     engine = engine_of(base, in_process=False)
     prepared = engine.prepare(REQUESTS)
     engine.load_weights(weights[0].items())
@@ -365,3 +386,5 @@ def test_an_engine_that_dies_is_started_once_again(tmp_path: Path, engine_of: Ca
     engine.load_weights(weights[0].items())
     assert engine.respond(prepared) == expected
     assert engine.n_starts == 3
+    engine.close()
+    assert {thread.name for thread in threading.enumerate()} == names  # those of vLLM can abort a process that ends
