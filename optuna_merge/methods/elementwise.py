@@ -1,6 +1,7 @@
 """Elementwise arithmetic: written once as plain torch, compiled into one pass over memory where that pays.
 
-Compiled and plain give the same bits: what is compiled contracts no product and sum into one rounding.
+Compiled and plain give the same bits: what is compiled contracts no product and sum into one rounding, or, where an
+expression is made of ``addcmul``, each of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _OPTIONS = {
     "emulate_precision_casts": True,  # on CUDA: no fused multiply-add
     "cpp.dynamic_threads": True,
 }
+_FUSED = {"emulate_precision_casts": False, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 class Expression(Protocol):
@@ -52,6 +54,8 @@ def write(
     floats: Sequence[float],
     integers: Callable[[slice], Iterable[int]] = lambda span: (),
     extras: Sequence[Callable[[Chunk], Tensor]] = (),
+    *,
+    is_fused: bool = False,
 ) -> None:
     """Evaluate an expression over a whole tensor.
 
@@ -62,12 +66,13 @@ def write(
         floats: Its numbers; become float32.
         integers: Its int32 numbers for a piece, given which elements of the flat tensor that is.
         extras: Make its other tensors, each in memory of its own that lives until the next piece.
+        is_fused: Whether every product in it is part of an ``addcmul``, which rounds once.
     """
     flat = out.view(-1)
     numbers = torch.tensor(floats, dtype=torch.float32, device=inputs.device)
     for chunk in inputs.chunks() if extras else inputs.large_chunks():
         made = tuple(extra(chunk) for extra in extras)
-        evaluate(inputs, flat[chunk.span], expression, chunk.stored(), made, numbers, integers(chunk.span))
+        evaluate(inputs, flat[chunk.span], expression, chunk.stored(), made, numbers, integers(chunk.span), is_fused)
 
 
 def evaluate(
@@ -78,24 +83,26 @@ def evaluate(
     extras: tuple[Tensor, ...],
     floats: Tensor,
     integers: Iterable[int],
+    is_fused: bool = False,
 ) -> None:
     """Write an expression's values for one piece into ``destination``, shape ``[n]``; see :class:`Expression`."""
     ints = torch.tensor(list(integers), dtype=torch.int32, device=inputs.device)
     if inputs.is_compiled and destination.numel() >= _LEAST_COMPILED:
-        _kernel(expression)(destination, sources, extras, floats, ints)
+        _kernel(expression, is_fused)(destination, sources, extras, floats, ints)
     else:
         destination.copy_(expression(sources, extras, floats, ints))
 
 
 @functools.cache
-def _kernel(expression: Expression) -> Callable[..., None]:
+def _kernel(expression: Expression, is_fused: bool) -> Callable[..., None]:
     def plain(
         destination: Tensor, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
     ) -> None:
         destination.copy_(expression(sources, extras, floats, integers))
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _N_VARIANTS)
-    kernel: Callable[..., None] = torch.compile(plain, dynamic=True, fullgraph=True, options=dict(_OPTIONS))
+    options: dict[str, Any] = {**_OPTIONS, **(_FUSED if is_fused else {})}
+    kernel: Callable[..., None] = torch.compile(plain, dynamic=True, fullgraph=True, options=options)
     has_failed = False
 
     def compiled(*arguments: Any) -> None:

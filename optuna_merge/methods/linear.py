@@ -22,13 +22,11 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
     """
     weights = inputs.per_model["weight"]
     divisor = torch.tensor(weights, dtype=torch.float32).sum().item() if inputs.switches["normalize"] else 1.0
-    # Compiled for a CPU, a product would be rounded before it is added.
-    sums = replace(inputs, base=None, is_compiled=inputs.is_compiled and inputs.device.type != "cpu")
-    write(sums, out, _weighted_sum, [*weights, divisor])
+    write(replace(inputs, base=None), out, _weighted_sum, [*weights, divisor], is_fused=True)
 
 
 def _weighted_sum(sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
-    total = sources[0].float() * floats[0]
-    for index in range(1, len(sources)):
-        total.addcmul_(sources[index].float(), floats[index])  # rounds once, as in mergekit
-    return total.div_(floats[len(sources)])  # at the end: weights divided before give other bits
+    total = torch.zeros_like(sources[0], dtype=torch.float32)
+    for index, source in enumerate(sources):
+        total = torch.addcmul(total, source.float(), floats[index])  # rounds once, as in mergekit
+    return total / floats[len(sources)]  # at the end: weights divided before give other bits

@@ -21,6 +21,7 @@ _LOW_BITS = 15  # of the 31 bits of a magnitude; the others number its bin
 _N_BINS = 1 << (31 - _LOW_BITS)
 _N_REMEMBERED = 4  # splits of one tensor: a density that is no trial parameter costs nothing after the first merge
 _N_REMEMBERED_VALUES = 256  # of one bin
+_N_ENTRIES = 1 << 20  # of one bin, whose places are kept for as long as it is searched
 _MANY_LINES = 128  # if more than this part of the elements begins a line with an entry, each is looked at
 _LINE = 8  # neighbours that are looked at together when entries of a bin are searched for: bytes of an int64
 
@@ -43,6 +44,10 @@ class Quantity:
 def magnitudes(inputs: MergeInput, index: int) -> Quantity:
     """The magnitudes of a source's task vector."""
     return Quantity(("magnitude", inputs.identities[index]), lambda chunk: chunk.task_vector(index).abs_(), index)
+
+
+_Entries = list[tuple[int, Tensor, Tensor]]
+"""Entries of a bin, for each piece of a tensor: where the piece begins, places in it, and low bits there."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,12 @@ def split_by(inputs: MergeInput, quantity: Quantity, n_largest: int, *, is_early
 def _find_split(inputs: MergeInput, quantity: Quantity, n_largest: int, *, is_early: bool) -> Split:
     if n_largest == 0:
         return Split.none()
-    value, n_above, n_equal = kth_largest(inputs, quantity, n_largest)
+    value, n_above, n_equal, entries = _find_kth_largest(inputs, quantity, n_largest)
     n_ties = n_largest - n_above
     n_before = n_ties if is_early else n_equal - n_ties
-    cut = _end_of_ties(inputs, quantity, value, n_before) if 0 < n_before < n_equal else (n_before and 1 << 62)
+    cut = n_before and 1 << 62
+    if 0 < n_before < n_equal:
+        cut = _end_of_ties(_ties(inputs, quantity, value, entries), n_before)
     with_ties = _next_below(value)
     return Split((with_ties, value) if is_early else (value, with_ties), cut)
 
@@ -130,6 +137,11 @@ def kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, 
     Returns:
         The value, and the numbers of elements where it is greater, and where it is the same.
     """
+    return _find_kth_largest(inputs, quantity, k)[:3]
+
+
+def _find_kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, int, int, _Entries | None]:
+    """What :func:`kth_largest` returns, and the entries of the bin where the value is, if they were looked at."""
     # Floats that are not negative are in the order of their bits.
     key = (*quantity.key, inputs.name)
     if key not in inputs.memory:
@@ -137,8 +149,8 @@ def kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, 
     first_bin, counts = inputs.memory[key]
     place, n_above = _find(counts, k)
     high_bits = first_bin + place
-    low_bits, n_above_in_bin, n_equal = _find_in_bin(inputs, quantity, high_bits, k - n_above)
-    return _value_of(high_bits << _LOW_BITS | low_bits), n_above + n_above_in_bin, n_equal
+    low_bits, n_above_in_bin, n_equal, entries = _find_in_bin(inputs, quantity, high_bits, k - n_above)
+    return _value_of(high_bits << _LOW_BITS | low_bits), n_above + n_above_in_bin, n_equal, entries
 
 
 def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
@@ -158,38 +170,60 @@ def _find(counts: Tensor, k: int) -> tuple[int, int]:
     return found, int(from_bin[found] - counts[found])
 
 
-def _find_in_bin(inputs: MergeInput, quantity: Quantity, high_bits: int, k: int) -> tuple[int, int, int]:
-    """Low bits of the ``k``-th largest entry of a bin, and how many there have greater ones, and the same."""
+def _find_in_bin(
+    inputs: MergeInput, quantity: Quantity, high_bits: int, k: int
+) -> tuple[int, int, int, _Entries | None]:
+    """Low bits of the ``k``-th largest entry of a bin, how many there have greater ones, and the same; the entries."""
     bins: dict[int, tuple[Tensor, Tensor]] = inputs.memory.setdefault((*quantity.key, inputs.name, "bins"), {})
+    entries = None
     if high_bits in bins:
         low_bits, counts = bins[high_bits]
     else:
-        low_bits, counts = _count_low_bits(inputs, quantity, high_bits)
+        low_bits, counts, entries = _count_low_bits(inputs, quantity, high_bits)
         if len(low_bits) <= _N_REMEMBERED_VALUES:  # as of bfloat16 models, whose differences lie on a lattice
             bins[high_bits] = low_bits, counts
     place, n_above = _find(counts, k)
-    return int(low_bits[place]), n_above, int(counts[place])
+    return int(low_bits[place]), n_above, int(counts[place]), entries
 
 
-def _count_low_bits(inputs: MergeInput, quantity: Quantity, high_bits: int) -> tuple[Tensor, Tensor]:
-    """The low bits that entries of a bin have, ascending, and how many have them."""
+def _count_low_bits(inputs: MergeInput, quantity: Quantity, high_bits: int) -> tuple[Tensor, Tensor, _Entries | None]:
+    """The low bits that entries of a bin have, ascending; how many have them; the entries, if they are not many."""
     counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64, device=inputs.device)
     lowest = high_bits << _LOW_BITS
-    for _, values, is_in in _where(inputs, quantity, _value_of(lowest), _value_of(lowest | (1 << _LOW_BITS) - 1)):
-        found = values(_places(is_in)).view(torch.int32)
-        counts += torch.bincount(found & (len(counts) - 1), minlength=len(counts))
+    entries: _Entries | None = []
+    n_entries = 0
+    for chunk, values, is_in in _where(inputs, quantity, _value_of(lowest), _value_of(lowest | (1 << _LOW_BITS) - 1)):
+        places = _places(is_in)
+        found = values(places).view(torch.int32) & (len(counts) - 1)
+        counts += torch.bincount(found, minlength=len(counts))
+        n_entries += len(found)
+        if n_entries > _N_ENTRIES:
+            entries = None
+        elif entries is not None:
+            entries.append((chunk.span.start, places, found))
     low_bits = counts.nonzero().view(-1)
-    return low_bits, counts[low_bits]
+    return low_bits, counts[low_bits], entries
 
 
-def _end_of_ties(inputs: MergeInput, quantity: Quantity, value: float, n_ties: int) -> int:
-    """One more than the flat index of the ``n_ties``-th element where the quantity is ``value``."""
-    for chunk, _, is_tie in _where(inputs, quantity, value, value):
-        n_here = int(is_tie.count_nonzero())
-        if n_here >= n_ties:
-            end: int = chunk.span.start + int(_places(is_tie)[n_ties - 1]) + 1
-            return end
-        n_ties -= n_here
+def _ties(
+    inputs: MergeInput, quantity: Quantity, value: float, entries: _Entries | None
+) -> Iterator[tuple[int, Tensor]]:
+    """For each piece where it begins, and the places in it, in order, where the quantity is ``value``."""
+    if entries is None:
+        for chunk, _, is_tie in _where(inputs, quantity, value, value):
+            yield chunk.span.start, _places(is_tie)
+    else:
+        low_bits = torch.tensor(value).view(torch.int32) & ((1 << _LOW_BITS) - 1)
+        for start, places, found in entries:
+            yield start, places[found == low_bits.item()]
+
+
+def _end_of_ties(ties: Iterator[tuple[int, Tensor]], n_ties: int) -> int:
+    """One more than the flat index of the ``n_ties``-th tie."""
+    for start, places in ties:
+        if len(places) >= n_ties:
+            return start + int(places[n_ties - 1]) + 1
+        n_ties -= len(places)
     raise AssertionError("there are as many ties as were counted")
 
 

@@ -37,17 +37,22 @@ def kept(inputs: MergeInput, n_largest: int, *, is_early: bool) -> list[int]:
 @given(
     values=st.lists(st.sampled_from([0.5, -0.5, 1.0, -2.0, 3.0, 1e-30, 1e-44]), min_size=1, max_size=12),
     chunk_elements=st.integers(1, 13),
+    n_entries=st.sampled_from([0, 3, 1 << 20]),
     data=st.data(),
 )
-def test_the_largest_are_those_of_a_stable_sort(values: list[float], chunk_elements: int, data: st.DataObject) -> None:
+def test_the_largest_are_those_of_a_stable_sort(
+    values: list[float], chunk_elements: int, n_entries: int, data: st.DataObject
+) -> None:
     task_vector = torch.tensor(values).unsqueeze(1)  # rows of one element, so that pieces may be as small
     inputs = inputs_of(task_vector, chunk_elements)
     n_largest = data.draw(st.integers(0, len(values)))
     magnitudes = task_vector.view(-1).abs()
-    descending = torch.sort(magnitudes, stable=True, descending=True).indices
-    assert kept(inputs, n_largest, is_early=True) == sorted(descending[:n_largest].tolist())
-    ascending = torch.sort(magnitudes, stable=True).indices
-    assert kept(inputs, n_largest, is_early=False) == sorted(ascending[len(values) - n_largest :].tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_N_ENTRIES", n_entries)
+        descending = torch.sort(magnitudes, stable=True, descending=True).indices
+        assert kept(inputs, n_largest, is_early=True) == sorted(descending[:n_largest].tolist())
+        ascending = torch.sort(magnitudes, stable=True).indices
+        assert kept(inputs, n_largest, is_early=False) == sorted(ascending[len(values) - n_largest :].tolist())
 
 
 @pytest.mark.parametrize("kind", ["normal", "few values", "striped", "one outlier"])
