@@ -48,7 +48,7 @@ def shown(url: str, folder: Path) -> tuple[str, set[str]]:
     log = folder / "net.json"
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     command += [f"--log-net-log={log}", "--virtual-time-budget=20000", "--dump-dom", url]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     asked = set(re.findall(r'"url":"https?://([\w.-]+)', log.read_text()))
     return run.stdout, asked
 

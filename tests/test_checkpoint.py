@@ -181,7 +181,7 @@ def test_pickle_is_refused_with_a_command_that_converts_it(folder: Path, tmp_pat
         Checkpoint.open(str(folder))
     command = shlex.split(str(caught.value).partition("convert it once: ")[2].partition(" (a pickle")[0])
     assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, timeout=900)
     converted = Checkpoint.open(command[-1])
     assert all(torch.equal(converted.get(name), tensor) for name, tensor in tensors.items())
 

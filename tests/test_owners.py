@@ -175,7 +175,7 @@ def test_a_process_says_that_it_lives_and_notices_that_its_trial_is_taken(url: s
     claims = claims_of(url, lease_s=0.2)
     claim = claims.next(1)
     with claim:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while claims.study.trials[0].system_attrs.get(BEAT, 0) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert claims.study.trials[0].system_attrs[BEAT] >= 3

@@ -447,7 +447,7 @@ def test_a_new_process_continues_the_generation(tmp_path: Path) -> None:
     code = f"from tests.test_sampler import go_on; assert go_on({halves!r}, {n_trials}, lambda number: None)"
     root = Path(__file__).parent.parent
     subprocess.run(
-        [sys.executable, "-c", code], cwd=root, check=True, timeout=60, env={**os.environ, "PYTHONHASHSEED": "12345"}
+        [sys.executable, "-c", code], cwd=root, check=True, timeout=600, env={**os.environ, "PYTHONHASHSEED": "12345"}
     )
     assert [record(t) for t in opened(halves).trials] == [record(t) for t in opened(whole).trials]
 

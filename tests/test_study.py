@@ -266,7 +266,7 @@ def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callab
         process = subprocess.Popen(
             [*RUN, "run-study", str(file), "--storage-path", str(killed)], stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while _n_rows(killed / "study.db") < 40 * (kill + 1) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)

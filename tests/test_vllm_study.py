@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -13,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from optuna_merge.testing import write_tiny_models
 
 SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
 N_TRIALS = 10
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def command(file: Path, storage: Path) -> list[str]:
+def command(file: Path, storage: Path, n_trials: int) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -30,14 +33,16 @@ def command(file: Path, storage: Path) -> list[str]:
         "--vllm",
         "--storage-path",
         str(storage),
+        "--n-trials",
+        str(n_trials),
         "--json",
     ]
 
 
-def trials(file: Path, storage: Path) -> list[tuple[Any, ...]]:
+def trials(name: str, storage: Path) -> list[tuple[Any, ...]]:
     import optuna
 
-    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{storage}/study.db")
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{storage}/study.db")
     return [(t.state.name, t.value, t.params, t.intermediate_values) for t in study.trials]
 
 
@@ -77,13 +82,34 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, study_file
         "pruner": {"name": "wilcoxon", "p_threshold": 0.4},
     }
     file = study_file(genome=genome, study=study, engine={"dtype": "float32", "vllm": {"kv_cache_memory_bytes": 2**25}})
+    check_kill(file, tmp_path, N_TRIALS)
+
+
+@pytest.mark.vllm
+def test_the_quickstart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its models with two heads instead of four, of the size that the CPU build knows, trained for a while only."""
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    script = importlib.import_module("quickstart_models")
+    script.make_models(tmp_path / "quickstart_models", script.Settings(n_heads=2, base_steps=60, skill_steps=30))
+    study = yaml.safe_load((ROOT / "studies" / "quickstart.yaml").read_text())
+    study["task_search_path"] = str(ROOT / "eval_tasks")
+    study["limit"] = 80
+    study["study"] |= {"n_chunks": 8, "pruner": {"name": "wilcoxon", "p_threshold": 0.4}}
+    file = tmp_path / "quickstart.yaml"
+    file.write_text(yaml.safe_dump(study))
+    check_kill(file, tmp_path, 14)
+
+
+def check_kill(file: Path, tmp_path: Path, n_trials: int) -> None:
+    """Kill a study after a few chunks, go on with it, and compare it with one that was left alone."""
+    name = yaml.safe_load(file.read_text())["study"]["name"]
     environment = {**os.environ, **SETTINGS}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
-        command(file, killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(file, killed, n_trials), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 300
-    documents = killed / "documents" / "tiny"
+    deadline = time.monotonic() + 900
+    documents = killed / "documents" / name
     while len(list(documents.glob("*.jsonl"))) < 6:
         assert process.poll() is None, "it ended by itself"
         assert time.monotonic() < deadline
@@ -97,11 +123,13 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, study_file
         time.sleep(0.2)
     summaries = []
     for storage in (killed, whole):
-        done = subprocess.run(command(file, storage), env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command(file, storage, n_trials), env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         summaries.append(json.loads(done.stdout))  # vLLM prints nothing among the results
-    ours, theirs = trials(file, killed), trials(file, whole)
-    assert len(ours) == N_TRIALS
+    ours, theirs = trials(name, killed), trials(name, whole)
+    assert len(ours) == n_trials
     assert ours == theirs
     assert {state for state, *_ in ours} <= {"COMPLETE", "PRUNED"}
     assert "PRUNED" in {state for state, *_ in ours}

@@ -85,7 +85,7 @@ def test_in_a_browser(config: StudyConfig, tmp_path: Path, n_trials: int, n_grou
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}"]
     run = subprocess.run(
-        [*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120, check=True
+        [*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=900, check=True
     )
     print(f"page of {n_trials} trials x {n_groups * n_models} dimensions: {took:.2f} s, {len(text) / 1e6:.2f} MB")
     for found in (
