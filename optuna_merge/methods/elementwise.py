@@ -17,6 +17,7 @@ from torch import Tensor
 from optuna_merge.methods.function import Chunk, MergeInput
 
 _LEAST_COMPILED = 1 << 14  # elements; for fewer the call costs more than the arithmetic
+_ELEMENTS_WITH_EXTRAS = 1 << 20  # in a piece: a call costs, and what leaves the cache costs too
 _N_VARIANTS = 64  # of one kernel: dtypes, and whether a tensor has one element
 _OPTIONS = {
     "emulate_precision_casts": True,  # on CUDA: no fused multiply-add
@@ -70,7 +71,8 @@ def write(
     """
     flat = out.view(-1)
     numbers = torch.tensor(floats, dtype=torch.float32, device=inputs.device)
-    for chunk in inputs.chunks() if extras else inputs.large_chunks():
+    whole_rows = inputs.chunks(_ELEMENTS_WITH_EXTRAS if inputs.is_compiled else 0)
+    for chunk in whole_rows if extras else inputs.large_chunks():
         made = tuple(extra(chunk) for extra in extras)
         evaluate(inputs, flat[chunk.span], expression, chunk.stored(), made, numbers, integers(chunk.span), is_fused)
 

@@ -57,9 +57,14 @@ class MergeInput:
         """The same, of other tensors."""
         return dataclasses.replace(self, base=base, models=models)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """The tensor in flat pieces of whole rows, in order. A piece is valid until the next one."""
-        return self._pieces(max(1, self.chunk_elements // max(1, self.row_elements)) * self.row_elements)
+    def chunks(self, n_elements: int = 0) -> Iterator[Chunk]:
+        """The tensor in flat pieces of whole rows, in order. A piece is valid until the next one.
+
+        Args:
+            n_elements: What a piece should have at least.
+        """
+        n_rows = max(self.chunk_elements, n_elements) // max(1, self.row_elements)
+        return self._pieces(max(1, n_rows) * self.row_elements)
 
     def large_chunks(self) -> Iterator[Chunk]:
         """The tensor in flat pieces for elementwise arithmetic, in order: larger ones if it is compiled."""
