@@ -23,7 +23,7 @@ from optuna_merge.layers import Place, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
-from optuna_merge.sources import Placement, place_sources
+from optuna_merge.sources import Placement, free_host_bytes, place_sources, reads_waited_for
 from optuna_merge.vocabulary import unify
 
 Destination = Callable[[str], Tensor | None]
@@ -73,7 +73,7 @@ class Merger:
         """
         self.device = torch.device(device)
         self.checkpoints = place_sources(unify(checkpoints, tokenizer_source), sources, self.device)
-        self._reads_ahead = sources == "disk"
+        self._are_mapped = self._reads_ahead = sources == "disk"
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
         self._is_compiled = self._is_large() if is_compiled is None else is_compiled
         self._buffers: dict[str, Tensor] = {}
@@ -123,12 +123,17 @@ class Merger:
         """
         plan = _Plan.make(recipe, self.checkpoints)
         names = self.names
+        n_reads = reads_waited_for()
         for name, following in zip(names, [*names[1:], None], strict=True):
             if self._reads_ahead and following is not None:
                 for checkpoint in plan.read:
                     checkpoint.prefetch(following)
             destination = None if out is None else out(name)
             yield name, self._merge_tensor(plan, name, destination)
+        if self._are_mapped:
+            # what is in memory already is not asked for again: to ask takes as long as a fifth of a linear merge
+            fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
+            self._reads_ahead = not fits if self._reads_ahead else reads_waited_for() > n_reads
 
     def template(self, recipe: Recipe) -> Checkpoint:
         """The checkpoint whose configuration and tokenizer the merged model has: its source, the base or the first."""

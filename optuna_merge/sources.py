@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ def free_host_bytes() -> int:
         return int(line.split()[1]) * 1024
     except (OSError, ValueError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def reads_waited_for() -> int:
+    """How often this process has waited for the disk because a page was not in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 class _Kept(CheckpointView):

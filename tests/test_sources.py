@@ -199,3 +199,27 @@ def test_tensors_are_read_ahead(tmp_path: Path, is_resident: Callable[[torch.Ten
     while not is_resident(files.get("t")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert is_resident(files.get("t"))
+
+
+def test_what_the_page_cache_holds_is_not_read_ahead(
+    models: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    n_reads = iter([0, 0, 0, 0, 5, 5])  # before each merge, and after those that did not read ahead
+    monkeypatch.setattr(Checkpoint, "prefetch", lambda self, name: asked.append(name))
+    monkeypatch.setattr("optuna_merge.merge.reads_waited_for", lambda: next(n_reads))
+    merger = Merger(models)
+    group = GroupRecipe("all", (0, 3), ("embedding", "head"), (ParameterSet(None, {}, {"weight": (0.5, 0.5)}),))
+    recipe = Recipe("task_arithmetic", ("math", "code"), "base", 3, (group,))
+
+    def n_asked() -> int:
+        asked.clear()
+        list(merger.merge(recipe))
+        return len(asked)
+
+    everything = len(models) * (len(merger.names) - 1)
+    assert [n_asked() for _ in range(4)] == [everything, 0, 0, everything]
+    monkeypatch.setattr("optuna_merge.merge.reads_waited_for", lambda: 0)
+    monkeypatch.setattr("optuna_merge.merge.free_host_bytes", lambda: 0)
+    merger = Merger(models)
+    assert [n_asked() for _ in range(3)] == [everything] * 3
