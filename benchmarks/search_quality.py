@@ -23,7 +23,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from optuna_merge.objective import MergeObjective, StudyModels, build_scorer, ma
 from optuna_merge.recipe import PASSTHROUGH, Recipe
 from optuna_merge.report import best_merge
 from optuna_merge.space import ModelRefs
-from optuna_merge.store import BASELINE, BASELINE_KIND, DOCUMENTS
+from optuna_merge.store import DOCUMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 N_MODELS = 3
@@ -54,28 +54,17 @@ class Arm:
 
     Attributes:
         settings: Replace keys of the study file.
-        sampler: Made for the objective; None: what the study file says.
     """
 
     settings: dict[str, Any]
-    sampler: Callable[[MergeObjective], optuna.samplers.BaseSampler] | None = None
 
 
 def _arms() -> dict[str, Arm]:
-    arms = {DEFAULT: Arm({})}
-    for name, sampler in {"cmaes": None, "tpe": tpe, "gp": gp, "random": None}.items():
+    arms = {}
+    for name in ("cmaes", "tpe", "gp", "nsga2", "random"):
         for pruner in ("wilcoxon", "none"):
-            settings = {"study.sampler": "random"} if name == "random" else {}
-            arms[f"{name}, {pruner}"] = Arm({**settings, "study.pruner": pruner}, sampler)
+            arms[f"{name}, {pruner}"] = Arm({"study.sampler": name, "study.pruner": pruner})
     return arms
-
-
-def tpe(objective: MergeObjective) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=objective.config.study.seed)
-
-
-def gp(objective: MergeObjective) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.GPSampler(seed=objective.config.study.seed)
 
 
 ARMS = _arms()
@@ -162,13 +151,8 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
         budget = merges * objective.scorer.n_documents
         if arm == PEER:
             return Run(pycma(landscape, objective, seed, merges), budget)
-        make = ARMS[arm].sampler
-        sampler = objective.sampler() if make is None else make(objective)
-        study = optuna.create_study(direction="maximize", sampler=sampler, pruner=objective.pruner())
-        if make is gp:  # it draws at random where a trial has no parameters, as those of sources and the base
-            enqueue_points(study, objective)
-        else:
-            objective.enqueue_baselines(study)
+        study = optuna.create_study(direction="maximize", sampler=objective.sampler(), pruner=objective.pruner())
+        objective.enqueue_baselines(study)
         steps: list[Step] = []
         documents = 0
         while True:
@@ -184,14 +168,6 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
             if best is not None and best.number == trial.number:
                 true = landscape.truth(objective, objective.recipe(best))
                 steps.append(Step(documents, float(best.value or 0.0), true))
-
-
-def enqueue_points(study: optuna.Study, objective: MergeObjective) -> None:
-    """Enqueue the uniform merges alone."""
-    for baseline in objective.space.baselines:
-        if baseline.params:
-            attributes = {BASELINE: baseline.name, BASELINE_KIND: baseline.kind}
-            study.enqueue_trial(dict(baseline.params), user_attrs=attributes)
 
 
 def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: int) -> list[Step]:

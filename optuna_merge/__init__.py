@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from optuna_merge.errors import OptunaMergeError
     from optuna_merge.objective import MergeObjective
     from optuna_merge.recipe import Recipe
-    from optuna_merge.sampler import StableCmaEsSampler
+    from optuna_merge.sampler import RepeatableSampler, StableCmaEsSampler
     from optuna_merge.study import run_study
 
 __all__ = [
     "MergeObjective",
     "OptunaMergeError",
     "Recipe",
+    "RepeatableSampler",
     "StableCmaEsSampler",
     "StudyConfig",
     "load_study",
@@ -27,6 +28,7 @@ _HOMES = {
     "MergeObjective": "objective",
     "OptunaMergeError": "errors",
     "Recipe": "recipe",
+    "RepeatableSampler": "sampler",
     "StableCmaEsSampler": "sampler",
     "StudyConfig": "config",
     "load_study": "config",

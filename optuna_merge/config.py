@@ -35,6 +35,8 @@ KNOWN_BENCHMARKS = tuple(
 )
 """Benchmarks whose own tasks are no objective: a merge searched on them has been fitted to the test."""
 
+SAMPLERS = ("cmaes", "gp", "nsga2", "random", "tpe")
+
 PRUNER_OPTIONS = {
     "wilcoxon": ("p_threshold", "n_startup_steps"),
     "median": ("n_startup_trials", "n_warmup_steps"),
@@ -150,13 +152,17 @@ class TaskConfig(_Section):
 class SamplerConfig(_Section):
     """Which Optuna sampler draws the weights.
 
+    Any other option of a sampler that is neither ``cmaes`` nor ``random`` may be given too.
+
     Attributes:
-        name: ``cmaes`` or ``random``.
-        popsize: Trials in a generation of CMA-ES; None: 4 + floor(3 ln dimensions).
-        sigma0: First step as a fraction of each range, the same for all; None: ``search.prior``.
+        name: ``cmaes``, ``gp``, ``tpe``, ``nsga2``, ``random``, or the import path of a sampler class.
+        popsize: Of ``cmaes``: trials in a generation; None: 4 + floor(3 ln dimensions).
+        sigma0: Of ``cmaes``: first step as a fraction of each range, the same for all; None: ``search.prior``.
     """
 
-    name: Literal["cmaes", "random"] = "cmaes"
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str = "cmaes"
     popsize: int | None = Field(None, ge=3)
     sigma0: float | None = Field(None, gt=0, le=1)
 
@@ -164,6 +170,18 @@ class SamplerConfig(_Section):
     @classmethod
     def _name_only(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value not in SAMPLERS and "." not in value:
+            raise ValueError(f"{', '.join(SAMPLERS)}, or the import path of a sampler class")
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given of the options that are the sampler's own."""
+        return dict(self.model_extra or {})
 
 
 class PrunerConfig(_Section):
@@ -670,7 +688,9 @@ def _unknown_spellings(data: dict[str, Any]) -> list[str]:
         check(data.get(name), known, f"{name}.")
     study, search = data.get("study"), data.get("search")
     if isinstance(study, dict):
-        check(study.get("sampler"), SamplerConfig, "study.sampler.")
+        sampler = study.get("sampler")
+        if isinstance(sampler, dict) and sampler.get("name", "cmaes") in ("cmaes", "random"):
+            check(sampler, SamplerConfig, "study.sampler.")
         check(study.get("pruner"), PrunerConfig, "study.pruner.")
     if isinstance(search, dict):
         check(search.get("prior"), PriorConfig, "search.prior.")
@@ -705,6 +725,10 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
         yield f"{where} must be another part of a tensor name, got 'rest'; in parameter names it means what is left"
     yield from _task_problems(config)
     yield from _search_problems(config)
+    sampler = config.study.sampler
+    for option, given in (("popsize", sampler.popsize), ("sigma0", sampler.sigma0)):
+        if given is not None and sampler.name != "cmaes":
+            yield f"study.sampler.{option} must be absent for {sampler.name}, got {given}; remove it"
     try:
         method = config.method
     except MethodError as exc:

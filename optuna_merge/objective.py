@@ -42,7 +42,13 @@ from optuna_merge.merge_source import FACTORY, describe_source
 from optuna_merge.mergekit import to_mergekit
 from optuna_merge.pruner import SignedRankPruner, best_point
 from optuna_merge.recipe import Dtype, Recipe
-from optuna_merge.sampler import PAIRED_ESTIMATE, StableCmaEsSampler, StableRandomSampler, population_size
+from optuna_merge.sampler import (
+    PAIRED_ESTIMATE,
+    StableCmaEsSampler,
+    StableRandomSampler,
+    make_named_sampler,
+    population_size,
+)
 from optuna_merge.sources import SourcePlan, free_host_bytes, plan_sources
 from optuna_merge.space import ModelRefs, SearchSpace
 from optuna_merge.vocabulary import unify
@@ -223,6 +229,7 @@ class MergeObjective:
     def from_config(cls, config: StudyConfig) -> MergeObjective:
         """The same from a study file that has been read."""
         models = StudyModels.open(config)
+        make_sampler(config, SearchSpace(config, models.refs))  # what is wrong with it is said before all that is slow
         if config.engine.backend == "vllm":
             making = make_vllm_engine(config, models)
             return cls(config, models, None, making, build_scorer(config, making))
@@ -624,12 +631,18 @@ def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
 
 
 def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None = None) -> optuna.samplers.BaseSampler:
-    """The sampler that a study file asks for; see :meth:`MergeObjective.sampler`."""
+    """The sampler that a study file asks for; see :meth:`MergeObjective.sampler`.
+
+    Raises:
+        StudyError: If there is none, or it does not take its options.
+    """
     import numpy as np
 
     options, seed = config.study.sampler, config.study.seed
     if options.name == "random":
         return StableRandomSampler(seed=seed)
+    if options.name != "cmaes":
+        return make_named_sampler(options.name, options.options, list(space.distributions), seed)
 
     def start(study: optuna.Study) -> Mapping[str, float]:
         recorded: dict[str, float] | None = study.user_attrs.get(store.START)

@@ -204,11 +204,15 @@ ADDED = {
         ":7: study.name must be a name that can be part of a file name, got 'team/one'; correct it"
     ),
     "study: {name: ..}": ":7: study.name must be a name that can be part of a file name, got '..'; correct it",
-    "study: {sampler: cma}": ":7: study.sampler.name must be 'cmaes' or 'random', got 'cma'; choose one of them",
+    "study: {sampler: cma}": (
+        ":7: study.sampler.name must be cmaes, gp, nsga2, random, tpe, or the import path of a sampler class,"
+        " got 'cma'; correct it"
+    ),
     "study: {sampler: [cmaes]}": (
         ":7: study.sampler must be a mapping of keys, got ['cmaes']; indent the keys below it"
     ),
     "study: {sampler: {popsize: 2}}": ":7: study.sampler.popsize must be at least 3, got 2; raise it",
+    "study: {sampler: {name: tpe, sigma0: 0.2}}": ":7: study.sampler.sigma0 must be absent for tpe, got 0.2; remove it",
     "study: {sampler: {sigma0: 2}}": ":7: study.sampler.sigma0 must be at most 1.0, got 2; lower it",
     "study: {sampler: {popsiz: 8}}": (
         ":7: study.sampler.popsiz must be a known key, got 'popsiz'; did you mean 'popsize'?"
@@ -502,7 +506,7 @@ def test_a_key_of_a_task_without_a_value_means_its_default(load: Any, key: str) 
 
 
 def test_overrides_replace_what_the_file_says(load: Any) -> None:
-    text = STUDY + "study: {sampler: random, n_trials: 5}\nengine:\n"
+    text = STUDY + "study: {sampler: cmaes, n_trials: 5}\nengine:\n"
     config = load(
         text,
         {
@@ -513,7 +517,7 @@ def test_overrides_replace_what_the_file_says(load: Any) -> None:
             "limit": 3,
         },
     )
-    assert (config.study.n_trials, config.study.sampler.name, config.study.sampler.popsize) == (7, "random", 8)
+    assert (config.study.n_trials, config.study.sampler.name, config.study.sampler.popsize) == (7, "cmaes", 8)
     assert (config.engine.device, config.search.prior.common, config.limit) == ("cpu", 0.1, 3)
 
 

@@ -16,7 +16,14 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import store
-from optuna_merge.sampler import PAIRED_ESTIMATE, StableCmaEsSampler, StableRandomSampler
+from optuna_merge.errors import StudyError
+from optuna_merge.sampler import (
+    PAIRED_ESTIMATE,
+    RepeatableSampler,
+    StableCmaEsSampler,
+    StableRandomSampler,
+    make_named_sampler,
+)
 
 SPACE = {
     "a": FloatDistribution(-1, 1),
@@ -476,3 +483,96 @@ def test_stable_random_draws_are_keyed_by_trial_and_name() -> None:
     assert 0.4 < np.mean(drawn) < 0.6
     other = made(StableRandomSampler(seed=2)).ask()
     assert other.suggest_float("x0", 0, 1) != drawn[0]
+
+
+def far(params: Mapping[str, float]) -> float:
+    """The value that a study over ``SPACE`` maximises."""
+    return -loss(params)
+
+
+def searched(name: str, n_trials: int, options: Mapping[str, Any] | None = None, **given: Any) -> optuna.Study:
+    """A study with what ours have: a source without parameters, enqueued uniform merges, pruned trials."""
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=make_named_sampler(name, options or {}, list(SPACE), seed=1),
+        study_name="s",
+        load_if_exists=True,
+        **given,
+    )
+    if not study.trials:
+        study.add_trial(optuna.create_trial(value=-9.0))
+        for share in (0.4, 0.6):
+            study.enqueue_trial({name: d.low + share * (d.high - d.low) for name, d in SPACE.items()})
+
+    def one(trial: optuna.Trial) -> float:
+        value = far(suggest(trial))
+        if trial.number > 8 and trial.number % 3 == 0:
+            trial.set_user_attr(PAIRED_ESTIMATE, value)
+            raise optuna.TrialPruned
+        return value
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.optimize(one, n_trials=n_trials - sum(trial.state.is_finished() for trial in study.trials))
+    return study
+
+
+NAMED_OPTIONS: dict[str, dict[str, Any]] = {
+    "gp": {},
+    "tpe": {},
+    "nsga2": {"population_size": 8},
+    "optuna.samplers.CmaEsSampler": {"warn_independent_sampling": False},
+}
+
+
+@pytest.mark.parametrize("name", NAMED_OPTIONS)
+def test_samplers_by_name_learn_from_the_study(name: str) -> None:
+    study = searched(name, 45, NAMED_OPTIONS[name])
+    late = [far(trial.params) for trial in study.trials[30:]]
+    chance = [far(trial.params) for trial in searched("optuna.samplers.RandomSampler", 45).trials[30:]]
+    assert np.mean(late) > np.mean(chance) + 0.1
+
+
+@pytest.mark.parametrize("name", [*NAMED_OPTIONS, "optuna.samplers.RandomSampler"])
+def test_samplers_by_name_go_on_as_they_would_have(name: str) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    options = NAMED_OPTIONS.get(name, {})
+    searched(name, 19, options, storage=storage)  # in the middle of a generation
+    assert points(searched(name, 26, options, storage=storage)) == points(searched(name, 26, options))
+
+
+def test_a_sampler_is_shown_what_it_can_learn_from() -> None:
+    seen: list[list[tuple[TrialState, float | None]]] = []
+
+    class Looks(optuna.samplers.RandomSampler):
+        def sample_relative(self, study: optuna.Study, *_: Any) -> dict[str, Any]:
+            seen.append([(trial.state, trial.value) for trial in study.get_trials(deepcopy=False)])
+            return {}
+
+    study = made(RepeatableSampler(Looks, list(SPACE), seed=1))
+    study.add_trial(optuna.create_trial(value=9.0))
+    some = {"a": 0.0}
+    study.add_trial(optuna.create_trial(value=8.0, params=some, distributions={"a": SPACE["a"]}))
+    full = {name: d.low for name, d in SPACE.items()}
+    for attributes in ({PAIRED_ESTIMATE: 7.0}, {}):
+        study.add_trial(
+            optuna.create_trial(state=TrialState.PRUNED, params=full, distributions=SPACE, user_attrs=attributes)
+        )
+    study.optimize(objective, n_trials=1)
+    assert seen == [[(TrialState.COMPLETE, 7.0), (TrialState.PRUNED, None)]]
+    assert [trial.state.name for trial in study.trials[:4]] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("optuna.samplers.NoSampler", {}, r"must be cmaes, .* import path .*, got 'optuna.samplers.NoSampler': module"),
+        ("no_such.Sampler", {}, r"got 'no_such.Sampler': No module named 'no_such'; is its folder on PYTHONPATH\?"),
+        ("optuna.pruners.NopPruner", {}, r"must be a class derived from optuna's BaseSampler, got 'optuna.pruners"),
+        ("tpe", {"populaton": 3}, r"study.sampler: tpe must be made with .*, got {'populaton': 3}: .*; correct the op"),
+        ("nsga2", {"population_size": 1}, r"got {'population_size': 1}: .* greater than or equal to 2"),
+    ],
+)
+def test_samplers_that_cannot_be(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        make_named_sampler(name, options, list(SPACE), seed=1)
