@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.util import setup_testing_defaults
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
@@ -334,6 +335,7 @@ def make_dashboard(config: StudyConfig, host: str = "127.0.0.1", port: int = 808
 
     study = store.open_study(store.storage_url(config.storage_path, config.study.storage), config.study.name)
     app = optuna_dashboard.wsgi(study._storage, artifact_store=artifact_store(config))
+    _ask(app, f"/api/studies/{study._study_id}")  # it keeps what is finished: the first page then answers like the next
     try:
         server = make_server(host, port, app, server_class=_ThreadingServer, handler_class=_QuietHandler)
     except (OSError, OverflowError) as exc:
@@ -341,6 +343,12 @@ def make_dashboard(config: StudyConfig, host: str = "127.0.0.1", port: int = 808
             f"{host}:{port}: must be an address to listen on, got {reason(exc)}; choose another --port"
         ) from exc
     return Server(f"http://{host}:{server.server_port}/dashboard/studies/{study._study_id}", server)
+
+
+def _ask(app: Any, path: str) -> None:
+    environ: dict[str, Any] = {}
+    setup_testing_defaults(environ)
+    b"".join(app(environ | {"PATH_INFO": path}, lambda *_: None))
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):

@@ -54,12 +54,16 @@ def shown(url: str, folder: Path) -> tuple[str, set[str]]:
 
 
 def test_the_study_in_the_browser(dashboard: Server, tmp_path: Path) -> None:
-    start = time.perf_counter()
-    answer = json.loads(urllib.request.urlopen(dashboard.url.replace("/dashboard/", "/api/")).read())
-    print(f"first answer {time.perf_counter() - start:.2f} s, {len(answer['trials'])} trials")
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        answer = json.loads(urllib.request.urlopen(dashboard.url.replace("/dashboard/", "/api/")).read())
+        seconds.append(f"{time.perf_counter() - start:.2f} s")
     start = time.perf_counter()
     page, asked = shown(dashboard.url, tmp_path)
-    print(f"drawn after {time.perf_counter() - start:.1f} s")
+    print(
+        f"{len(answer['trials'])} trials: answers in {', '.join(seconds)}; drawn in {time.perf_counter() - start:.1f} s"
+    )
     for found in (
         "Score by documents spent",
         "Weights of the best merge",
@@ -71,9 +75,6 @@ def test_the_study_in_the_browser(dashboard: Server, tmp_path: Path) -> None:
     assert {host for host in asked if not host.endswith((".google.com", ".googleapis.com", ".gvt1.com"))} == {
         "127.0.0.1"
     }
-
-
-def test_the_note_in_the_browser(dashboard: Server, tmp_path: Path) -> None:
-    page, _ = shown(f"{dashboard.url}/note", tmp_path)
+    note, _ = shown(f"{dashboard.url}/note", tmp_path)
     for found in ("Which one?", "What is merged", "task_arithmetic", "optuna-merge run-study"):
-        assert found in page
+        assert found in note

@@ -70,8 +70,11 @@ def open_started(config: StudyConfig) -> optuna.Study:
     Raises:
         StudyError: If it has not.
     """
+    import optuna
+
     from optuna_merge.store import open_study, storage_url
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # its log lines say nothing that we do not
     return open_study(storage_url(config.storage_path, config.study.storage), config.study.name)
 
 
