@@ -197,9 +197,25 @@ class Claims:
             lost = self._requeue_lost(trials)
             if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
                 return None
-            trial, owner = self.study.ask(), Owner.me()
-            self.storage.write_trial(trial._trial_id, [("system_attr", OWNER, asdict(owner))])
+            owner = Owner.me()
+            trial_id = self._start(trials, lost)
+            self.storage.write_trial(trial_id, [("system_attr", OWNER, asdict(owner))])
+            trial = optuna.Trial(self.study, trial_id)
+            # The sampler and the pruner would read the whole study once more.
+            others = [other for other in trials if other._trial_id != trial_id and other.number not in lost]
+            own = trial._cached_frozen_trial
+            self.study._thread_local.cached_all_trials = sorted([*others, own], key=lambda one: one.number)
             return Claim(self, trial, owner)
+
+    def _start(self, trials: Sequence[FrozenTrial], lost: Sequence[int]) -> int:
+        """As ``study.ask`` does, without another look at all trials: the first that waits, or a new one."""
+        for trial in trials:
+            if trial.state != TrialState.WAITING and trial.number not in lost:
+                continue
+            with suppress(UpdateFinishedTrialError):
+                if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                    return trial._trial_id
+        return self.storage.create_new_trial(self.study._study_id)
 
     def requeue_lost(self, *, alone: bool = False) -> list[int]:
         """Put back the running trials whose process is gone; to be called with the lock held.

@@ -40,10 +40,14 @@ class SignedRankPruner(BasePruner):
     def __init__(self, *, p_threshold: float = 0.1, n_startup_steps: int = 4) -> None:
         self._p_threshold = p_threshold
         self._n_startup_steps = max(2, n_startup_steps)
+        self._best: tuple[list[FrozenTrial], FrozenTrial | None] = ([], None)
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether the test says that the trial is worse."""
-        best = best_point(study)
+        trials = study._get_trials(False, use_cache=True)  # one list for all chunks of a trial
+        if trials is not self._best[0]:
+            self._best = (trials, best_point(study))
+        best = self._best[1]
         if best is None:
             return False
         reached = best.intermediate_values
@@ -79,8 +83,10 @@ def signed_rank_p(differences: Sequence[float]) -> float:
     size = np.abs(signed)
     # doubled, so that shared ranks are whole numbers
     ranks = 2 * (size < size[:, None]).sum(axis=1) + (size == size[:, None]).sum(axis=1) + 1
-    n_combinations = np.ones(1)  # by doubled sum of the ranks above 0
-    for rank in ranks[signed != 0]:
-        n_combinations = np.pad(n_combinations, (0, rank)) + np.pad(n_combinations, (rank, 0))
+    ranks_of_signs = ranks[signed != 0]
+    n_combinations = np.zeros(1 + ranks_of_signs.sum())  # by doubled sum of the ranks above 0
+    n_combinations[0] = 1
+    for rank in ranks_of_signs:
+        n_combinations[rank:] += n_combinations[:-rank].copy()
     observed = ranks[signed > 0].sum()
     return float(n_combinations[: observed + 1].sum() / n_combinations.sum())
