@@ -79,7 +79,7 @@ $(VENV)-peer/installed: benchmarks/peer.txt
 	touch $@
 
 bench-storage: setup-dev
-	$(BIN)/python benchmarks/storage_speed.py
+	$(BIN)/python -m benchmarks.storage_speed
 
 # needs chromium, and the study of `make quickstart`
 screenshots: setup

@@ -1,89 +1,125 @@
-"""What a trial costs that neither merges nor scores: drawing it, and the traffic with the study's storage.
+"""What a trial costs that neither merges nor scores: drawing it, decoding it, and the traffic with its storage.
 
-    python benchmarks/storage_speed.py [--storage URL] [--dimensions 100] [--trials 500] [--chunks 20]
+    python -m benchmarks.storage_speed [--storage URL ...] [--layers 50] [--trials 500] [--chunks 20]
 
-Prints the milliseconds of the last 50 of so many trials, and their ratio to Optuna's own storage, asked and told by
-``study.ask`` and ``study.tell``, with the same sampler and pruner in the same run. Give a PostgreSQL URL for that one.
+Runs whole studies of two sources with 50 layers, all that ``run-study`` does included, on SQLite and on a PostgreSQL
+server of its own over loopback, or on the storages that are given. The engine is one without a model. A trial's
+overhead is the time from the end of the trial before to its own end, without what it took to merge and to score.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import tempfile
 import time
-import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean, median
 
 import optuna
-from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState
+import torch
+import transformers
+import yaml
+from optuna.trial import FrozenTrial
 
 from optuna_merge import store
-from optuna_merge.lock import make_lock
-from optuna_merge.owners import Claims
-from optuna_merge.pruner import SignedRankPruner
-from optuna_merge.sampler import StableCmaEsSampler
+from optuna_merge.cli.progress import TerminalWatcher
+from optuna_merge.config import load_study
+from optuna_merge.dashboard import DashboardWatcher
+from optuna_merge.merge import Merger
+from optuna_merge.objective import MergeObjective, StudyModels, build_scorer
+from optuna_merge.space import SearchSpace
+from optuna_merge.study import run_study
+from optuna_merge.testing import FakeEngine, write_tiny_models
+from optuna_merge.watcher import Watcher, Watchers
+from tests import databases
+from tests.conftest import write_task
 
 LAST = 50
+LIMITS_MS = {"sqlite": 50, "postgresql": 150}
+
+
+@dataclass
+class Stopwatch(Watcher):
+    """Notes what each trial cost beside merging and scoring."""
+
+    overheads: list[float] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    def study_opened(self, study: optuna.Study, n_trials: int, requeued: list[int]) -> None:
+        self._since = time.perf_counter()
+
+    def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
+        now = time.perf_counter()
+        work = trial.user_attrs[store.MERGE_SECONDS] + trial.user_attrs[store.EVALUATION_SECONDS]
+        self.overheads.append(now - self._since - work)
+        self.states.append(trial.state.name.lower())
+        self._since = now
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--storage", help="an SQLite file of its own by default")
-    parser.add_argument("--dimensions", type=int, default=100)
+    parser.add_argument("--storage", action="append", help="URL; may be given more than once")
+    parser.add_argument("--layers", type=int, default=50)
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--chunks", type=int, default=20)
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = {f"layers_{i:03d}.weight": FloatDistribution(0, 1) for i in range(given.dimensions)}
-    with tempfile.TemporaryDirectory() as folder:
-        url = given.storage or f"sqlite:///{Path(folder) / 'study.db'}"
-        study, storage = store.create_study(url, f"ours {time.time()}")
-        prepare(study, space)
-        claims = Claims(study, storage, make_lock(storage.backend, study.study_name, store.local_file(url)))
-        ours = []
-        for _ in range(given.trials):
-            start = time.perf_counter()
-            claim = claims.next(given.trials)
-            assert claim is not None
-            with claim:
-                claim.tell(evaluate(claim.trial, space, given.chunks), TrialState.COMPLETE)
-            ours.append(time.perf_counter() - start)
-        plain = optuna.create_study(
-            storage=store.open_storage(url), study_name=f"plain {time.time()}", direction="maximize"
-        )
-        prepare(plain, space)
-        theirs = []
-        for _ in range(LAST):
-            start = time.perf_counter()
-            trial = plain.ask()
-            plain.tell(trial, evaluate(trial, space, given.chunks))
-            theirs.append(time.perf_counter() - start)
-    mine, other = (1000 * median(times[-LAST:]) for times in (ours, theirs))
-    mean = 1000 * sum(ours[-LAST:]) / LAST
-    print(
-        f"{store.shown_url(url).partition(':')[0]}, {given.dimensions} dimensions, {given.chunks} chunks: median"
-        f" {mine:.0f} ms, mean {mean:.0f} ms of the last {LAST} of {given.trials} trials; Optuna's own storage, first"
-        f" {LAST} trials: median {other:.0f} ms; ratio {mine / other:.2f}"
-    )
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    print("| storage | dimensions | chunks | trials | pruned | median, ms | mean, ms | limit, ms |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        write_tiny_models(folder / "models", 2, n_layers=given.layers, spread=0.3)
+        for number, url in enumerate(given.storage or default_storages(folder, stack)):
+            objective = make_objective(folder, f"s{number}", url, given.trials, given.chunks)
+            watch = Stopwatch()
+            with contextlib.redirect_stderr(io.StringIO()), TerminalWatcher(bar=False) as terminal:
+                dashboard = DashboardWatcher(objective.config, objective.merge_file, lambda _: None)
+                run_study(objective.config, objective, Watchers([dashboard, terminal, watch]))
+            last = [1000 * seconds for seconds in watch.overheads[-LAST:]]
+            kind = url.partition(":")[0]
+            pruned = watch.states[-LAST:].count("pruned")
+            print(
+                f"| {kind} | {len(objective.space.distributions)} | {given.chunks} | {given.trials} |"
+                f" {pruned} of the last {len(last)} | {median(last):.0f} | {fmean(last):.0f} |"
+                f" {LIMITS_MS.get(kind, '')} |",
+                flush=True,
+            )
 
 
-def prepare(study: optuna.Study, space: dict[str, FloatDistribution]) -> None:
-    study.sampler, study.pruner = StableCmaEsSampler(space, seed=1), SignedRankPruner()
+def default_storages(folder: Path, stack: contextlib.ExitStack) -> Iterator[str]:
+    yield f"sqlite:///{folder / 'study.db'}"
+    yield stack.enter_context(databases.postgres()).url
 
 
-def evaluate(trial: Any, space: dict[str, FloatDistribution], n_chunks: int) -> float:
-    value = -sum((trial.suggest_float(name, d.low, d.high) - 0.3) ** 2 for name, d in space.items())
-    trial.set_user_attr(store.RECIPE_DIGEST, "x" * 64)
-    for chunk in range(n_chunks):
-        trial.report(value, chunk)
-        trial.should_prune()
-    for key in (store.MERGE_SECONDS, store.EVALUATION_SECONDS, store.DOCUMENTS, "score one", "stderr one"):
-        trial.set_user_attr(key, 1.0)
-    return float(value)
+def make_objective(folder: Path, name: str, url: str, n_trials: int, n_chunks: int) -> MergeObjective:
+    write_task(folder / "tasks", "one", 100, "0")
+    file = folder / f"{name}.yaml"
+    models = {"models": [str(folder / "models" / f"model_{i}") for i in range(2)]}
+    genome = {**models, "base_model": str(folder / "models" / "base"), "merge_method": "task_arithmetic"}
+    never = {"name": "wilcoxon", "p_threshold": 1e-9}  # it is asked after each chunk, and a trial in full costs most
+    options = {"name": name, "n_trials": n_trials, "seed": 1, "n_chunks": n_chunks, "storage": url}
+    data = {
+        "genome": {**genome, "layer_granularity": 1},
+        "search": {"embed_group": "shared"},
+        "tasks": [{"name": "one"}],
+        "study": {**options, "pruner": never},
+        "engine": {"device": "cpu", "dtype": "float32"},
+        "task_search_path": "tasks",
+        "storage_path": name,
+    }
+    file.write_text(yaml.safe_dump(data))
+    config = load_study(file)
+    opened = StudyModels.open(config)
+    merger, space = Merger(opened.checkpoints), SearchSpace(config, opened.refs)
+    optimum = {name: t.clone() for name, t in merger.merge(space.decode(space.uniform(1.0)))}
+    engine = FakeEngine(optimum)
+    return MergeObjective(config, opened, merger, engine, build_scorer(config, engine))
 
 
 if __name__ == "__main__":

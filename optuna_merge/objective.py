@@ -413,13 +413,14 @@ class MergeObjective:
         reported = sorted(frozen.intermediate_values)
         lines = self._documents.begin(trial.number, digest, len(reported))
         try:
-            results = [ChunkResult.from_json(line) for line in lines]
+            scored = [ChunkResult.from_json(line) for line in lines]
         except TaskError as exc:
             path = self._documents.path(trial.number)
             raise StudyError(
                 f"{path}: scores must be readable, got {exc}; delete it: the trial is scored anew"
             ) from exc
         spent = frozen.user_attrs.get(store.EVALUATION_SECONDS, 0.0)
+        results = scored[: len(reported)]
         for chunk in range(len(results), self.scorer.n_chunks):
             if prunable and results and trial.should_prune():  # also what a killed process had no time to ask
                 self._note_spent(trial, spent, results)
@@ -428,7 +429,7 @@ class MergeObjective:
                     trial.set_user_attr(PAIRED_ESTIMATE, estimate)
                 raise optuna.TrialPruned
             start = time.perf_counter()
-            result = self.scorer.score_chunk(chunk)
+            result = scored[chunk] if chunk < len(scored) else self.scorer.score_chunk(chunk)
             spent += time.perf_counter() - start
             results.append(result)
             self._documents.append(trial.number, result.to_json())
@@ -438,6 +439,7 @@ class MergeObjective:
         return self.scorer.total(results, stderr=True)
 
     def _note_spent(self, trial: optuna.Trial, spent: float, results: list[ChunkResult]) -> None:
+        self._documents.end(trial.number)
         trial.set_user_attr(store.EVALUATION_SECONDS, round(spent, 4))
         columns = [columns for result in results for columns in result.documents.values()]
         trial.set_user_attr(store.DOCUMENTS, sum(len(column["doc_id"]) for column in columns))

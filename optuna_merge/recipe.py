@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from optuna_merge.errors import RecipeError
@@ -133,12 +133,12 @@ class Recipe:
 
     def digest(self) -> str:
         """Hex SHA-256 of the canonical JSON: equal recipes, equal digests, on any machine."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        canonical = json.dumps(self, default=vars, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> str:
         """JSON text from which :meth:`from_json` makes an equal recipe, floats included to the last bit."""
-        return json.dumps(asdict(self), allow_nan=False)
+        return json.dumps(self, default=vars, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

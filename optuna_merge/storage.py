@@ -1,13 +1,14 @@
 """Any Optuna storage, seen through few and patient calls.
 
 A trial of a merge has up to hundreds of parameters, and Optuna writes each in a transaction of its own. Here what is
-written about a trial waits until it is reported, told or read, and goes in one. A database that restarts is waited for.
+written about a trial waits until it is reported, told or read, and goes in one; reports go in once a second. A database that restarts is waited for.
 Knows how Optuna's storages lay out a trial; knows nothing of studies of merges.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -38,6 +39,8 @@ PATIENCE_S = 300.0
 """How long a storage that does not answer is waited for."""
 
 _LONGEST_PAUSE_S = 10.0
+_REPORTS_S = 1.0
+"""Least time between two writes of a trial's intermediate values: a database syncs its disk for each."""
 
 Result = TypeVar("Result")
 
@@ -45,8 +48,9 @@ Result = TypeVar("Result")
 class BatchedStorage(BaseStorage):
     """A storage whose trials are written in batches, and which waits for a database that is away.
 
-    Parameters and attributes of a trial are kept until its next intermediate value, change of state or :meth:`flush`,
-    or until anything is read; then they are written together. What a storage refuses is raised as it raises it.
+    What is written about a trial is kept until its next change of state or :meth:`flush`, until anything is read, or
+    until an intermediate value comes a second after the last one that was written; then it is written together. The
+    first intermediate value never waits. What a storage refuses is raised as it raises it.
 
     Args:
         storage: Any Optuna storage.
@@ -67,6 +71,7 @@ class BatchedStorage(BaseStorage):
         self._patience_s = patience_s
         self._batched = batched
         self._pending: dict[int, dict[tuple[Kind, str | int], Any]] = {}
+        self._reported: dict[int, float] = {}
         self._lock = threading.RLock()
 
     def flush(self) -> None:
@@ -131,13 +136,17 @@ class BatchedStorage(BaseStorage):
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:  # noqa: D102
         with self._lock:
             self._keep(trial_id, "step", step, float(intermediate_value))
-            self._write_pending(trial_id)
+            now = time.monotonic()
+            if now - self._reported.get(trial_id, -math.inf) >= _REPORTS_S:
+                self._write_pending(trial_id)
+                self._reported[trial_id] = now
 
     def set_trial_state_values(  # noqa: D102
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         with self._lock:
             self._write_pending(trial_id)
+            self._reported.pop(trial_id, None)
         n_before = self.n_outages
         try:
             return self._patiently(self.backend.set_trial_state_values, trial_id, state, values)

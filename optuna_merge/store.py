@@ -270,7 +270,7 @@ class DocumentScores:
         return self._folder / f"trial_{trial_number:05d}.jsonl"
 
     def append(self, trial_number: int, line: str) -> None:
-        """Write one chunk's line and see it on disk.
+        """Write one chunk's line; it outlives this process at once, and the machine after :meth:`end`.
 
         Raises:
             StudyError: If it cannot be written.
@@ -279,13 +279,24 @@ class DocumentScores:
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-                file.flush()
+        except OSError as exc:
+            raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
+
+    def end(self, trial_number: int) -> None:
+        """See the lines of a trial on disk.
+
+        Raises:
+            StudyError: If they cannot be written.
+        """
+        path = self.path(trial_number)
+        try:
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
         except OSError as exc:
             raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
 
     def begin(self, trial_number: int, digest: str, n_reported: int) -> list[str]:
-        """Open the file of a trial for ``append``: keep the lines of the chunks that it reported, drop the rest.
+        """Open the file of a trial for ``append``: keep the lines of the chunks that it reported.
 
         Args:
             trial_number: Number of the trial.
@@ -293,23 +304,24 @@ class DocumentScores:
             n_reported: Chunks that the storage has a value of.
 
         Returns:
-            The lines that were kept, at most ``n_reported``.
+            The lines that were there, of a trial that reported any: first those that were kept, then those that were
+            written and not reported.
 
         Raises:
             StudyError: If the file cannot be written.
         """
         path = self.path(trial_number)
-        kept: list[str] = []
+        there: list[str] = []
         try:
             if n_reported and path.exists():
                 # A torn last line may end within a character; it is dropped.
                 first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
-                kept = lines[:n_reported] if first == digest else []
+                there = lines if first == digest else []
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in [digest, *kept]), encoding="utf-8")
+            path.write_text("".join(f"{line}\n" for line in [digest, *there[:n_reported]]), encoding="utf-8")
         except OSError as exc:
             raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
-        return kept
+        return there
 
 
 def local_file(url: str) -> Path | None:

@@ -293,9 +293,9 @@ def test_chunks_come_back_in_order(scores: DocumentScores) -> None:
     assert scores.begin(5, "digest", 2) == []  # reported, but its file is gone
 
 
-def test_more_lines_than_were_reported_are_dropped(scores: DocumentScores) -> None:
+def test_lines_that_were_not_reported_come_back_once(scores: DocumentScores) -> None:
     written(scores, 3)
-    assert scores.begin(3, "digest", 2) == lines(0, 1)
+    assert scores.begin(3, "digest", 2) == lines(0, 1, 2)  # written, not reported: need not be scored again
     assert scores.begin(3, "digest", 3) == lines(0, 1)
     assert scores.begin(3, "digest", 0) == []
     assert scores.path(3).read_text() == "digest\n"
@@ -334,8 +334,12 @@ def test_scores_that_cannot_be_written(tmp_path: Path, scores: DocumentScores, m
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StudyError, match=rf"{message}$|No space left on device; make room"):
-            scores.append(3, "x")
+        with pytest.raises(StudyError, match=message):
+            scores.end(3)
+    scores.path(3).unlink()
+    scores.path(3).symlink_to("/dev/full")
+    with pytest.raises(StudyError, match=r"trial_00003.jsonl: scores must be writable, got .*No space left on device"):
+        scores.append(3, "x")
     scores.path(3).unlink()
     scores.path(3).mkdir()
     with pytest.raises(StudyError, match=message):

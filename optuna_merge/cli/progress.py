@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
 
 import optuna
@@ -31,6 +32,7 @@ class TerminalWatcher(Watcher):
         self._study: optuna.Study | None = None
         self._standing: list[tuple[str, str]] = []
         self._chunks: list[tuple[float, float | None]] = []
+        self._beaten: Mapping[int, float] = {}
         self._n_chunks = 0
         self._n_finished = 0
         self._n_documents = 0
@@ -66,16 +68,17 @@ class TerminalWatcher(Watcher):
         """Name the trial."""
         self._label = trial.user_attrs.get(store.BASELINE, f"trial {trial.number}")
         self._trial, self._chunks = trial, []
+        if self._is_live and self._study is not None:
+            best = best_merge(self._study)
+            self._beaten = {} if best is None else best.intermediate_values
 
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
         """Show how far the trial is, and each chunk beside the best merge's."""
         self._n_chunks = n_chunks
-        if not self._is_live or self._trial is None or self._study is None:
+        if not self._is_live or self._trial is None:
             return
-        best = best_merge(self._study)
-        beaten = {} if best is None else best.intermediate_values
-        own = self._study._storage.get_trial(self._trial._trial_id).intermediate_values
-        self._chunks = [(value, beaten.get(step)) for step, value in sorted(own.items())]
+        own = self._trial._cached_frozen_trial.intermediate_values  # reading them would write what waits to be
+        self._chunks = [(value, self._beaten.get(step)) for step, value in sorted(own.items())]
 
     def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
         """One line for the trial."""
