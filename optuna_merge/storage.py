@@ -1,8 +1,8 @@
 """Any Optuna storage, seen through few and patient calls.
 
 A trial of a merge has up to hundreds of parameters, and Optuna writes each in a transaction of its own. Here what is
-written about a trial waits until it is reported, told or read, and goes in one; reports go in once a second. A database that restarts is waited for.
-Knows how Optuna's storages lay out a trial; knows nothing of studies of merges.
+written about a trial waits until it is reported, told or read, and goes in one; reports go in once a second. A database
+that restarts is waited for. Knows how Optuna's storages lay out a trial; knows nothing of studies of merges.
 """
 
 from __future__ import annotations
