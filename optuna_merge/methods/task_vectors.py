@@ -48,12 +48,21 @@ Combine = Callable[[list[Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Combination:
-    """The expression of a method: an instance for each thinning and way to combine."""
+    """The expression of a method: an instance for each thinning and way to combine.
+
+    Attributes:
+        n_floats, n_integers: Of the numbers that each source's thinning has.
+        is_rescaled: Whether a source's factor is anything but 1; the others say so of the divisor and the scale. Left
+            out where they are 1, they change no bit and cost nothing.
+    """
 
     thinning: Thinning
     n_floats: int
     n_integers: int
     combine: Combine
+    is_rescaled: bool
+    is_divided: bool
+    is_scaled: bool
 
     def __call__(
         self, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
@@ -68,9 +77,16 @@ class _Combination:
             own = numbers[index * self.n_floats : (index + 1) * self.n_floats]
             own_integers = integers[index * self.n_integers : (index + 1) * self.n_integers]
             extra = extras[index] if extras else None
-            sparse = self.thinning(model.float() - base, own[1:], own_integers, extra) * own[0]
+            sparse = self.thinning(model.float() - base, own[1:], own_integers, extra)
+            if self.is_rescaled:
+                sparse = sparse * own[0]
             weighted.append(sparse * weights[index])
-        return base + self.combine(weighted, weights) / divisor * scale
+        total = self.combine(weighted, weights)
+        if self.is_divided:
+            total = total / divisor
+        if self.is_scaled:
+            total = total * scale
+        return base + total
 
 
 def _write(inputs: MergeInput, out: Tensor, sparsify: Sparsify, combine: Combine, divisor: float) -> None:
@@ -79,7 +95,15 @@ def _write(inputs: MergeInput, out: Tensor, sparsify: Sparsify, combine: Combine
         return
     sparsifiers = [sparsify(inputs, index) for index in range(len(weights))]
     first = sparsifiers[0]
-    expression = _Combination(first.thinning, 1 + len(first.floats), first.n_integers, combine)
+    expression = _Combination(
+        first.thinning,
+        1 + len(first.floats),
+        first.n_integers,
+        combine,
+        is_rescaled=any(sparsifier.factor != 1 for sparsifier in sparsifiers),
+        is_divided=divisor != 1,
+        is_scaled=inputs.shared["lambda"] != 1,
+    )
     numbers = [number for sparsifier in sparsifiers for number in (sparsifier.factor, *sparsifier.floats)]
 
     def integers(span: slice) -> Iterator[int]:
@@ -95,8 +119,8 @@ def _as_it_is(task_vector: Tensor, floats: Tensor, integers: Tensor, extra: Tens
 
 def _added(weighted: list[Tensor], weights: Tensor) -> Tensor:
     # Products are rounded before they are added: opposite ones then cancel, and elect plus.
-    total = torch.zeros_like(weighted[0])
-    for vector in weighted:
+    total = weighted[0]
+    for vector in weighted[1:]:
         total = total + vector
     return total
 
