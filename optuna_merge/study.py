@@ -6,6 +6,7 @@ Knows Optuna and the objective; prints nothing. Whoever watches passes a ``Watch
 from __future__ import annotations
 
 import math
+import re
 import signal
 import threading
 import time
@@ -119,12 +120,13 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
         The file; None if no merge has been scored yet.
 
     Raises:
-        StudyError: If it cannot be written; the file of the best merge before is left as it was.
+        StudyError: If it cannot be written, or is of another study; the file that is there is left as it was.
     """
+    path = objective.config.storage_path / BEST_CONFIG
+    _refuse_another(path, study.study_name)
     best = best_merge(study)
     if best is None:
         return None
-    path = objective.config.storage_path / BEST_CONFIG
     partial = path.with_name(f"{path.name}.partial")
     comment = [f"study {study.study_name}, trial {best.number}, score {best.value}"]
     try:
@@ -137,6 +139,18 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
             f"{path}: best merge must be writable, got {reason(exc)}; make room and run the same command again"
         ) from exc
     return path
+
+
+def _refuse_another(path: Path, study_name: str) -> None:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            found = re.match(r"# study (.*), trial \d+, score ", file.readline())
+    except OSError:
+        return
+    if found and found[1] != study_name:
+        raise StudyError(
+            f"{path}: must be of study {study_name!r}, got that of study {found[1]!r}; choose another storage_path"
+        )
 
 
 def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:

@@ -16,6 +16,7 @@ from optuna_merge.config import StudyConfig, load_study
 from optuna_merge.dashboard import DashboardWatcher, make_dashboard, refresh, write_documents
 from optuna_merge.errors import StudyError
 from optuna_merge.sampler import PAIRED_ESTIMATE
+from tests import processes
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -165,6 +166,17 @@ def test_artifacts_that_cannot_be_written_stop_nothing(config: StudyConfig) -> N
         watcher.trial_scored(study, study.ask())
     [warning] = warnings
     assert warning.startswith("artifacts of trial 0 cannot be written: ")
+
+
+def test_artifacts_on_a_full_disk_stop_nothing(config: StudyConfig) -> None:
+    study = open_study(config)
+    warnings: list[str] = []
+    watcher = DashboardWatcher(config, lambda trial: "a line\n" * 100, warnings.append)
+    trial = study.ask()
+    with processes.files_up_to(100):
+        watcher.trial_scored(study, trial)
+    assert warnings == ["artifacts of trial 0 cannot be written: [Errno 27] File too large"]
+    assert study.tell(trial, 0.5).state == TrialState.COMPLETE
 
 
 def test_documents_of_tasks_with_different_metrics(tmp_path: Path) -> None:

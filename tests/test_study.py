@@ -152,23 +152,46 @@ def test_a_study_that_is_not_there_is_named(objective: MergeObjective) -> None:
     assert not objective.config.storage_path.exists()
 
 
-def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective) -> None:
     run_study(objective.config, objective)
     file = objective.config.storage_path / BEST_CONFIG
     before = file.read_text()
-    real = Path.write_text
-
-    def full(self: Path, *args: object, **kwargs: object) -> int:
-        if self.name.endswith(".partial"):
-            real(self, "half", encoding="utf-8")
-            raise OSError(28, "No space left on device")
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "write_text", full)
+    file.with_name(f"{BEST_CONFIG}.partial").symlink_to("/dev/full")
     with pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*No space left"):
+        study.write_best_config(open_started(objective.config), objective)
+    with (
+        processes.files_up_to(100),
+        pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*File too large"),
+    ):
         study.write_best_config(open_started(objective.config), objective)
     assert file.read_text() == before
     assert not list(objective.config.storage_path.glob("*.partial"))
+
+
+def test_a_full_disk_stops_the_study_and_room_lets_it_go_on(objective: MergeObjective) -> None:
+    scores = store.DocumentScores(objective.config.storage_path / "documents" / "tiny").path(7)
+
+    class Full(Watcher):
+        def trial_started(self, trial: optuna.Trial) -> None:
+            if trial.number == 7:
+                scores.symlink_to("/dev/full")
+
+    message = r"trial_00007.jsonl: scores must be writable, got .*No space left on device; make room and run"
+    with pytest.raises(StudyError, match=message):
+        run_study(objective.config, objective, Full())
+    scores.unlink()
+    assert run_study(objective.config, objective) == study.Outcome(25)
+
+
+def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:
+    run_study(objective.config, objective)
+    before = (objective.config.storage_path / BEST_CONFIG).read_text()
+    options = objective.config.study.model_copy(update={"name": "tiny, too"})
+    objective.config = objective.config.model_copy(update={"study": options})
+    message = r"best_config.yaml: must be of study 'tiny, too', got that of study 'tiny'; choose another storage_path"
+    with pytest.raises(StudyError, match=message):
+        run_study(objective.config, objective)
+    assert (objective.config.storage_path / BEST_CONFIG).read_text() == before
 
 
 class Doomed(Watcher):
