@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constrain
 # Two OpenMP threads on two busy cores can be far slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-dev setup-vllm quickstart check test test-vllm bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage screenshots clean
+.PHONY: setup setup-dev setup-vllm quickstart check test test-vllm bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage bench-workers screenshots clean
 
 setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
@@ -80,6 +80,9 @@ $(VENV)-peer/installed: benchmarks/peer.txt
 
 bench-storage: setup-dev
 	$(BIN)/python -m benchmarks.storage_speed
+
+bench-workers: setup-dev
+	$(BIN)/python -m benchmarks.worker_speed
 
 # needs chromium, and the study of `make quickstart`
 screenshots: setup

@@ -1,0 +1,123 @@
+"""Trials per hour of one study by the number of its workers.
+
+    python -m benchmarks.worker_speed [--seconds 2.0] [--trials 6] [--workers 1 2 4 8 16]
+
+Real: the command line, ``run-study --workers N``, with two-layer models of 16 dimensions on the CPU, 1 and 2 workers.
+Simulated: an engine that sleeps for the time that a trial takes; what is left of ideal scaling is the storage's, the
+lock's and the machine's. From the first trial's start to the last one's end; SQLite, no pruning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+
+from optuna_merge import store
+from optuna_merge.config import load_study
+from optuna_merge.evaluation.engine import Prepared, Response
+from optuna_merge.merge import Merger
+from optuna_merge.objective import MergeObjective, StudyModels, build_scorer
+from optuna_merge.space import SearchSpace
+from optuna_merge.study import run_study
+from optuna_merge.testing import FakeEngine, write_tiny_models
+from tests.conftest import write_task
+
+N_CHUNKS = 5
+
+
+class SleepingEngine(FakeEngine):
+    """Takes its time to answer."""
+
+    seconds = 0.0
+
+    def respond(self, prepared: Prepared) -> list[Response]:
+        time.sleep(self.seconds / N_CHUNKS)
+        return super().respond(prepared)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="that a simulated trial sleeps")
+    parser.add_argument("--trials", type=int, default=6, help="of each worker")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    print("| engine | workers | trials per hour | of one worker's, times workers |")
+    print("|---|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tiny_models(folder / "models", 2, n_layers=2, spread=0.3)
+        write_task(folder / "tasks", "one", 400)
+        show("real", [(n, real(folder, n, 20 * given.trials)) for n in given.workers if n <= 2])
+        show("simulated", [(n, simulated(folder, n, n * given.trials, given.seconds)) for n in given.workers])
+
+
+def show(engine: str, rates: Sequence[tuple[int, float]]) -> None:
+    for n_workers, rate in rates:
+        share = rate / (n_workers * rates[0][1] / rates[0][0])
+        print(f"| {engine} | {n_workers} | {rate:,.0f} | {share:.2f} |", flush=True)
+
+
+def real(folder: Path, n_workers: int, n_trials: int) -> float:
+    file = write_study(folder, f"real_{n_workers}", n_trials)
+    command = [sys.executable, "-m", "optuna_merge", "run-study", str(file), "--workers", str(n_workers)]
+    subprocess.run(command, check=True, capture_output=True)
+    return trials_per_hour(file)
+
+
+def simulated(folder: Path, n_workers: int, n_trials: int, seconds: float) -> float:
+    file = write_study(folder, f"simulated_{n_workers}", n_trials)
+    config = load_study(file)
+    models = StudyModels.open(config)
+    merger, space = Merger(models.checkpoints), SearchSpace(config, models.refs)
+    engine = SleepingEngine({name: t.clone() for name, t in merger.merge(space.decode(space.uniform(1.0)))})
+    engine.seconds = seconds
+    objective = MergeObjective(config, models, merger, engine, build_scorer(config, engine))
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=partial(run_study, config, objective)) for _ in range(n_workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return trials_per_hour(file)
+
+
+def write_study(folder: Path, name: str, n_trials: int) -> Path:
+    models = {"models": [str(folder / "models" / f"model_{i}") for i in range(2)]}
+    genome = {**models, "base_model": str(folder / "models" / "base"), "merge_method": "task_arithmetic"}
+    data = {
+        "genome": {**genome, "layer_granularity": 1},
+        "tasks": [{"name": "one"}],
+        "study": {"name": name, "n_trials": n_trials, "seed": 1, "n_chunks": N_CHUNKS, "pruner": {"name": "none"}},
+        "engine": {"device": "cpu", "dtype": "float32"},
+        "task_search_path": "tasks",
+        "storage_path": name,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def trials_per_hour(file: Path) -> float:
+    config = load_study(file)
+    url = store.storage_url(config.storage_path, config.study.storage)
+    trials = store.open_study(url, config.study.name).get_trials(states=store.FINISHED)
+    begun = min(trial.datetime_start for trial in trials if trial.datetime_start)
+    ended = max(trial.datetime_complete for trial in trials if trial.datetime_complete)
+    return 3600 * len(trials) / (ended - begun).total_seconds()
+
+
+if __name__ == "__main__":
+    main()
