@@ -78,7 +78,7 @@ def main() -> None:
         for number, url in enumerate(given.storage or default_storages(folder, stack)):
             objective = make_objective(folder, f"s{number}", url, given.trials, given.chunks)
             watch = Stopwatch()
-            with contextlib.redirect_stderr(io.StringIO()), TerminalWatcher(bar=False) as terminal:
+            with contextlib.redirect_stderr(io.StringIO()), TerminalWatcher() as terminal:
                 dashboard = DashboardWatcher(objective.config, objective.merge_file, lambda _: None)
                 run_study(objective.config, objective, Watchers([dashboard, terminal, watch]))
             last = [1000 * seconds for seconds in watch.overheads[-LAST:]]

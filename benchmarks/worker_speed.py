@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -60,13 +60,15 @@ def main() -> None:
         folder = Path(name)
         write_tiny_models(folder / "models", 2, n_layers=2, spread=0.3)
         write_task(folder / "tasks", "one", 400)
-        show("real", [(n, real(folder, n, 20 * given.trials)) for n in given.workers if n <= 2])
-        show("simulated", [(n, simulated(folder, n, n * given.trials, given.seconds)) for n in given.workers])
+        show("real", ((n, real(folder, n, 10 * given.trials)) for n in given.workers if n <= 2))
+        show("simulated", ((n, simulated(folder, n, n * given.trials, given.seconds)) for n in given.workers))
 
 
-def show(engine: str, rates: Sequence[tuple[int, float]]) -> None:
+def show(engine: str, rates: Iterable[tuple[int, float]]) -> None:
+    of_one = None
     for n_workers, rate in rates:
-        share = rate / (n_workers * rates[0][1] / rates[0][0])
+        of_one = of_one or rate / n_workers
+        share = rate / (n_workers * of_one)
         print(f"| {engine} | {n_workers} | {rate:,.0f} | {share:.2f} |", flush=True)
 
 

@@ -391,3 +391,13 @@ class TestWhatIsPromised:
 
     def test_version(self) -> None:
         assert re.fullmatch(r"\d+\.\d+\.\d+\n", invoke("--version").stdout)
+
+
+def test_two_workers_run_one_study(study_file: Callable[..., Path]) -> None:
+    command = [sys.executable, "-m", "optuna_merge", "run-study", str(study_file()), "--workers", "2", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert sum(json.loads(ran.stdout)["states"].values()) == 10
+    lines = re.findall(r"^\[\d+/10\] trial (\d+) .* worker ([12])\b", ran.stderr, re.MULTILINE)
+    assert sorted(int(number) for number, _ in lines) == list(range(10))
+    assert {worker for _, worker in lines} <= {"1", "2"}

@@ -24,11 +24,16 @@ PAUSE_S = 2.0
 
 
 class TerminalWatcher(Watcher):
-    """Shows trials, the best merge and what it has to beat, and the time left."""
+    """Shows trials, the best merge and what it has to beat, and the time left.
 
-    def __init__(self, *, bar: bool = True) -> None:
+    Args:
+        worker: Number of the worker process, which its lines name; it shows no live view. None: there is one process.
+    """
+
+    def __init__(self, worker: int | None = None) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._is_live = bar and sys.stderr.isatty()
+        self._by = "" if worker is None else f"  worker {worker}"
+        self._is_live = worker is None and sys.stderr.isatty()
         self._study: optuna.Study | None = None
         self._standing: list[tuple[str, str]] = []
         self._chunks: list[tuple[float, float | None]] = []
@@ -98,7 +103,7 @@ class TerminalWatcher(Watcher):
             result = f"failed: {trial.user_attrs.get(store.FAILURE, '')}"
         mark = "  best so far" if is_best else ""
         self._console.print(
-            f"[{n_finished}/{self._n_trials}] {name}  {result}  {_seconds(trial)}  {left}{mark}", markup=False
+            f"[{n_finished}/{self._n_trials}] {name}  {result}  {_seconds(trial)}{self._by}  {left}{mark}", markup=False
         )
 
     def _view(self) -> Group:

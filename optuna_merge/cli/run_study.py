@@ -149,7 +149,7 @@ def run_study(
     objective = None
     if n_workers == 1:
         objective = _objective(file, config)
-        interrupted = _run(studies.as_started(config), objective, trackers, bar=True)
+        interrupted = _run(studies.as_started(config), objective, trackers)
     else:
         interrupted = _run_workers(file, overrides, [*islice(cycle(names or [None]), n_workers)])
     study = open_started(config)
@@ -189,7 +189,9 @@ def _objective(file: Path, config: StudyConfig) -> MergeObjective:
     return objective
 
 
-def _run(config: StudyConfig, objective: MergeObjective, trackers: Sequence[Tracker], *, bar: bool) -> bool:
+def _run(
+    config: StudyConfig, objective: MergeObjective, trackers: Sequence[Tracker], worker: int | None = None
+) -> bool:
     """Run the study in this process; whether it was interrupted."""
     from optuna_merge.cli.progress import TerminalWatcher
     from optuna_merge.dashboard import DashboardWatcher
@@ -199,7 +201,7 @@ def _run(config: StudyConfig, objective: MergeObjective, trackers: Sequence[Trac
 
     dashboard = DashboardWatcher(config, objective.merge_file, note)
     tracking = [TrackingWatcher(one, config, config.storage_path / BEST_CONFIG, note) for one in trackers]
-    with TerminalWatcher(bar=bar) as terminal, ExitStack() as stack:
+    with TerminalWatcher(worker) as terminal, ExitStack() as stack:
         for watcher in tracking:
             stack.callback(watcher.close)
         return run_study(config, objective, Watchers([dashboard, *tracking, terminal])).interrupted
@@ -234,7 +236,7 @@ def _work(file: Path, number: int, overrides: dict[str, Any]) -> None:
         objective = MergeObjective.from_config(config)
         for line in objective.describe() if number == 1 else ():
             note(line)
-        interrupted = _run(config, objective, (), bar=False)
+        interrupted = _run(config, objective, (), worker=number)
         objective.close()
     except OptunaMergeError:
         raise
