@@ -14,8 +14,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -178,10 +178,17 @@ class Claims:
     def __init__(self, study: optuna.Study, storage: BatchedStorage, lock: Lock, lease_s: float = LEASE_S) -> None:
         self.study = study
         self.storage = storage
-        self.lock = lock
+        self._lock = lock
         self.lease_s = lease_s
         self._seen: dict[int, tuple[str, float]] = {}  # trial -> what was seen of it, and when first
         self._n_outages = 0
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the study's lock; waits for it, and for a storage that is away."""
+        with ExitStack() as stack:
+            self.storage.patiently(lambda: stack.enter_context(self._lock()))
+            yield
 
     def next(self, n_trials: int) -> Claim | None:
         """A trial to run: one that was lost, one that waits, or a new one.

@@ -82,45 +82,45 @@ class BatchedStorage(BaseStorage):
 
     def write_trial(self, trial_id: int, writes: Sequence[Write]) -> None:
         """As :func:`write_trial`, at once and past what is kept."""
-        self._patiently(write_trial, self.backend, trial_id, writes)
+        self.patiently(write_trial, self.backend, trial_id, writes)
 
     # --- studies
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:  # noqa: D102
-        return self._patiently(self.backend.create_new_study, directions, study_name)
+        return self.patiently(self.backend.create_new_study, directions, study_name)
 
     def delete_study(self, study_id: int) -> None:  # noqa: D102
         self.flush()
-        self._patiently(self.backend.delete_study, study_id)
+        self.patiently(self.backend.delete_study, study_id)
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self._patiently(self.backend.set_study_user_attr, study_id, key, value)
+        self.patiently(self.backend.set_study_user_attr, study_id, key, value)
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self._patiently(self.backend.set_study_system_attr, study_id, key, value)
+        self.patiently(self.backend.set_study_system_attr, study_id, key, value)
 
     def get_study_id_from_name(self, study_name: str) -> int:  # noqa: D102
-        return self._patiently(self.backend.get_study_id_from_name, study_name)
+        return self.patiently(self.backend.get_study_id_from_name, study_name)
 
     def get_study_name_from_id(self, study_id: int) -> str:  # noqa: D102
-        return self._patiently(self.backend.get_study_name_from_id, study_id)
+        return self.patiently(self.backend.get_study_name_from_id, study_id)
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:  # noqa: D102
-        return self._patiently(self.backend.get_study_directions, study_id)
+        return self.patiently(self.backend.get_study_directions, study_id)
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
-        return self._patiently(self.backend.get_study_user_attrs, study_id)
+        return self.patiently(self.backend.get_study_user_attrs, study_id)
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
-        return self._patiently(self.backend.get_study_system_attrs, study_id)
+        return self.patiently(self.backend.get_study_system_attrs, study_id)
 
     def get_all_studies(self) -> list[FrozenStudy]:  # noqa: D102
-        return self._patiently(self.backend.get_all_studies)
+        return self.patiently(self.backend.get_all_studies)
 
     # --- trials: written
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:  # noqa: D102
-        return self._patiently(self.backend.create_new_trial, study_id, template_trial)
+        return self.patiently(self.backend.create_new_trial, study_id, template_trial)
 
     def set_trial_param(  # noqa: D102
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
@@ -149,7 +149,7 @@ class BatchedStorage(BaseStorage):
             self._reported.pop(trial_id, None)
         n_before = self.n_outages
         try:
-            return self._patiently(self.backend.set_trial_state_values, trial_id, state, values)
+            return self.patiently(self.backend.set_trial_state_values, trial_id, state, values)
         except UpdateFinishedTrialError:
             # the database went away after it had written the state and before it could say so
             if self.n_outages > n_before and self.backend.get_trial(trial_id).state == state:
@@ -159,17 +159,17 @@ class BatchedStorage(BaseStorage):
     # --- trials: read
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:  # noqa: D102
-        return self._patiently(self.backend.get_trial_id_from_study_id_trial_number, study_id, trial_number)
+        return self.patiently(self.backend.get_trial_id_from_study_id_trial_number, study_id, trial_number)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:  # noqa: D102
         self.flush()
-        return self._patiently(self.backend.get_trial, trial_id)
+        return self.patiently(self.backend.get_trial, trial_id)
 
     def get_all_trials(  # noqa: D102
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         self.flush()
-        return self._patiently(self.backend.get_all_trials, study_id, deepcopy, states)
+        return self.patiently(self.backend.get_all_trials, study_id, deepcopy, states)
 
     def remove_session(self) -> None:  # noqa: D102
         self.backend.remove_session()
@@ -193,7 +193,12 @@ class BatchedStorage(BaseStorage):
                 raise
             del self._pending[trial_id]
 
-    def _patiently(self, call: Callable[..., Result], *args: Any) -> Result:
+    def patiently(self, call: Callable[..., Result], *args: Any) -> Result:
+        """What a call to the storage returns, asked again while the storage is away.
+
+        Raises:
+            StudyError: If it stays away.
+        """
         pause, since = 0.1, None
         while True:
             try:

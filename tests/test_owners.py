@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from optuna_merge import owners, store
@@ -42,6 +45,26 @@ def elsewhere(claims: Claims, trial_id: int) -> None:
     """Let a trial be that of a process on another machine, whatever its clock says."""
     stranger = replace(Owner.me(), host="another-host")
     claims.storage.write_trial(trial_id, [("system_attr", OWNER, asdict(stranger))])
+
+
+def test_the_lock_waits_for_a_storage_that_is_away(url: str) -> None:
+    claims = claims_of(url)
+    held, n_asked = claims._lock, 0
+
+    @contextmanager
+    def away_at_first() -> Iterator[None]:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked < 3:
+            raise sqlalchemy.exc.OperationalError("SELECT pg_advisory_lock", {}, Exception("terminating connection"))
+        with held():
+            yield
+
+    claims._lock = away_at_first
+    with claims.lock():
+        assert n_asked == 3
+    with claims.lock():  # given back
+        assert n_asked == 4
 
 
 def test_an_owner_is_gone_when_its_process_is() -> None:
