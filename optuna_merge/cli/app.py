@@ -6,6 +6,8 @@ Commands import what is heavy when they run, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -79,4 +81,12 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except SystemExit as exc:
+        if "vllm" not in sys.modules:
+            raise
+        # Threads of its libraries have aborted the interpreter's way out, when all had been done and said.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exc.code if isinstance(exc.code, int) else exc.code is not None)

@@ -369,7 +369,6 @@ class TestEnginesOfTheirOwn:
 @pytest.mark.vllm
 def test_an_engine_that_dies_is_started_once_again(tmp_path: Path, engine_of: Callable[..., VLLMEngine]) -> None:
     base, weights = family(tmp_path)
-    names = {thread.name for thread in threading.enumerate()}
     engine = engine_of(base, in_process=False)
     prepared = engine.prepare(REQUESTS)
     engine.load_weights(weights[0].items())
@@ -387,4 +386,5 @@ def test_an_engine_that_dies_is_started_once_again(tmp_path: Path, engine_of: Ca
     assert engine.respond(prepared) == expected
     assert engine.n_starts == 3
     engine.close()
-    assert {thread.name for thread in threading.enumerate()} == names  # those of vLLM can abort a process that ends
+    # such threads can abort a process that ends
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("MPClient", "EngineCore"))]
