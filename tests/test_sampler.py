@@ -16,8 +16,10 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge import store
+from optuna_merge.config import SAMPLERS
 from optuna_merge.errors import StudyError
 from optuna_merge.sampler import (
+    NAMED,
     PAIRED_ESTIMATE,
     RepeatableSampler,
     StableCmaEsSampler,
@@ -576,3 +578,7 @@ def test_a_sampler_is_shown_what_it_can_learn_from() -> None:
 def test_samplers_that_cannot_be(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         make_named_sampler(name, options, list(SPACE), seed=1)
+
+
+def test_the_study_file_knows_the_same_names() -> None:
+    assert set(SAMPLERS) == {"cmaes", "random", *NAMED}
