@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.errors import MethodError
+from optuna_merge.methods.elementwise import evaluate
 from optuna_merge.methods.function import Chunk, MergeInput
 from optuna_merge.methods.masks import LEVELS, N_INTEGERS, mask_integers, uniform
 from optuna_merge.methods.sparsifier import Sparsifier
@@ -73,18 +74,27 @@ def _drawn(task_vector: Tensor, floats: Tensor, integers: Tensor, probability: T
 
 def _probabilities(chunk: Chunk, index: int, lowest: float, highest: float) -> Tensor:
     """From ``lowest`` for the smallest magnitude of a row to ``highest`` for the largest, shape ``[n]``."""
-    n_columns = chunk.inputs.row_elements
+    inputs, n_columns = chunk.inputs, chunk.inputs.row_elements
     bins = chunk.scratch("bins", torch.int32)
-    torch.bitwise_and(chunk.task_vector(index).view(torch.int32), 0x7FFFFFFF, out=bins)
-    bins >>= 23 - _FRACTION_BITS  # in the order of the magnitudes
+    base, *models = chunk.stored()
+    evaluate(inputs, bins, _magnitude_bins, (base, models[index]), (), torch.empty(0), ())
     rows = bins.view(-1, n_columns)
     largest = rows.amax(1, keepdim=True)
-    torch.sub(largest, rows, out=rows).clamp_(max=_N_BINS - 1)  # 0: as the largest
-    rows += torch.arange(len(rows), dtype=torch.int32, device=rows.device).mul_(_N_BINS).unsqueeze(1)
+    first_bins = torch.arange(len(rows), dtype=torch.int32, device=rows.device).mul_(_N_BINS).unsqueeze(1)
+    torch.maximum(rows, largest - (_N_BINS - 1), out=rows)
+    torch.sub(largest + first_bins, rows, out=rows)  # the largest of a row is in its first bin
     counts = torch.bincount(bins, minlength=len(rows) * _N_BINS).view(len(rows), _N_BINS)
-    counts = counts.float()
     slope = (highest - lowest) / max(1, n_columns - 1)
     # The mean rank in a bin is n_columns - 1/2 - (entries in it and in the bins of larger ones) + (entries in it) / 2.
-    of_bins = counts.cumsum(1).mul_(-1).add_(counts, alpha=0.5).mul_(slope).add_(lowest + slope * (n_columns - 0.5))
+    of_bins = counts.cumsum(1, dtype=torch.float32).sub_(counts, alpha=0.5)
+    of_bins.mul_(-slope).add_(lowest + slope * (n_columns - 0.5))
     of_bins.clamp_(lowest, highest)  # not 0 by rounding: what is kept is divided by it
     return torch.index_select(of_bins.view(-1), 0, bins, out=chunk.scratch(f"probability_{index}"))
+
+
+def _magnitude_bins(
+    sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+) -> Tensor:
+    """Numbers in the order of the magnitudes of a task vector's entries, int32, shape ``[n]``."""
+    base, model = sources
+    return ((model.float() - base.float()).view(torch.int32) & 0x7FFFFFFF) >> (23 - _FRACTION_BITS)
