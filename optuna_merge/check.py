@@ -14,6 +14,7 @@ from optuna_merge.objective import StudyModels, build_scorer, make_describing_en
 from optuna_merge.sampler import StableCmaEsSampler
 from optuna_merge.sources import SourcePlan, free_host_bytes, merge_seconds
 from optuna_merge.space import SearchSpace
+from optuna_merge.warm_start import find_warm_start
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Check:
         dtype: Of the merged model.
         n_tensors, n_parameters: Of each model.
         n_trials: Trials in all.
-        space: ``n_dimensions``, ``population``, ``n_baselines``, ``first`` and ``last`` parameter name.
+        space: ``n_dimensions``, ``population``, ``n_baselines``, ``first`` and ``last`` parameter name, and what
+            ``warm_start`` comes to (None: without one).
         tasks: ``name``, ``weight`` (None: only in the holdout), ``metric``, ``metrics``, ``n_searched``, ``n_holdout``.
         n_documents, n_chunks, n_requests, longest: Of one evaluation; ``longest`` in tokens.
         chat_template: Whether prompts go through it, and why.
@@ -78,6 +80,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     space = SearchSpace(config, models.refs)
     sampler = make_sampler(config, space)
     names = list(space.distributions)
+    warm_start = find_warm_start(config, space)
     device = "cuda" if torch.cuda.is_available() or card else "cpu"
     memory = plan_memory(config, models, engine, card)
     memory.check(tasks.longest + 1)
@@ -97,6 +100,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
             "n_baselines": len(space.baselines),
             "first": names[0] if names else "",
             "last": names[-1] if names else "",
+            "warm_start": warm_start and warm_start.describe(len(names)),
         },
         tasks=[
             {

@@ -54,6 +54,9 @@ _VLLM_RESOURCES = frozenset(
 )
 """Options of vLLM that are a matter of memory and speed."""
 
+_SEARCH_KEYS = ("embed_group", "prior", "warm_start")
+"""Keys of ``search`` that are no parameter of a method."""
+
 _List = Strict(False)  # a YAML list is a Python list; the frozen config holds tuples
 
 
@@ -349,6 +352,39 @@ class PriorConfig(_Section):
         return {"name": value} if isinstance(value, str) else value
 
 
+class WarmStartConfig(_Section):
+    """Another study, whose best trials say where the search begins.
+
+    Attributes:
+        file: Its study file; None: ``study`` and ``storage`` say which it is.
+        study: Its name.
+        storage: Its Optuna storage URL.
+        n_best: Trials whose weighted mean is where the search begins.
+    """
+
+    file: Path | None = None
+    study: str | None = Field(None, min_length=1)
+    storage: str | None = Field(None, min_length=1)
+    n_best: int = Field(5, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_only(cls, value: Any) -> Any:
+        return {"file": value} if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> WarmStartConfig:
+        is_named = self.study is not None and self.storage is not None
+        if (self.file is None) != is_named or (self.file is not None and (self.study or self.storage)):
+            raise ValueError("a study file, or {study: NAME, storage: URL}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What it is called wherever it lies: the study file's name, or the study's."""
+        return self.study or (self.file.name if self.file else "")
+
+
 class SearchConfig(_Section):
     """What is searched.
 
@@ -357,18 +393,20 @@ class SearchConfig(_Section):
         embed_group: ``shared``: embeddings go with the first layer group, final norm and head with the last;
             ``own``: they are groups of their own.
         prior: First standard deviations of the weights.
+        warm_start: Another study, from whose best trials the search begins; None: from the best uniform merge.
     """
 
     ranges: Mapping[str, Range] = Field(default_factory=dict)
     embed_group: Literal["shared", "own"] = "shared"
     prior: PriorConfig = PriorConfig()
+    warm_start: WarmStartConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        own = {key: value[key] for key in ("embed_group", "prior") if key in value}
+        own = {key: value[key] for key in _SEARCH_KEYS if key in value}
         return {**own, "ranges": {str(key): item for key, item in value.items() if key not in own}}
 
 
@@ -598,15 +636,33 @@ def _with_paths(data: dict[str, Any], path: Path) -> dict[str, Any]:
     name = study.get("name", path.stem) if isinstance(study, dict) else path.stem
     if isinstance(study, dict) and isinstance(study.get("storage"), str):
         result["study"] = {**study, "storage": absolute_storage(study["storage"], folder)}
+    search = data.get("search")
+    if isinstance(search, dict) and "warm_start" in search:
+        result["search"] = {**search, "warm_start": _warm_start_path(search["warm_start"], folder)}
     storage = data.get("storage_path")
     storage = f"{name}_study" if storage is None else storage
     result["storage_path"] = folder / Path(storage).expanduser() if isinstance(storage, str | Path) else storage
-    search = data.get("task_search_path")
-    search = [] if search is None else [search] if isinstance(search, str | Path) else search
-    if isinstance(search, list | tuple):
-        search = [folder / Path(item).expanduser() if isinstance(item, str | Path) else item for item in search]
-    result["task_search_path"] = search
+    folders = data.get("task_search_path")
+    folders = [] if folders is None else [folders] if isinstance(folders, str | Path) else folders
+    if isinstance(folders, list | tuple):
+        folders = [folder / Path(item).expanduser() if isinstance(item, str | Path) else item for item in folders]
+    result["task_search_path"] = folders
     result["path"] = path
+    return result
+
+
+def _warm_start_path(value: Any, folder: Path) -> Any:
+    """``search.warm_start`` with what it names, relative to the study file's folder, made absolute."""
+    if isinstance(value, str):
+        return folder / Path(value).expanduser()
+    if not isinstance(value, dict):
+        return value
+    file, storage = value.get("file"), value.get("storage")
+    result = dict(value)
+    if isinstance(file, str):
+        result["file"] = folder / Path(file).expanduser()
+    if isinstance(storage, str):
+        result["storage"] = absolute_storage(storage, folder)
     return result
 
 
@@ -694,8 +750,9 @@ def _unknown_spellings(data: dict[str, Any]) -> list[str]:
         check(study.get("pruner"), PrunerConfig, "study.pruner.")
     if isinstance(search, dict):
         check(search.get("prior"), PriorConfig, "search.prior.")
+        check(search.get("warm_start"), WarmStartConfig, "search.warm_start.")
         for key, value in search.items():
-            if key not in ("prior", "embed_group"):
+            if key not in _SEARCH_KEYS:
                 check(value, Range, f"search.{key}.")
     holdout = data.get("holdout")
     if isinstance(holdout, dict):
@@ -729,6 +786,11 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
     for option, given in (("popsize", sampler.popsize), ("sigma0", sampler.sigma0)):
         if given is not None and sampler.name != "cmaes":
             yield f"study.sampler.{option} must be absent for {sampler.name}, got {given}; remove it"
+    warm_start = config.search.warm_start
+    if warm_start is not None and sampler.name != "cmaes":
+        yield f"search.warm_start must be absent for {sampler.name}, got {warm_start.label!r}; remove it or use cmaes"
+    if warm_start is not None and config.random_init:
+        yield f"search.warm_start must be absent for random_init, got {warm_start.label!r}; remove one of the two"
     try:
         method = config.method
     except MethodError as exc:
@@ -758,8 +820,8 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
     for name, interval in config.search.ranges.items():
         parameter = known.get(name)
         if parameter is None:
-            near = difflib.get_close_matches(name, [*known, "embed_group", "prior"], n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join([*known, 'embed_group', 'prior'])}"
+            near = difflib.get_close_matches(name, [*known, *_SEARCH_KEYS], n=1)
+            fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join([*known, *_SEARCH_KEYS])}"
             yield f"search.{name} must be a parameter of {method.name}, got {name!r}; {fix}"
             continue
         if not parameter.low <= interval.low <= interval.high <= parameter.high:

@@ -52,6 +52,7 @@ from optuna_merge.sampler import (
 from optuna_merge.sources import SourcePlan, free_host_bytes, plan_sources
 from optuna_merge.space import ModelRefs, SearchSpace
 from optuna_merge.vocabulary import unify
+from optuna_merge.warm_start import record_warm_start
 
 _PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
     "wilcoxon": SignedRankPruner,
@@ -378,6 +379,8 @@ class MergeObjective:
             f"scoring: {tasks.n_documents} documents in {tasks.n_chunks} chunks, {held_out} held out;"
             f" {engine.dtype} on {engine.device}; chat template {tasks.chat_template_reason}",
         ]
+        if warm_start := self.config.search.warm_start:
+            lines.append(f"search: begins at the {warm_start.n_best} best trials of {warm_start.label}")
         if shared := self._shared_population():
             lines.append(shared)
         if self.scorer.not_means:
@@ -500,12 +503,14 @@ def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpa
 def _first_generation(config: StudyConfig) -> dict[str, Any]:
     """What CMA-ES reads once, when it begins: a study that goes on would not notice that it has changed."""
     sampler, prior = config.study.sampler, config.search.prior
+    warm_start = config.search.warm_start
     starts = {name: found.start for name, found in config.search.ranges.items() if found.start is not None}
     return {
         "study.sampler.popsize": sampler.popsize,
         "study.sampler.sigma0": sampler.sigma0,
         "search.prior": prior.name if prior.name == "isotropic" else prior.model_dump(mode="json", exclude={"name"}),
         "search starts": starts,
+        "search.warm_start": warm_start and {"study": warm_start.label, "n_best": warm_start.n_best},
         "random_init": config.random_init,
     }
 
@@ -650,6 +655,7 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
         recorded: dict[str, float] | None = study.user_attrs.get(store.START)
         if recorded is None:
             recorded = space.start(best_uniform(study, space), np.random.default_rng(seed))
+            recorded |= record_warm_start(study, config, space)
             study.set_user_attr(store.START, recorded)
         return recorded
 

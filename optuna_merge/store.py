@@ -39,6 +39,8 @@ POPULATION = "population"
 """Study: trials in a generation of CMA-ES, since it was begun."""
 START = "start"
 """Study: where the search began, once it has."""
+WARM_START = "warm_start"
+"""Study: what the study that ``search.warm_start`` names said when this one was made."""
 
 BASELINE = "baseline"
 """Trial: name of the baseline that it scores."""

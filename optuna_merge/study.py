@@ -30,6 +30,7 @@ from optuna_merge.owners import Claim, Claims
 from optuna_merge.report import best_merge
 from optuna_merge.sampler import StableCmaEsSampler
 from optuna_merge.storage import is_storage_error, reason
+from optuna_merge.warm_start import record_warm_start
 from optuna_merge.watcher import Watcher
 
 BEST_CONFIG = "best_config.yaml"
@@ -102,6 +103,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
                     if study.user_attrs.get(store.WANTED) != config.study.n_trials:
                         study.set_user_attr(store.WANTED, config.study.n_trials)
                     study.set_metric_names(["score"])
+                    record_warm_start(study, config, objective.space)
                     objective.enqueue_baselines(study)
                     write_best_config(study, objective)
                 study.sampler, study.pruner = _sampler(study, objective), objective.pruner()
