@@ -268,7 +268,8 @@ ADDED = {
         ":7: search.wieght must be a parameter of task_arithmetic, got 'wieght'; did you mean 'weight'?"
     ),
     "search: {xyz: 1}": (
-        ":7: search.xyz must be a parameter of task_arithmetic, got 'xyz'; known: weight, lambda, embed_group, prior"
+        ":7: search.xyz must be a parameter of task_arithmetic, got 'xyz'; known: weight, lambda, embed_group, prior,"
+        " warm_start"
     ),
     "search: {embed_group: none}": ":7: search.embed_group must be 'shared' or 'own', got 'none'; choose one of them",
     "search: {prior: {common: -1}}": ":7: search.prior.common must be at least 0.0, got -1; raise it",
