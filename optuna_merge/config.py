@@ -37,6 +37,9 @@ KNOWN_BENCHMARKS = tuple(
 
 SAMPLERS = ("cmaes", "gp", "nsga2", "random", "tpe")
 
+PARETO_SAMPLER = "tpe"
+"""What draws the weights where several objectives are maximised and the study file names no sampler."""
+
 PRUNER_OPTIONS = {
     "wilcoxon": ("p_threshold", "n_startup_steps"),
     "median": ("n_startup_trials", "n_warmup_steps"),
@@ -139,11 +142,13 @@ class TaskConfig(_Section):
         weight: Its part in the objective, which is the sum of weight x metric; negative: minimise the metric.
         metric: ``metric,filter`` as in lm-eval's results.
         metadata: Handed to the task's own ``custom_dataset`` function.
+        objective: With ``goal: pareto``: which objective it counts towards; empty: one of its own, called by its name.
     """
 
     name: str = Field(min_length=1)
     weight: float = 1.0
     metric: str = "acc,none"
+    objective: str = ""
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -233,6 +238,7 @@ class StudyOptions(_Section):
         storage: Optuna storage URL; None: an SQLite file in ``storage_path``.
         timeout: Seconds after which no further trial begins.
         n_chunks: Into how many parts the documents of one evaluation are cut; None: by their number.
+        goal: ``sum``: one score; ``pareto``: each objective of the tasks is maximised for itself.
     """
 
     name: str = ""
@@ -244,6 +250,14 @@ class StudyOptions(_Section):
     storage: str | None = None
     timeout: float | None = Field(None, gt=0)
     n_chunks: int | None = Field(None, ge=1)
+    goal: Literal["sum", "pareto"] = "sum"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_goal(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("goal") != "pareto":
+            return value
+        return {"sampler": PARETO_SAMPLER, "pruner": "none", **value}
 
     @field_validator("name")
     @classmethod
@@ -500,6 +514,13 @@ class StudyConfig(_Section):
         if self.method.base != "required":
             return self.genome.models
         return tuple(model for model in self.genome.models if model != self.genome.base_model)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What is maximised, in the order of the tasks: ``score`` alone unless the goal is ``pareto``."""
+        if self.study.goal == "sum":
+            return ("score",)
+        return tuple(dict.fromkeys(task.objective or task.name for task in self.tasks))
 
     @property
     def dtype(self) -> Dtype | None:
@@ -782,6 +803,7 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
         yield f"{where} must be another part of a tensor name, got 'rest'; in parameter names it means what is left"
     yield from _task_problems(config)
     yield from _search_problems(config)
+    yield from _goal_problems(config)
     sampler = config.study.sampler
     for option, given in (("popsize", sampler.popsize), ("sigma0", sampler.sigma0)):
         if given is not None and sampler.name != "cmaes":
@@ -850,6 +872,33 @@ def _search_problems(config: StudyConfig) -> Iterator[str]:
                 f"search.prior.{part} must be absent for isotropic, got {_short(getattr(prior, part))};"
                 " it belongs to structured"
             )
+
+
+def _goal_problems(config: StudyConfig) -> Iterator[str]:
+    study = config.study
+    if study.goal == "sum":
+        for index, task in enumerate(config.tasks):
+            if task.objective:
+                yield (
+                    f"tasks[{index}].objective must be absent for one score, got {task.objective!r}; remove it or set"
+                    " study.goal: pareto"
+                )
+        return
+    if len(config.objectives) < 2:
+        yield (
+            f"tasks must make several objectives for study.goal pareto, got {config.objectives[0]!r} alone; name"
+            " another objective for some or leave study.goal out"
+        )
+    if study.sampler.name == "cmaes" or study.sampler.name.rpartition(".")[2] == "CmaEsSampler":
+        yield (
+            f"study.sampler must search several objectives for study.goal pareto, got {study.sampler.name}, which"
+            " searches one; use gp, nsga2, tpe or random"
+        )
+    if study.pruner.name != "none":
+        yield (
+            f"study.pruner must be none for study.goal pareto, got {study.pruner.name}: no single score says which"
+            " trial is worse; remove it"
+        )
 
 
 def _task_problems(config: StudyConfig) -> Iterator[str]:

@@ -239,12 +239,13 @@ class DashboardWatcher(Watcher):
     def _note_best(self, study: optuna.Study, trial: FrozenTrial) -> None:
         import optuna_dashboard
 
-        assert trial.value is not None
-        before = "" if self._best is None else f", {trial.value - self._best:+.4f} on the best before it"
-        self._best = trial.value
+        score = store.score_of(trial)
+        assert score is not None
+        before = "" if self._best is None else f", {score - self._best:+.4f} on the best before it"
+        self._best = score
         summary = summarize(study, self._config)
         tasks = next((row.tasks for row in summary.rows if row.trial == trial.number), {})
-        lines = [f"**New best merge: {trial.value:.4f}{before}.** {standing(summary)}", ""]
+        lines = [f"**New best merge: {score:.4f}{before}.** {standing(summary)}", ""]
         lines += [f"- {name}: {figure.value:.4f}" for name, figure in tasks.items()]
         # save_note reads no more of a trial than this; a FrozenTrial has no storage
         written_to = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id)

@@ -123,7 +123,7 @@ def pictures_of(importances: Importances) -> list[Picture]:
 
 def _scored(trial: FrozenTrial) -> FrozenTrial | None:
     """A complete copy with the trial's value or estimate; None without either."""
-    value = trial.value if trial.state == TrialState.COMPLETE else trial.user_attrs.get(PAIRED_ESTIMATE)
+    value = store.score_of(trial) if trial.state == TrialState.COMPLETE else trial.user_attrs.get(PAIRED_ESTIMATE)
     if value is None or not trial.params or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None
     return optuna.trial.create_trial(value=value, params=trial.params, distributions=trial.distributions)

@@ -175,7 +175,8 @@ class StudyModels:
 class MergeObjective:
     """Scores the merge that a trial asks for.
 
-    Calling it with a trial returns the objective value, to be maximised; NaN if the merge has a NaN or infinity, which
+    Calling it with a trial returns the objective value, to be maximised, or with ``goal: pareto`` one for each
+    objective, and then nothing is pruned; NaN if the merge has a NaN or infinity, which
     makes Optuna fail the trial and go on. It raises ``optuna.TrialPruned`` when the study's pruner says so. There is
     one resident model: with ``n_jobs`` above 1, trials wait for each other.
 
@@ -184,11 +185,9 @@ class MergeObjective:
         models: Its checkpoints.
         space: Its search space; ``space.distributions`` are the trial parameters.
         scorer: Its eval tasks.
-        direction: Always ``"maximize"``.
+        directions: ``"maximize"`` for each objective of the study file.
         on_chunk: Called after each chunk with the number of chunks scored so far.
     """
-
-    direction = store.DIRECTION
 
     def __init__(
         self, config: StudyConfig, models: StudyModels, merger: Merger | None, engine: Engine, scorer: Scorer
@@ -203,6 +202,7 @@ class MergeObjective:
             scorer: Its eval tasks, prepared for the engine.
         """
         self.config = config
+        self.directions = [store.DIRECTION] * len(config.objectives)
         self.models = models
         self.space = SearchSpace(config, models.refs)
         self.scorer = scorer
@@ -244,22 +244,22 @@ class MergeObjective:
         )
         return cls(config, models, merger, engine, build_scorer(config, engine))
 
-    def __call__(self, trial: optuna.Trial) -> float:
+    def __call__(self, trial: optuna.Trial) -> float | tuple[float, ...]:
         """Merge and score one trial; see the class.
 
         Raises:
-            StudyError: If the study does not maximise one value.
+            StudyError: If the study does not maximise as many values as the study file has objectives.
         """
-        if trial.study.directions != [optuna.study.StudyDirection.MAXIMIZE]:
-            directions = ", ".join(direction.name.lower() for direction in trial.study.directions)
+        directions = [direction.name.lower() for direction in trial.study.directions]
+        if directions != self.directions:
             raise StudyError(
-                f"study {trial.study.study_name!r}: direction must be maximize, got {directions};"
-                ' create it with direction="maximize"'
+                f"study {trial.study.study_name!r}: directions must be {', '.join(self.directions)}, got"
+                f" {', '.join(directions)}; create it with directions={self.directions}"
             )
         with self._alone:
             return self._evaluate(trial)
 
-    def _evaluate(self, trial: optuna.Trial) -> float:
+    def _evaluate(self, trial: optuna.Trial) -> float | tuple[float, ...]:
         baseline = trial.user_attrs.get(store.BASELINE)
         recipe = self.space.suggest(trial) if baseline is None else self._baseline_recipe(trial, baseline)
         digest = self.models.identify(recipe)
@@ -267,11 +267,11 @@ class MergeObjective:
         try:
             merge_s = self.load(recipe)
             trial.set_user_attr(store.MERGE_SECONDS, round(merge_s, 4))
-            score = self._score(trial, digest, prunable=baseline is None)
+            score = self._score(trial, digest, prunable=baseline is None and len(self.directions) == 1)
         except (NonFiniteMergeError, EngineDiedError) as exc:
             self._loaded = None
             trial.set_user_attr(store.FAILURE, str(exc))
-            return math.nan
+            return self._nothing
         for name, task in score.tasks.items():
             trial.set_user_attr(f"{store.SCORE} {name}", task.value)
             if task.stderr is not None:
@@ -279,8 +279,19 @@ class MergeObjective:
         if not math.isfinite(score.value):
             bad = [f"{name} {task.metric} = {task.value}" for name, task in score.tasks.items()]
             trial.set_user_attr(store.FAILURE, f"score must be finite, got {', '.join(bad)}")
-            return math.nan
-        return score.value
+            return self._nothing
+        return score.value if len(self.directions) == 1 else self._values(score)
+
+    @property
+    def _nothing(self) -> float | tuple[float, ...]:
+        return math.nan if len(self.directions) == 1 else (math.nan,) * len(self.directions)
+
+    def _values(self, score: Score) -> tuple[float, ...]:
+        """Of each objective: the sum of weight x metric of its tasks."""
+        parts: dict[str, list[float]] = {name: [] for name in self.config.objectives}
+        for task, scored in zip(self.config.tasks, score.tasks.values(), strict=True):
+            parts[task.objective or task.name].append(scored.weight * scored.value)
+        return tuple(map(math.fsum, parts.values()))
 
     def load(self, recipe: Recipe) -> float:
         """Merge a recipe into the resident model.
@@ -357,7 +368,11 @@ class MergeObjective:
         config = self.config
         return {
             **merge_fingerprint(config, self.models, self.space),
-            "tasks": [f"{task.weight:g} x {task.name} {task.metric}" for task in config.tasks],
+            "tasks": [
+                f"{task.weight:g} x {task.name} {task.metric}"
+                + (f" for {task.objective or task.name}" if len(self.directions) > 1 else "")
+                for task in config.tasks
+            ],
             "limit": config.limit,
             "num_fewshot": config.num_fewshot,
             "shuffle": config.shuffle,
@@ -381,6 +396,8 @@ class MergeObjective:
         ]
         if warm_start := self.config.search.warm_start:
             lines.append(f"search: begins at the {warm_start.n_best} best trials of {warm_start.label}")
+        if len(self.directions) > 1:
+            lines.append(f"goal: a front of {', '.join(self.config.objectives)}; their sum chooses the best merge")
         if shared := self._shared_population():
             lines.append(shared)
         if self.scorer.not_means:
@@ -436,10 +453,17 @@ class MergeObjective:
             spent += time.perf_counter() - start
             results.append(result)
             self._documents.append(trial.number, result.to_json())
-            trial.report(result.score, chunk)
+            self._report(trial, result.score, chunk)
             self.on_chunk(len(results))
         self._note_spent(trial, spent, results)
         return self.scorer.total(results, stderr=True)
+
+    def _report(self, trial: optuna.Trial, score: float, chunk: int) -> None:
+        if len(self.directions) == 1:
+            trial.report(score, chunk)
+        else:  # which Optuna refuses, though its storages keep them: what was scored is not scored again
+            trial.storage.set_trial_intermediate_value(trial._trial_id, chunk, score)
+            trial._cached_frozen_trial.intermediate_values[chunk] = score
 
     def _note_spent(self, trial: optuna.Trial, spent: float, results: list[ChunkResult]) -> None:
         self._documents.end(trial.number)
@@ -697,7 +721,7 @@ def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]
     ]
     if not scored:
         return space.uniform()
-    return max(scored, key=lambda trial: trial.value or -math.inf).params
+    return max(scored, key=lambda trial: store.score_of(trial) or -math.inf).params
 
 
 def recipe_of(space: SearchSpace, models: StudyModels, trial: FrozenTrial) -> Recipe:

@@ -121,10 +121,11 @@ def score_by_documents(trials: Sequence[FrozenTrial], summary: Summary) -> Chart
         spent += trial.user_attrs.get(store.DOCUMENTS, 0)
         if store.BASELINE in trial.user_attrs and trial.user_attrs.get(store.BASELINE_KIND) != "uniform":
             continue
-        if trial.state == TrialState.COMPLETE and trial.value is not None:
-            points["merge"].append((spent, trial.value, _name(trial)))
-            if not best or trial.value > best[-1][1]:
-                best.append((spent, trial.value))
+        score = store.score_of(trial)
+        if trial.state == TrialState.COMPLETE and score is not None:
+            points["merge"].append((spent, score, _name(trial)))
+            if not best or score > best[-1][1]:
+                best.append((spent, score))
         elif trial.state == TrialState.PRUNED and math.isfinite(trial.user_attrs.get(PAIRED_ESTIMATE, math.nan)):
             points["pruned"].append((spent, trial.user_attrs[PAIRED_ESTIMATE], f"{_name(trial)}, pruned: estimate"))
     if not best:
@@ -183,7 +184,7 @@ def weights_of(trial: FrozenTrial, labels: Sequence[str], trials: Sequence[Froze
     low, high = _span([trial, *trials], trial.params)
     return HeatMap(
         "weights-best",
-        f"Weights of the best merge (trial {trial.number}, score {trial.value:.4f})",
+        f"Weights of the best merge (trial {trial.number}, score {store.score_of(trial):.4f})",
         "model",
         columns,
         list(cells),
@@ -218,14 +219,15 @@ def weights_by_generation(trials: Sequence[FrozenTrial], labels: Sequence[str]) 
 
 
 def task_by_task(trials: Sequence[FrozenTrial], summary: Summary) -> list[Chart]:
-    """For the first pairs of tasks: every complete trial by its metrics, and the front of those that none beats."""
+    """For the first pairs of tasks, or objectives: every complete trial, and the front of those that none beats."""
     if not summary.rows:
         return []
     charts: list[Chart] = []
-    for one, two in list(combinations(summary.rows[0].tasks, 2))[:_N_PAIRS]:
+    objectives = list(summary.front[0].values) if summary.front else []
+    for one, two in list(combinations(objectives or summary.rows[0].tasks, 2))[:_N_PAIRS]:
         points: dict[Role, list[tuple[float, float, str]]] = defaultdict(list)
         for trial in trials:
-            x, y = (trial.user_attrs.get(f"{store.SCORE} {task}") for task in (one, two))
+            x, y = (_figure(trial, name, objectives) for name in (one, two))
             if trial.state == TrialState.COMPLETE and x is not None and y is not None:
                 role: Role = trial.user_attrs.get(store.BASELINE_KIND, "merge")
                 points["best" if trial.number == summary.best_trial else role].append((x, y, _name(trial)))
@@ -248,6 +250,13 @@ def task_by_task(trials: Sequence[FrozenTrial], summary: Summary) -> list[Chart]
         ]
         charts.append(Chart(f"tasks-{len(charts) + 1}", f"{one} against {two}", one, two, series))
     return charts
+
+
+def _figure(trial: FrozenTrial, name: str, objectives: Sequence[str]) -> float | None:
+    if not objectives:
+        found: float | None = trial.user_attrs.get(f"{store.SCORE} {name}")
+        return found
+    return None if trial.values is None else trial.values[objectives.index(name)]
 
 
 def generations(trials: Iterable[FrozenTrial]) -> dict[int, list[FrozenTrial]]:

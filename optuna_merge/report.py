@@ -78,6 +78,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A trial of the front: none is better in one objective without being worse in another.
+
+    Attributes:
+        name: Of the baseline, or ``merge``.
+        trial: Its number.
+        values: Objective to its value, on the searched documents.
+        value: Their sum.
+    """
+
+    name: str
+    trial: int
+    values: dict[str, float]
+    value: float
+
+
+@dataclass(frozen=True)
 class Summary:
     """A study at a glance.
 
@@ -91,6 +108,7 @@ class Summary:
         failures: Number and reason of each failed trial.
         n_documents: Documents scored in all trials.
         seconds: Spent on merging and scoring, in all trials.
+        front: With ``goal: pareto``, from the best in the first objective on; else empty.
     """
 
     study: str
@@ -102,6 +120,7 @@ class Summary:
     failures: dict[int, str]
     n_documents: int
     seconds: float
+    front: list[Point]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -116,6 +135,8 @@ def best_merge(study: optuna.Study) -> FrozenTrial | None:
 def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
     """The best merge, which may be a uniform one, and the next best trials that the search drew.
 
+    With several objectives the best has their largest sum, and the next are those on the front before all others.
+
     Args:
         study: The study.
         n: How many at most.
@@ -125,8 +146,21 @@ def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if trial.user_attrs.get(store.BASELINE_KIND) not in ("source", "base")
     ]
-    merges.sort(key=lambda trial: (-math.inf if trial.value is None else trial.value, -trial.number), reverse=True)
-    return merges[:1] + [trial for trial in merges[1:] if store.BASELINE not in trial.user_attrs][: n - 1]
+    merges.sort(key=lambda trial: (_score_or_worst(trial), -trial.number), reverse=True)
+    front = {trial.number for trial in front_of(study)}
+    drawn = [trial for trial in merges[1:] if store.BASELINE not in trial.user_attrs]
+    drawn.sort(key=lambda trial: trial.number not in front)
+    return merges[:1] + drawn[: n - 1]
+
+
+def _score_or_worst(trial: FrozenTrial) -> float:
+    score = store.score_of(trial)
+    return -math.inf if score is None else score
+
+
+def front_of(study: optuna.Study) -> list[FrozenTrial]:
+    """The complete trials that no other beats in every objective; empty if there is one objective only."""
+    return study.best_trials if len(study.directions) > 1 else []
 
 
 def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summary:
@@ -158,7 +192,7 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
         states=dict(Counter(trial.state.name.lower() for trial in trials)),
         rows=rows,
         best_trial=None if best is None else best.number,
-        best_value=None if best is None else best.value,
+        best_value=None if best is None else store.score_of(best),
         failures={
             trial.number: trial.user_attrs.get(store.FAILURE, "no reason recorded")
             for trial in trials
@@ -170,7 +204,22 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
             for trial in trials
             for key in (store.MERGE_SECONDS, store.EVALUATION_SECONDS)
         ),
+        front=_front(study, config),
     )
+
+
+def _front(study: optuna.Study, config: StudyConfig) -> list[Point]:
+    names = study.metric_names or config.objectives
+    points = [
+        Point(
+            trial.user_attrs.get(store.BASELINE, "merge"),
+            trial.number,
+            dict(zip(names, trial.values, strict=True)),
+            math.fsum(trial.values),
+        )
+        for trial in front_of(study)
+    ]
+    return sorted(points, key=lambda point: ([-value for value in point.values.values()], point.trial))
 
 
 def needs_holdout(study: optuna.Study, storage_path: Path, n_best: int) -> bool:
@@ -223,13 +272,20 @@ def markdown_table(summary: Summary) -> str:
             cells += [f"{row.holdout.value:.4f}", "" if row.kind == "best" else ahead]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "± is one standard error, paired by document."]
+    if summary.front:
+        names = list(summary.front[0].values)
+        lines += ["", f"| front | trial | {' | '.join(names)} | sum |", f"| --- |{' ---: |' * (len(names) + 2)}"]
+        for point in summary.front:
+            figures = [f"{value:.4f}" for value in (*point.values.values(), point.value)]
+            lines.append(f"| {point.name} | {point.trial} | {' | '.join(figures)} |")
     if sentence := verdict(summary):
         lines += ["", sentence]
     return "\n".join(lines)
 
 
 def _row(trial: FrozenTrial, name: str, kind: str, holdout: dict[int, HoldoutRow], order: list[str]) -> Row:
-    assert trial.value is not None
+    value = store.score_of(trial)
+    assert value is not None
     prefix = f"{store.SCORE} "
     scored = [key.removeprefix(prefix) for key in trial.user_attrs if key.startswith(prefix)]
     # A storage does not keep the order of attributes. A task that counts twice is called "name (metric)".
@@ -238,7 +294,7 @@ def _row(trial: FrozenTrial, name: str, kind: str, holdout: dict[int, HoldoutRow
         task: SearchedTask(trial.user_attrs[f"{prefix}{task}"], trial.user_attrs.get(f"{store.STDERR} {task}"))
         for task in scored
     }
-    return Row(name, kind, trial.number, trial.value, tasks, holdout.get(trial.number))
+    return Row(name, kind, trial.number, value, tasks, holdout.get(trial.number))
 
 
 def _read_holdout(file: Path, study: optuna.Study, best: FrozenTrial | None) -> dict[int, HoldoutRow]:

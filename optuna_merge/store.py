@@ -6,6 +6,7 @@ Knows Optuna's storages; knows nothing of models, tasks or merges.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,7 @@ from optuna_merge.sampler import PAIRED_ESTIMATE
 from optuna_merge.storage import BatchedStorage, is_storage_error, reason
 
 DIRECTION: Literal["maximize"] = "maximize"
-"""Of every study; a task with a negative weight is minimised."""
+"""Of every objective; a task with a negative weight is minimised."""
 
 FINGERPRINT = "fingerprint"
 """Study: readable name to value of everything that decides what a score means."""
@@ -127,15 +128,22 @@ def open_study(url: str, name: str) -> optuna.Study:
         raise storage_error(url, exc) from exc
 
 
-def create_study(url: str, name: str) -> tuple[optuna.Study, BatchedStorage]:
+def create_study(url: str, name: str, n_objectives: int = 1) -> tuple[optuna.Study, BatchedStorage]:
     """A study to be run, made if it does not exist, and its storage, which writes in batches and waits for outages.
+
+    Args:
+        url: As in :func:`open_storage`.
+        name: The study's.
+        n_objectives: Values that each trial of a new study has.
 
     Raises:
         StudyError: If the storage cannot be opened or written.
     """
     storage = BatchedStorage(open_storage(url), shown_url(url))
     try:
-        study = optuna.create_study(storage=storage, study_name=name, direction=DIRECTION, load_if_exists=True)
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=[DIRECTION] * n_objectives, load_if_exists=True
+        )
     except Exception as exc:
         raise storage_error(url, exc) from exc
     return study, storage
@@ -188,6 +196,11 @@ def generation(trial: FrozenTrial) -> int | None:
     """The generation in which CMA-ES drew a trial, from 0 on; None if it did not."""
     found: int | None = next((value for key, value in trial.system_attrs.items() if key.endswith(":generation")), None)
     return found
+
+
+def score_of(trial: FrozenTrial) -> float | None:
+    """A trial's score: its value, or the sum of its values where there are several objectives; None without any."""
+    return None if trial.values is None else math.fsum(trial.values)
 
 
 def n_finished(study: optuna.Study) -> int:

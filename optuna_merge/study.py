@@ -89,7 +89,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
     deadline = math.inf if config.study.timeout is None else time.monotonic() + config.study.timeout
     with _quiet_optuna(), terminable():
         try:
-            study, storage = store.create_study(url, name)
+            study, storage = store.create_study(url, name, len(config.objectives))
             claims = Claims(study, storage, make_lock(storage.backend, name, store.local_file(url)))
             requeued: list[int] = []
 
@@ -102,7 +102,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
                     store.check_fingerprint(study, objective.fingerprint())
                     if study.user_attrs.get(store.WANTED) != config.study.n_trials:
                         study.set_user_attr(store.WANTED, config.study.n_trials)
-                    study.set_metric_names(["score"])
+                    study.set_metric_names(list(config.objectives))
                     record_warm_start(study, config, objective.space)
                     objective.enqueue_baselines(study)
                     write_best_config(study, objective)
@@ -130,7 +130,7 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
     if best is None:
         return None
     partial = path.with_name(f"{path.name}.partial")
-    comment = [f"study {study.study_name}, trial {best.number}, score {best.value}"]
+    comment = [f"study {study.study_name}, trial {best.number}, score {store.score_of(best)}"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(objective.merge_file(best, comment), encoding="utf-8")
@@ -198,9 +198,10 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
                 watcher.trial_scored(claims.study, claim.trial)
                 finished = claim.tell(None, TrialState.PRUNED)
             else:
-                state = TrialState.COMPLETE if math.isfinite(value) else TrialState.FAIL
+                values = value if isinstance(value, tuple) else (value,)
+                state = TrialState.COMPLETE if all(map(math.isfinite, values)) else TrialState.FAIL
                 watcher.trial_scored(claims.study, claim.trial)
-                finished = claim.tell(value if state == TrialState.COMPLETE else None, state)
+                finished = claim.tell(values if state == TrialState.COMPLETE else None, state)
     except (TrialTakenError, UpdateFinishedTrialError):
         return  # it is not lost: the other one finishes it
     except BaseException:

@@ -177,7 +177,8 @@ def figures_of(study: optuna.Study, trial: FrozenTrial) -> dict[str, float]:
     """What is logged after a trial.
 
     Returns:
-        ``best_score``; of the trial ``score`` or ``estimate`` (pruned), ``score/<task>``, ``merge_s``,
+        ``best_score``; of the trial ``score`` or ``estimate`` (pruned), ``score/<task>``,
+        ``objective/<name>`` where there are several, ``merge_s``,
         ``evaluation_s``, ``n_documents``, ``pruned``, ``failed``; of its generation so far ``generation``,
         ``population_mean`` and ``population_std``; of the study ``total_documents``.
     """
@@ -188,10 +189,13 @@ def figures_of(study: optuna.Study, trial: FrozenTrial) -> dict[str, float]:
         "total_documents": sum(other.user_attrs.get(store.DOCUMENTS, 0) for other in trials),
     }
     best = best_merge(study)
-    if best is not None and best.value is not None:
-        figures["best_score"] = best.value
-    if trial.value is not None:
-        figures["score"] = trial.value
+    for key, scored in (("best_score", best), ("score", trial)):
+        score = None if scored is None else store.score_of(scored)
+        if score is not None:
+            figures[key] = score
+    if trial.values is not None and len(trial.values) > 1:
+        names = study.metric_names or []
+        figures |= {f"objective/{name}": value for name, value in zip(names, trial.values, strict=True)}
     if PAIRED_ESTIMATE in trial.user_attrs:
         figures["estimate"] = trial.user_attrs[PAIRED_ESTIMATE]
     for key in (store.MERGE_SECONDS, store.EVALUATION_SECONDS, store.DOCUMENTS):
@@ -203,7 +207,7 @@ def figures_of(study: optuna.Study, trial: FrozenTrial) -> dict[str, float]:
     generation = store.generation(trial)
     if generation is not None:
         population = [other for other in trials if store.generation(other) == generation]
-        told = [other.user_attrs.get(PAIRED_ESTIMATE, other.value) for other in population]
+        told = [other.user_attrs.get(PAIRED_ESTIMATE, store.score_of(other)) for other in population]
         values = [value for value in told if value is not None]
         figures["generation"] = generation
         if values:

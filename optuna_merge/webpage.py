@@ -60,6 +60,8 @@ def page(summary: Summary, config: StudyConfig, drawn: Sequence[Picture], recipe
     ]
     if recipe:
         parts.append(f"<h2>The best merge, as a mergekit file</h2><pre>{escape(recipe)}</pre>")
+    if summary.front:
+        parts += ["<h2>The front</h2>", _front_table(summary)]
     if summary.failures:
         failures = "".join(f"<li>trial {number}: {escape(why)}</li>" for number, why in summary.failures.items())
         parts.append(f"<h2>Failed trials</h2><ul>{failures}</ul>")
@@ -117,6 +119,21 @@ def _tables(summary: Summary) -> list[str]:
             "<p class=quiet>± is one standard error. Differences and their z tests (two-sided) pair documents.</p>",
         ]
     return parts
+
+
+def _front_table(summary: Summary) -> str:
+    names = list(summary.front[0].values)
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["trial of the front", "number", *names, "sum"])
+    lines = []
+    for point in summary.front:
+        figures = [f"{value:.4f}" for value in (*point.values.values(), point.value)]
+        kind = "best" if point.trial == summary.best_trial else "other"
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in [point.name, str(point.trial), *figures])
+        lines.append(f'<tr class="{kind}">{cells}</tr>')
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        "<p class=quiet>No other trial is better than one of these in every objective. Bold: of the largest sum.</p>"
+    )
 
 
 def _searched(row: Row, tasks: Sequence[str]) -> list[str]:

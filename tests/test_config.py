@@ -217,6 +217,11 @@ ADDED = {
     "study: {sampler: {popsiz: 8}}": (
         ":7: study.sampler.popsiz must be a known key, got 'popsiz'; did you mean 'popsize'?"
     ),
+    "study: {goal: front}": ":7: study.goal must be 'sum' or 'pareto', got 'front'; choose one of them",
+    "study: {goal: pareto}": (
+        ":5: tasks must make several objectives for study.goal pareto, got 'letters' alone; name another objective for"
+        " some or leave study.goal out"
+    ),
     "study: {pruner: medain}": (
         ":7: study.pruner.name must be 'wilcoxon', 'median', 'hyperband', 'successive_halving' or 'none', got 'medain';"
         " choose one of them"
@@ -452,6 +457,29 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 # --- paths, nulls, overrides
+
+
+TWO_TASKS = STUDY + "  - {name: other, objective: style}\n"
+
+
+def test_several_objectives_have_their_own_sampler_and_no_pruner(load: Any) -> None:
+    config = load(TWO_TASKS + "study: {goal: pareto}\n")
+    assert config.objectives == ("letters", "style")
+    assert (config.study.sampler.name, config.study.pruner.name) == ("tpe", "none")
+    assert load(TWO_TASKS + "study: {goal: pareto, sampler: nsga2}\n").study.sampler.name == "nsga2"
+    assert load(STUDY).objectives == ("score",)
+
+
+def test_what_several_objectives_cannot_have(problems: Any) -> None:
+    wrong = problems(TWO_TASKS + "study: {goal: pareto, sampler: cmaes, pruner: median}\n")
+    assert wrong == [
+        "my_study.yaml:8: study.sampler must search several objectives for study.goal pareto, got cmaes, which searches"
+        " one; use gp, nsga2, tpe or random",
+        "my_study.yaml:8: study.pruner must be none for study.goal pareto, got median: no single score says which trial"
+        " is worse; remove it",
+    ]
+    [line] = problems(TWO_TASKS)
+    assert line.endswith("objective must be absent for one score, got 'style'; remove it or set study.goal: pareto")
 
 
 def test_relative_paths_start_at_the_file(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def objective(study_file: Callable[..., Path]) -> MergeObjective:
 
 
 def test_a_plain_optuna_user_can_optimize_it(objective: MergeObjective) -> None:
-    study = optuna.create_study(direction=objective.direction, sampler=objective.sampler(), pruner=objective.pruner())
+    study = optuna.create_study(directions=objective.directions, sampler=objective.sampler(), pruner=objective.pruner())
     objective.enqueue_baselines(study)
     study.optimize(objective, n_trials=12)
     names = [trial.user_attrs.get(store.BASELINE) for trial in study.trials]
@@ -263,9 +263,43 @@ def test_auto_dtype_is_the_base_models(study_file: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("directions", [["minimize"], ["maximize", "maximize"]])
 def test_a_study_that_does_not_maximise_is_refused(objective: MergeObjective, directions: list[str]) -> None:
     study = optuna.create_study(study_name="mine", directions=directions)
-    message = rf"study 'mine': direction must be maximize, got {', '.join(directions)}; create it with"
+    message = rf"study 'mine': directions must be maximize, got {', '.join(directions)}; create it with"
     with pytest.raises(StudyError, match=message):
         objective(study.ask())
+
+
+PARETO = {
+    "tasks": [{"name": "one", "weight": 0.5, "objective": "a"}, {"name": "two", "weight": -0.25, "objective": "b"}],
+    "study": {"name": "tiny", "n_chunks": 5, "goal": "pareto", "sampler": "random"},
+}
+
+
+def test_each_objective_is_the_weighted_sum_of_its_tasks(study_file: Callable[..., Path]) -> None:
+    objective = fake_objective(study_file(gold="0", **PARETO))
+    assert objective.directions == ["maximize", "maximize"]
+    study = optuna.create_study(directions=objective.directions, sampler=objective.sampler())
+    study.optimize(objective, n_trials=3)
+    for trial in study.trials:
+        attributes = trial.user_attrs
+        assert trial.values == [0.5 * attributes["score one"], -0.25 * attributes["score two"]]
+        assert store.score_of(trial) == pytest.approx(sum(trial.values))
+        assert sorted(trial.intermediate_values) == [0, 1, 2, 3, 4]
+    assert objective.fingerprint()["tasks"] == ["0.5 x one acc,none for a", "-0.25 x two acc,none for b"]
+
+
+def test_a_merge_with_nan_fails_in_all_objectives(
+    study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = fake_objective(study_file(gold="0", **PARETO))
+
+    def refuse(*_: object) -> None:
+        raise NonFiniteMergeError("x")
+
+    monkeypatch.setattr(objective._engine, "load_weights", refuse)
+    study = optuna.create_study(directions=objective.directions, sampler=objective.sampler())
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].state == TrialState.FAIL
+    assert study.trials[0].user_attrs[store.FAILURE] == "x"
 
 
 def test_trials_in_threads_take_turns_with_the_model(objective: MergeObjective) -> None:

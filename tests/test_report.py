@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -130,3 +131,38 @@ def test_figures_of_another_recipe_are_not_this_study_s(study: optuna.Study, con
     assert needs_holdout(study, config.storage_path, 1)
     write(config, [held(6, 0.7)])
     assert not needs_holdout(study, config.storage_path, 1)
+
+
+def front_study() -> optuna.Study:
+    """Trial 0 is beaten by 2; 1 and 3 are the ends of the front, 1 a source; 2 has the largest sum."""
+    study = optuna.create_study(study_name="tiny", directions=["maximize", "maximize"])
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        study.set_metric_names(["math", "poetry"])
+    for values, name, kind in (
+        ((0.4, 0.4), "uniform", "uniform"),
+        ((0.9, 0.1), "model_0", "source"),
+        ((0.6, 0.6), None, None),
+        ((0.1, 0.8), None, None),
+        ((0.5, 0.6), None, None),
+    ):
+        attributes = {} if name is None else {store.BASELINE: name, store.BASELINE_KIND: kind}
+        study.add_trial(create_trial(values=values, user_attrs=attributes))
+    return study
+
+
+def test_the_front(config: StudyConfig) -> None:
+    summary = summarize(front_study(), config, 3)
+    assert [(point.name, point.trial) for point in summary.front] == [("model_0", 1), ("merge", 2), ("merge", 3)]
+    assert summary.front[1].values == {"math": 0.6, "poetry": 0.6}
+    assert summary.front[1].value == 1.2
+    assert summary.best_trial == 2
+    # what is on the front goes before what has a larger sum and is not
+    assert [trial.number for trial in best_merges(front_study(), 3)] == [2, 3, 4]
+    table = markdown_table(summary)
+    assert "| front | trial | math | poetry | sum |" in table
+    assert "| model_0 | 1 | 0.9000 | 0.1000 | 1.0000 |" in table
+
+
+def test_one_objective_has_no_front(study: optuna.Study, config: StudyConfig) -> None:
+    assert summarize(study, config).front == []
+    assert "| front |" not in markdown_table(summarize(study, config))

@@ -21,9 +21,10 @@ from optuna.trial import TrialState
 
 from optuna_merge import store, study
 from optuna_merge.cli.options import open_started
+from optuna_merge.config import load_study
 from optuna_merge.errors import StudyError, StudyMismatchError
 from optuna_merge.objective import MergeObjective
-from optuna_merge.report import best_merge
+from optuna_merge.report import best_merge, summarize
 from optuna_merge.study import BEST_CONFIG, run_study
 from optuna_merge.watcher import Watcher
 from tests import processes
@@ -97,6 +98,43 @@ def test_an_interrupted_study_continues_as_if_nothing_had_happened(study_file: C
     ).read_text()
     # No chunk was scored twice: interruptions cost no answer.
     assert stopped._engine.n_responses == through._engine.n_responses > scored
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_several_objectives_interrupted_and_gone_on_with(study_file: Callable[..., Path], sampler: str) -> None:
+    options = {"name": "tiny", "n_trials": 22, "seed": 3, "n_chunks": 5, "goal": "pareto", "sampler": sampler}
+    tasks = [{"name": "one"}, {"name": "two", "weight": -0.5}]
+
+    class Impatient(Watcher):
+        left = 33
+
+        def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    ends, answers = [], []
+    for folder, watcher in (("through", Watcher()), ("stopped", Impatient())):
+        one = fake_objective(study_file(gold="0", study=options, tasks=tasks, storage_path=folder))
+        if run_study(one.config, one, watcher).interrupted:
+            run_study(one.config, one)
+        found = open_started(one.config)
+        ends.append([(t.number, t.state, t.values, t.params, t.intermediate_values) for t in found.trials])
+        answers.append(one._engine.n_responses)
+    assert ends[0] == ends[1]
+    assert answers[0] == answers[1]  # no chunk was scored twice
+    assert found.metric_names == ["one", "two"]
+    best = best_merge(found)
+    assert store.score_of(best) == max(
+        sum(t.values) for t in found.trials if t.user_attrs.get(store.BASELINE_KIND) not in ("source", "base")
+    )
+    summary = summarize(found, one.config, 3)
+    assert {point.trial for point in summary.front} == {trial.number for trial in found.best_trials}
+    assert all(set(point.values) == {"one", "two"} for point in summary.front)
+    assert f"trial {best.number}, score" in (one.config.storage_path / BEST_CONFIG).read_text()
+    single = load_study(study_file(gold="0", study={**options, "goal": "sum"}, tasks=tasks, storage_path="stopped"))
+    with pytest.raises(StudyMismatchError, match="tasks="):
+        run_study(single, fake_objective(single.path))
 
 
 def test_sigterm_is_a_clean_stop_too(objective: MergeObjective) -> None:

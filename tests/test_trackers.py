@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,12 @@ def test_wandb_offline_read_back(
     assert run(WandbTracker(tmp_path / "out", "merges", "team"), study, config, best) == []
 
     [file] = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
-    records = [Record.FromString(data) for data in read_log(file.read_bytes())]
+    deadline = time.monotonic() + 120  # wandb's service may still be writing
+    while True:
+        records = [Record.FromString(data) for data in read_log(file.read_bytes())]
+        if "exit" in [record.WhichOneof("record_type") for record in records] or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     [begun] = [record.run for record in records if record.WhichOneof("record_type") == "run"][:1]
     assert (begun.project, begun.entity, begun.display_name) == ("merges", "team", "tiny")
     logged = [

@@ -17,6 +17,7 @@ from optuna_merge.pictures import pictures
 from optuna_merge.report import summarize
 from optuna_merge.webpage import page
 from tests.test_dashboard import fill
+from tests.test_report import front_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 
@@ -52,6 +53,19 @@ def test_nothing_comes_from_elsewhere(config: StudyConfig) -> None:
     addresses = set(re.findall(r"(?:https?:)?//[\w.]+[^\"'\s<]*", text))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, nothing is fetched
     assert re.findall(r"(?:src|href)=\"([^\"]*)\"", text) == ["data:,"]
+
+
+def test_the_front_is_a_table_and_a_picture(config: StudyConfig) -> None:
+    study = front_study()
+    summary = summarize(study, config)
+    drawn = pictures(study, summary, config)
+    text = page(summary, config, drawn)
+    assert "<h2>The front</h2>" in text
+    assert '<tr class="best"><td>merge</td><td>2</td><td>0.6000</td><td>0.6000</td><td>1.2000</td></tr>' in text
+    [chart] = [picture for picture in drawn if picture.key == "tasks-1"]
+    assert (chart.x_title, chart.y_title) == ("math", "poetry")
+    [front] = [series for series in chart.series if series.name == "front"]
+    assert list(zip(front.x, front.y, strict=True)) == [(0.1, 0.8), (0.6, 0.6)]  # of merges
 
 
 def test_a_study_without_a_score(config: StudyConfig) -> None:

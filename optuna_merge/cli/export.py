@@ -49,7 +49,7 @@ def export(
     from optuna_merge.objective import StudyModels, merge_fingerprint, recipe_of
     from optuna_merge.report import best_merge, markdown_table, summarize
     from optuna_merge.space import SearchSpace
-    from optuna_merge.store import FAILURE, refuse_differences
+    from optuna_merge.store import FAILURE, refuse_differences, score_of
 
     if push is not None:
         check_name(push)
@@ -71,7 +71,7 @@ def export(
     space = SearchSpace(config, models.refs)
     refuse_differences(study, merge_fingerprint(config, models, space))
     recipe = recipe_of(space, models, chosen)
-    score = chosen.value if chosen.state.name == "COMPLETE" else None
+    score = score_of(chosen) if chosen.state.name == "COMPLETE" else None
     origin = f"study {study.study_name}, trial {chosen.number}, "
     origin += f"{chosen.state.name.lower()}" if score is None else f"score {score}"
     note(f"merging trial {chosen.number}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -96,7 +97,9 @@ class TerminalWatcher(Watcher):
         baseline = trial.user_attrs.get(store.BASELINE)
         name = f"trial {trial.number}" + (f" ({baseline})" if baseline else "")
         if trial.state == TrialState.COMPLETE:
-            result = f"score {trial.value:.4f}"
+            values = trial.values or []
+            parts = [f"{name} {value:.4f}" for name, value in zip(study.metric_names or [], values, strict=False)]
+            result = f"score {math.fsum(values):.4f}" + (f" ({', '.join(parts)})" if len(values) > 1 else "")
         elif trial.state == TrialState.PRUNED:
             result = f"pruned after {len(trial.intermediate_values)} chunks"
         else:
@@ -156,13 +159,15 @@ def standing_of(study: optuna.Study) -> list[tuple[str, str]]:
         and trial.state == TrialState.COMPLETE
         and (best is None or trial.number != best.number)
     ]
-    rival = max(rivals, key=lambda trial: trial.value or 0.0, default=None)
+    rival = max(rivals, key=lambda trial: store.score_of(trial) or 0.0, default=None)
+    ahead = None if best is None else store.score_of(best)
+    behind = None if rival is None else store.score_of(rival)
     if best is not None:
-        rows.append(("best", f"{best.value:.4f}  trial {best.number}"))
+        rows.append(("best", f"{ahead:.4f}  trial {best.number}"))
     if rival is not None:
-        words = f"{rival.value:.4f}  {rival.user_attrs[store.BASELINE]}"
-        if best is not None and best.value is not None and rival.value is not None:
-            words += f"  ({best.value - rival.value:+.4f})"
+        words = f"{behind:.4f}  {rival.user_attrs[store.BASELINE]}"
+        if ahead is not None and behind is not None:
+            words += f"  ({ahead - behind:+.4f})"
         rows.append(("to beat", words))
     generations = [found for trial in trials if (found := store.generation(trial)) is not None]
     states = Counter(trial.state for trial in trials)

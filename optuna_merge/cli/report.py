@@ -108,6 +108,14 @@ def print_summary(summary: Summary) -> None:
         print_table(header, [_held_out(row, row.holdout, held_tasks) for row in summary.rows if row.holdout])
         typer.echo("± is one standard error; differences are paired by document.")
         typer.echo(verdict(summary))
+    if summary.front:
+        names = list(summary.front[0].values)
+        rows = [
+            [point.name, str(point.trial), *(f"{value:.4f}" for value in (*point.values.values(), point.value))]
+            for point in summary.front
+        ]
+        print_table(["front, searched documents", "trial", *names, "sum"], rows)
+        typer.echo("No other trial is better than one of these in every objective; export --trial N writes one.")
     for number, reason in summary.failures.items():
         typer.echo(f"trial {number} failed: {reason}")
 
