@@ -96,3 +96,9 @@ class ExportError(OptunaMergeError):
 
 class DataError(OptunaMergeError):
     """The documents of an eval task could not be prepared."""
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether an error of torch or Python says that a device or the host has no memory left."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
+    return isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and any(text in str(exc) for text in texts))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.checkpoint import Checkpoint, ResolvedReference, common_names
-from optuna_merge.errors import MergeError
+from optuna_merge.errors import MergeError, is_out_of_memory
 from optuna_merge.layers import Place, is_buffer, place_of
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
@@ -36,6 +36,7 @@ _STAGED_BYTES = 3 << 27
 """A tensor's sources are brought to the GPU whole up to this size, and in pieces beyond."""
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # the CPU's buffers stay in its cache
+_LEAST_CHUNK_ELEMENTS = 1 << 18
 
 
 class Merger:
@@ -74,7 +75,9 @@ class Merger:
         self.device = torch.device(device)
         self.checkpoints = place_sources(unify(checkpoints, tokenizer_source), sources, self.device)
         self._are_mapped = self._reads_ahead = sources == "disk"
+        self._sources = sources
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
+        self._staged_bytes = _STAGED_BYTES
         self._is_compiled = self._is_large() if is_compiled is None else is_compiled
         self._buffers: dict[str, Tensor] = {}
         self._written: dict[int, _Written] = {}  # address of a destination -> what it holds
@@ -119,7 +122,8 @@ class Merger:
             copied from the base or the first model. Stopping early leaves nothing open.
 
         Raises:
-            MergeError: If the recipe does not fit the checkpoints, or a method fails; the message names the tensor.
+            MergeError: If the recipe does not fit the checkpoints, a method fails, or a tensor does not fit into memory
+                even in small pieces; the message names the tensor.
         """
         plan = _Plan.make(recipe, self.checkpoints)
         names = self.names
@@ -129,7 +133,7 @@ class Merger:
                 for checkpoint in plan.read:
                     checkpoint.prefetch(following)
             destination = None if out is None else out(name)
-            yield name, self._merge_tensor(plan, name, destination)
+            yield name, self._merge_that_fits(plan, name, destination)
         if self._are_mapped:
             # what is in memory already is not asked for again: to ask takes as long as a fifth of a linear merge
             fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
@@ -144,6 +148,32 @@ class Merger:
     def _is_large(self) -> bool:
         first = next(iter(self.checkpoints.values()))
         return sum(math.prod(first.shape(name)) for name in self.names) >= _COMPILED_FROM
+
+    def _merge_that_fits(self, plan: _Plan, name: str, destination: Tensor | None) -> Tensor:
+        """Merge a tensor; where memory is out, in smaller pieces from then on, which change no result."""
+        while True:
+            try:
+                return self._merge_tensor(plan, name, destination)
+            except (MemoryError, RuntimeError) as exc:
+                if not is_out_of_memory(exc):
+                    raise
+                self._shrink(name, exc)
+
+    def _shrink(self, name: str, exc: Exception) -> None:
+        self._buffers.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._chunk_elements > _LEAST_CHUNK_ELEMENTS:
+            self._chunk_elements = max(_LEAST_CHUNK_ELEMENTS, self._chunk_elements // 4)
+            self._staged_bytes = 0
+            return
+        ways = {"gpu": "engine.sources: host or disk, ", "host": "engine.sources: disk, ", "disk": ""}[self._sources]
+        ways += "engine.merge_device: cpu, " if self.device.type == "cuda" else ""
+        got = str(exc).strip().partition("\n")[0][:200] or type(exc).__name__
+        raise MergeError(
+            f"{name}: merging must fit into the memory of {self.device}, got {got}; use {ways}a smaller"
+            " engine.batch_size or fewer workers, and run the same command again"
+        ) from exc
 
     def _merge_tensor(self, plan: _Plan, name: str, destination: Tensor | None) -> Tensor:
         template = plan.template
@@ -165,6 +195,8 @@ class Merger:
             try:
                 plan.function(self._inputs(plan, name, numbers), result)
             except Exception as exc:  # a user's method may raise anything
+                if is_out_of_memory(exc):
+                    raise
                 raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
         if destination is not None:
             self._written[address] = written
@@ -180,7 +212,7 @@ class Merger:
         return _Numbers(shared, per_used)
 
     def _stage(self, tensors: list[Tensor]) -> list[Tensor]:
-        if sum(tensor.nbytes for tensor in tensors) > _STAGED_BYTES:
+        if sum(tensor.nbytes for tensor in tensors) > self._staged_bytes:
             return tensors
         return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 

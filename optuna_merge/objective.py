@@ -33,6 +33,7 @@ from optuna_merge.errors import (
     NonFiniteMergeError,
     StudyError,
     TaskError,
+    is_out_of_memory,
 )
 from optuna_merge.evaluation.engine import Engine, MakingEngine
 from optuna_merge.evaluation.tasks import ChunkResult, EvalTask, Score, Scorer
@@ -302,6 +303,7 @@ class MergeObjective:
         Raises:
             NonFiniteMergeError: If the result holds NaN or infinity.
             EngineDiedError: If the engine dies over it twice.
+            MergeError, EngineError: If memory is out.
         """
         if self._loaded == recipe.digest():
             return 0.0
@@ -311,7 +313,16 @@ class MergeObjective:
             cast("MakingEngine", self._engine).load_made(recipe.to_json())
         else:
             in_place = str(self._merger.device) == self._engine.device
-            self._engine.load_weights(self._merger.merge(recipe, out=self._engine.resident if in_place else None))
+            try:
+                self._engine.load_weights(self._merger.merge(recipe, out=self._engine.resident if in_place else None))
+            except (MemoryError, RuntimeError) as exc:
+                if not is_out_of_memory(exc):
+                    raise
+                raise EngineError(
+                    f"engine: a merge must fit into the memory of {self._engine.device} while it is loaded, got"
+                    f" {str(exc).strip().partition(chr(10))[0]}; use engine.sources: disk, a smaller"
+                    " engine.batch_size or fewer workers, and run the same command again"
+                ) from exc
         self._loaded = recipe.digest()
         return time.perf_counter() - start
 

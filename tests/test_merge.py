@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from optuna_merge.merge import Merger
 from optuna_merge.methods import METHODS, find_method
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe, passthrough
 from optuna_merge.testing import write_tiny_models
+from tests import processes
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +244,51 @@ def test_cuda_gives_what_the_cpu_gives(method: str, references: tuple[str, ...])
     on_gpu = dict(Merger.open(references, device="cuda").merge(recipe_of(references, method)))
     for name, tensor in Merger.open(references).merge(recipe_of(references, method)):
         torch.testing.assert_close(on_gpu[name].cpu(), tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def large(references: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The models, each with a tensor of 96 MiB more: larger than what an allocator keeps at hand."""
+    folders = []
+    for number, reference in enumerate(references):
+        folder = tmp_path_factory.mktemp("large") / Path(reference).name
+        shutil.copytree(reference, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[LARGE] = torch.full((6 << 10, 4 << 10), 1.0 + number)
+        save_file(tensors, folder / "model.safetensors")
+        folders.append(str(folder))
+    return tuple(folders)
+
+
+LARGE = "model.layers.0.mlp.large_proj.weight"
+
+
+def test_memory_that_is_out_is_said_and_the_merger_can_go_on(large: tuple[str, ...]) -> None:
+    merger, recipe = Merger.open(large), recipe_of(large, dtype="float32")
+    message = (
+        rf"^{LARGE}: merging must fit into the memory of cpu, got .*allocate.*; use a smaller engine.batch_size or"
+        r" fewer workers, and run the same command again$"
+    )
+    with processes.memory_up_to(16 << 20), pytest.raises(MergeError, match=message):
+        for _ in merger.merge(recipe):
+            pass
+    merged = dict(merger.merge(recipe))
+    assert torch.equal(merged[LARGE], torch.full((6 << 10, 4 << 10), 1 + 0.3 * 1 + 0.9 * 2))
+
+
+def test_where_sources_do_not_fit_the_message_says_where_they_may_live(large: tuple[str, ...]) -> None:
+    merger = Merger({reference: Checkpoint.open(reference) for reference in large}, sources="host")
+    with processes.memory_up_to(16 << 20), pytest.raises(MergeError, match=r"; use engine.sources: disk, a smaller"):
+        dict(merger.merge(recipe_of(large)))
+
+
+def test_out_of_memory_merges_smaller_pieces_to_the_same_bits(large: tuple[str, ...]) -> None:
+    recipe = recipe_of(large, "ties", dtype="bfloat16")
+    checkpoints = {reference: Checkpoint.open(reference) for reference in large}
+    merger = Merger(checkpoints, chunk_elements=1 << 24)
+    resident = {name: torch.empty(checkpoints[large[0]].shape(name), dtype=torch.bfloat16) for name in merger.names}
+    expected = bits(dict(Merger(checkpoints).merge(recipe)))
+    with processes.memory_up_to(64 << 20):
+        merged = dict(merger.merge(recipe, out=resident.get))
+    assert merger._chunk_elements < 1 << 24
+    assert bits(merged) == expected

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,13 +18,15 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.trial import TrialState
+from safetensors.torch import load_file, save_file
 
 from optuna_merge import store, study
 from optuna_merge.cli.options import open_started
 from optuna_merge.config import load_study
-from optuna_merge.errors import StudyError, StudyMismatchError
+from optuna_merge.errors import MergeError, StudyError, StudyMismatchError
 from optuna_merge.objective import MergeObjective
 from optuna_merge.report import best_merge, summarize
 from optuna_merge.study import BEST_CONFIG, run_study
@@ -219,6 +223,38 @@ def test_a_full_disk_stops_the_study_and_room_lets_it_go_on(objective: MergeObje
         run_study(objective.config, objective, Full())
     scores.unlink()
     assert run_study(objective.config, objective) == study.Outcome(25)
+
+
+def test_memory_that_is_out_while_merging_stops_the_study_and_more_lets_it_go_on(
+    study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path
+) -> None:
+    """One tensor is larger than what the kernel grants; the trial comes back with its parameters."""
+    name = "model.layers.0.mlp.large_proj.weight"
+    for model in ("base", "model_0", "model_1"):
+        shutil.copytree(tiny_models / model, tmp_path / model)
+        file = tmp_path / model / "model.safetensors"
+        save_file({**load_file(file), name: torch.zeros(24 << 20)}, file)
+    genome = {"models": ["model_0", "model_1"], "base_model": "base", "merge_method": "linear", "layer_granularity": 1}
+    options = {"name": "tiny", "n_trials": 6, "seed": 3, "n_chunks": 5}
+    path = study_file(gold="0", study=options, genome=genome)
+    through, stopped = (fake_objective(path, storage_path=tmp_path / folder) for folder in ("through", "stopped"))
+    run_study(through.config, through)
+    limit = contextlib.ExitStack()
+
+    class Scarce(Watcher):
+        def trial_started(self, trial: optuna.Trial) -> None:
+            if trial.number == 5:
+                limit.enter_context(processes.memory_up_to(16 << 20))
+
+    message = rf"^{name}: merging must fit into the memory of cpu, got .*; use .*, and run the same command again$"
+    with limit, pytest.raises(MergeError, match=message):
+        run_study(stopped.config, stopped, Scarce())
+    urls = [store.storage_url(one.config.storage_path, None) for one in (through, stopped)]
+    assert [row[1] for row in table(urls[1])] == [*[row[1] for row in table(urls[0])][:5], TrialState.WAITING]
+    n_responses = stopped._engine.n_responses
+    assert run_study(stopped.config, stopped) == study.Outcome(6)
+    assert table(urls[0]) == table(urls[1])
+    assert stopped._engine.n_responses == through._engine.n_responses > n_responses
 
 
 def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optuna_merge.errors import EngineError
+from optuna_merge.errors import EngineError, is_out_of_memory
 from optuna_merge.evaluation.batches import Item, Row, make_batches, make_rows
 from optuna_merge.evaluation.engine import Prepared, Request, Response
 from optuna_merge.evaluation.hf_weights import ResidentModel
@@ -178,8 +178,8 @@ class HFEngine:
         while True:
             try:
                 return self._respond(prepared)
-            except (torch.OutOfMemoryError, RuntimeError) as exc:
-                if not _is_out_of_memory(exc):
+            except (MemoryError, RuntimeError) as exc:
+                if not is_out_of_memory(exc):
                     raise
                 self._shrink(prepared, exc)
 
@@ -421,7 +421,3 @@ def _on_device(batch: Sequence[Row], items: Sequence[Item], device: torch.device
         items=scored,
         starts=starts,
     )
-
-
-def _is_out_of_memory(exc: Exception) -> bool:
-    return isinstance(exc, torch.OutOfMemoryError) or "not enough memory" in str(exc) or "can't allocate" in str(exc)
