@@ -191,7 +191,7 @@ class DashboardWatcher(Watcher):
 
     def trial_scored(self, study: optuna.Study, trial: optuna.Trial) -> None:
         """Upload the trial's merge file and the scores of its documents."""
-        frozen = study._storage.get_trial(trial._trial_id)
+        frozen = trial._cached_frozen_trial  # reading it would write what waits to be, and take longer than the upload
         if store.FAILURE in frozen.user_attrs:
             return
         there = {

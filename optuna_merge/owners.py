@@ -8,6 +8,7 @@ length of a lease, by the clock of who looks: clocks are never compared.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -117,7 +119,10 @@ class Claim:
         """
         claims = self._claims
         with claims.lock():
-            trial = self._refuse_if_taken()
+            system_attrs = self._refuse_if_taken()
+            # what this process has set is known; reading hundreds of parameters back takes longer than all the rest
+            trial = copy.copy(self.trial._cached_frozen_trial)
+            trial.system_attrs = system_attrs
             if state == TrialState.PRUNED and trial.last_step is not None:
                 value = trial.intermediate_values[trial.last_step]
             values = None if value is None else list(value) if isinstance(value, Sequence) else [value]
@@ -138,17 +143,17 @@ class Claim:
                 return
             _requeue(self._claims.storage, self.trial._trial_id)
 
-    def _refuse_if_taken(self) -> FrozenTrial:
-        trial = None
+    def _refuse_if_taken(self) -> dict[str, Any]:
+        state, system_attrs = TrialState.FAIL, dict[str, Any]()
         with suppress(UpdateFinishedTrialError):  # what was kept of it came too late
-            trial = self._claims.storage.get_trial(self.trial._trial_id)
-        if trial is None or trial.state != TrialState.RUNNING or trial.system_attrs.get(OWNER) != asdict(self._owner):
+            state, system_attrs = self._claims.storage.read_state(self.trial._trial_id)
+        if state != TrialState.RUNNING or system_attrs.get(OWNER) != asdict(self._owner):
             self.is_taken = True
             raise TrialTakenError(
                 f"trial {self.trial.number} must be run by one process, another one has taken it over: this one was"
                 f" not heard of for {self._claims.lease_s:.0f} s"
             )
-        return trial
+        return system_attrs
 
     def _beat(self) -> None:
         count = 0
@@ -205,8 +210,7 @@ class Claims:
             if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
                 return None
             owner = Owner.me()
-            trial_id = self._start(trials, lost)
-            self.storage.write_trial(trial_id, [("system_attr", OWNER, asdict(owner))])
+            trial_id = self._start(trials, lost, {OWNER: asdict(owner)})
             trial = optuna.Trial(self.study, trial_id)
             # The sampler and the pruner would read the whole study once more.
             others = [other for other in trials if other._trial_id != trial_id and other.number not in lost]
@@ -214,15 +218,17 @@ class Claims:
             self.study._thread_local.cached_all_trials = sorted([*others, own], key=lambda one: one.number)
             return Claim(self, trial, owner)
 
-    def _start(self, trials: Sequence[FrozenTrial], lost: Sequence[int]) -> int:
+    def _start(self, trials: Sequence[FrozenTrial], lost: Sequence[int], system_attrs: dict[str, Any]) -> int:
         """As ``study.ask`` does, without another look at all trials: the first that waits, or a new one."""
         for trial in trials:
             if trial.state != TrialState.WAITING and trial.number not in lost:
                 continue
             with suppress(UpdateFinishedTrialError):
                 if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                    self.storage.write_trial(trial._trial_id, [("system_attr", *item) for item in system_attrs.items()])
                     return trial._trial_id
-        return self.storage.create_new_trial(self.study._study_id)
+        new = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=system_attrs)
+        return self.storage.create_new_trial(self.study._study_id, new)
 
     def requeue_lost(self, *, alone: bool = False) -> list[int]:
         """Put back the running trials whose process is gone; to be called with the lock held.

@@ -84,6 +84,11 @@ class BatchedStorage(BaseStorage):
         """As :func:`write_trial`, at once and past what is kept."""
         self.patiently(write_trial, self.backend, trial_id, writes)
 
+    def read_state(self, trial_id: int) -> tuple[TrialState, dict[str, Any]]:
+        """A trial's state and system attributes, without what else makes reading it slow; writes what is kept."""
+        self.flush()
+        return self.patiently(read_state, self.backend, trial_id)
+
     # --- studies
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:  # noqa: D102
@@ -247,6 +252,23 @@ def write_trial(storage: BaseStorage, trial_id: int, writes: Iterable[Write]) ->
             _write_one(backend, trial_id, kind, key, value)
 
 
+def read_state(storage: BaseStorage, trial_id: int) -> tuple[TrialState, dict[str, Any]]:
+    """A trial's state and system attributes; from a database without its parameters, values and reports.
+
+    Raises:
+        KeyError: If there is no such trial.
+    """
+    backend = storage._backend if isinstance(storage, _CachedStorage) else storage
+    if not isinstance(backend, RDBStorage):
+        trial = backend.get_trial(trial_id)
+        return trial.state, trial.system_attrs
+    with backend.engine.connect() as connection:
+        rows = connection.execute(_STATE_AND_ATTRIBUTES, {"trial": trial_id}).all()
+    if not rows:
+        raise KeyError(f"no trial has the id {trial_id}")
+    return rows[0][0], {key: json.loads(value) for _, key, value in rows if key is not None}
+
+
 def is_outage(exc: BaseException) -> bool:
     """Whether an error says that the storage is away or busy for now, not that it cannot do what it was asked."""
     seen: BaseException | None = exc
@@ -322,6 +344,12 @@ _TABLES: dict[Kind, tuple[Any, tuple[str, str], tuple[str, ...]]] = {
 }
 _STATE = sqlalchemy.select(models.TrialModel.__table__.c.state).where(
     models.TrialModel.__table__.c.trial_id == sqlalchemy.bindparam("trial")
+)
+_ATTRIBUTES = models.TrialSystemAttributeModel.__table__
+_STATE_AND_ATTRIBUTES = (
+    sqlalchemy.select(models.TrialModel.__table__.c.state, _ATTRIBUTES.c.key, _ATTRIBUTES.c.value_json)
+    .select_from(models.TrialModel.__table__.outerjoin(_ATTRIBUTES))
+    .where(models.TrialModel.__table__.c.trial_id == sqlalchemy.bindparam("trial"))
 )
 _ON_CONFLICT = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _ON_DUPLICATE_KEY = {"mysql": mysql.insert, "mariadb": mysql.insert}

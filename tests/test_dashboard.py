@@ -142,7 +142,8 @@ def test_a_trial_gets_its_artifacts_once_and_a_new_best_its_note(config: StudyCo
     watcher.study_opened(study, 10, [])
     trial = study.ask()
     watcher.trial_scored(study, trial)
-    watcher.trial_scored(study, trial)  # taken up again after a kill between the two
+    again = optuna.Trial(study, trial._trial_id)  # taken up again after a kill between the two
+    watcher.trial_scored(study, again)
     frozen = study.tell(trial, 0.7)
     watcher.trial_finished(study, frozen, is_best=True)
     artifacts = {

@@ -98,8 +98,10 @@ class TerminalWatcher(Watcher):
         name = f"trial {trial.number}" + (f" ({baseline})" if baseline else "")
         if trial.state == TrialState.COMPLETE:
             values = trial.values or []
-            parts = [f"{name} {value:.4f}" for name, value in zip(study.metric_names or [], values, strict=False)]
-            result = f"score {math.fsum(values):.4f}" + (f" ({', '.join(parts)})" if len(values) > 1 else "")
+            result = f"score {math.fsum(values):.4f}"
+            if len(values) > 1:
+                parts = [f"{name} {value:.4f}" for name, value in zip(study.metric_names or [], values, strict=False)]
+                result += f" ({', '.join(parts)})"
         elif trial.state == TrialState.PRUNED:
             result = f"pruned after {len(trial.intermediate_values)} chunks"
         else:
