@@ -60,7 +60,8 @@ class Arm:
 
 
 def _arms() -> dict[str, Arm]:
-    arms = {}
+    alone = {"name": "cmaes", "gp_every": 0}
+    arms = {"cmaes alone, wilcoxon": Arm({"study.sampler": alone, "study.pruner": "wilcoxon"})}
     for name in ("cmaes", "tpe", "gp", "nsga2", "random"):
         for pruner in ("wilcoxon", "none"):
             arms[f"{name}, {pruner}"] = Arm({"study.sampler": name, "study.pruner": pruner})

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from optuna_merge.config import StudyConfig
-from optuna_merge.objective import StudyModels, build_scorer, make_describing_engine, make_sampler, plan_memory
+from optuna_merge.objective import (
+    StudyModels,
+    build_scorer,
+    make_describing_engine,
+    make_sampler,
+    never_prunes,
+    plan_memory,
+)
 from optuna_merge.sampler import StableCmaEsSampler
 from optuna_merge.sources import SourcePlan, free_host_bytes, merge_seconds
 from optuna_merge.space import SearchSpace
@@ -126,7 +133,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
             "host_free": free_host_bytes(),
         },
         memory_line=memory.describe(),
-        warnings=_warnings(config, space),
+        warnings=_warnings(config, space, tasks.n_chunks),
     )
 
 
@@ -140,8 +147,9 @@ def _describe(plan: SourcePlan, models: StudyModels, device: torch.device) -> di
     return {**asdict(plan), "seconds": merge_seconds(plan, models.views.values(), device) if is_here else None}
 
 
-def _warnings(config: StudyConfig, space: SearchSpace) -> list[str]:
-    found = []
+def _warnings(config: StudyConfig, space: SearchSpace, n_chunks: int) -> list[str]:
+    unpruned = never_prunes(config, n_chunks)
+    found = [unpruned] if unpruned else []
     if config.engine.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         found.append("vllm is not installed here, which run-study needs for engine.backend: vllm; see docs/vllm.md")
     if not space.distributions:

@@ -166,6 +166,7 @@ class SamplerConfig(_Section):
         name: ``cmaes``, ``gp``, ``tpe``, ``nsga2``, ``random``, or the import path of a sampler class.
         popsize: Of ``cmaes``: trials in a generation; None: 4 + floor(3 ln dimensions).
         sigma0: Of ``cmaes``: first step as a fraction of each range, the same for all; None: ``search.prior``.
+        gp_every: Of ``cmaes``: of so many trials one is drawn by a Gaussian process; 0: none; None: of five.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
@@ -173,6 +174,7 @@ class SamplerConfig(_Section):
     name: str = "cmaes"
     popsize: int | None = Field(None, ge=3)
     sigma0: float | None = Field(None, gt=0, le=1)
+    gp_every: int | None = Field(None, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -805,7 +807,11 @@ def _contradictions(config: StudyConfig) -> Iterator[str]:
     yield from _search_problems(config)
     yield from _goal_problems(config)
     sampler = config.study.sampler
-    for option, given in (("popsize", sampler.popsize), ("sigma0", sampler.sigma0)):
+    for option, given in (
+        ("popsize", sampler.popsize),
+        ("sigma0", sampler.sigma0),
+        ("gp_every", sampler.gp_every),
+    ):
         if given is not None and sampler.name != "cmaes":
             yield f"study.sampler.{option} must be absent for {sampler.name}, got {given}; remove it"
     warm_start = config.search.warm_start

@@ -44,9 +44,11 @@ from optuna_merge.mergekit import to_mergekit
 from optuna_merge.pruner import SignedRankPruner, best_point
 from optuna_merge.recipe import Dtype, Recipe
 from optuna_merge.sampler import (
+    GP_EVERY,
     PAIRED_ESTIMATE,
     StableCmaEsSampler,
     StableRandomSampler,
+    make_gp,
     make_named_sampler,
     population_size,
 )
@@ -411,6 +413,8 @@ class MergeObjective:
             lines.append(f"goal: a front of {', '.join(self.config.objectives)}; their sum chooses the best merge")
         if shared := self._shared_population():
             lines.append(shared)
+        if unpruned := never_prunes(self.config, self.scorer.n_chunks):
+            lines.append(unpruned)
         if self.scorer.not_means:
             names = ", ".join(self.scorer.not_means)
             lines.append(f"pruning judges {names} by what was scored so far: the metric is no mean over documents")
@@ -694,12 +698,15 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
             study.set_user_attr(store.START, recorded)
         return recorded
 
+    every = GP_EVERY if options.gp_every is None else options.gp_every
     return StableCmaEsSampler(
         space.distributions,
         seed=seed,
         start=start,
         covariance=space.covariance(),
         popsize=population or options.popsize or population_size(len(space.distributions), config.study.n_workers),
+        injected=make_gp(list(space.distributions), seed) if every else None,
+        inject_every=every or 1,
     )
 
 
@@ -721,6 +728,17 @@ def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner
                 f" {options[option]}; lower it or raise study.n_chunks"
             )
     return _PRUNERS[name](**options)
+
+
+def never_prunes(config: StudyConfig, n_chunks: int) -> str:
+    """A line that says so where the documents make too few chunks for the default pruner; "" where they do not."""
+    pruner = make_pruner(config, n_chunks)
+    if not isinstance(pruner, SignedRankPruner) or pruner.n_least < n_chunks:
+        return ""
+    return (
+        f"pruning: never, the documents make {n_chunks} chunks and it takes more than {pruner.n_least}; raise limit or"
+        " study.n_chunks"
+    )
 
 
 def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]:

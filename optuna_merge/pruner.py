@@ -42,6 +42,11 @@ class SignedRankPruner(BasePruner):
         self._n_startup_steps = max(2, n_startup_steps)
         self._best: tuple[list[FrozenTrial], FrozenTrial | None] = ([], None)
 
+    @property
+    def n_least(self) -> int:
+        """Chunks that a trial must have been scored on to be stopped, were it worse on each."""
+        return max(self._n_startup_steps, math.floor(-math.log2(self._p_threshold)) + 1)
+
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether the test says that the trial is worse."""
         trials = study._get_trials(False, use_cache=True)  # one list for all chunks of a trial

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ clips it, and started at a bound 45 % of the coordinates sat on it."""
 
 _OTHERS = 4
 """Trials of a generation for each other worker: then CMA-ES learns from 4 of 5 trials."""
+
+GP_EVERY = 5
+"""Of so many trials one is drawn by a Gaussian process, by default."""
+
+_GP_TRIALS = 250
+"""That many trials it learns from: a draw of 100 weights takes 2 s then, and 10 s after 500."""
 
 Start = Mapping[str, float] | Callable[[optuna.Study], Mapping[str, float]]
 
@@ -61,7 +68,9 @@ class StableCmaEsSampler(CmaEsSampler):
       an uninterrupted one would have drawn;
     - a PRUNED trial with a ``paired_estimate`` user attribute counts with that value; without it, it is ignored;
     - enqueued trials keep their fixed parameters and no generation;
-    - the first covariance can be any.
+    - the first covariance can be any;
+    - every so many trials another sampler's point takes the place of the one that CMA-ES drew, and counts as it would
+      have (Hansen 2011, Injecting External Solutions Into CMA-ES, arXiv:1110.4181, without its bound on the step).
 
     Any study over float parameters can use it::
 
@@ -76,6 +85,8 @@ class StableCmaEsSampler(CmaEsSampler):
         covariance: First covariance with every range mapped to [0, 1], shape ``[n, n]`` in the order of
             ``search_space``, positive definite; None: independent, a sixth of each range.
         popsize: Trials in a generation; None: 4 + floor(3 ln n).
+        injected: Draws each trial whose number ``inject_every`` divides, where it proposes a whole point.
+        inject_every: At least 1.
 
     Raises:
         ValueError: If an argument is none of these.
@@ -89,11 +100,15 @@ class StableCmaEsSampler(CmaEsSampler):
         start: Start | None = None,
         covariance: np.ndarray | None = None,
         popsize: int | None = None,
+        injected: BaseSampler | None = None,
+        inject_every: int = 5,
     ) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {seed}")
         if popsize is not None and popsize < 3:
             raise ValueError(f"popsize must be at least 3, got {popsize}")
+        if inject_every < 1:
+            raise ValueError(f"inject_every must be at least 1, got {inject_every}")
         super().__init__(
             seed=seed,
             n_startup_trials=0,
@@ -113,6 +128,8 @@ class StableCmaEsSampler(CmaEsSampler):
         self._seed = seed
         self._start = start
         self._covariance = covariance
+        self._injected = injected
+        self._inject_every = inject_every
         self._study: optuna.Study | None = None
 
     @property
@@ -146,7 +163,12 @@ class StableCmaEsSampler(CmaEsSampler):
         key = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]
         self._cma_rng = LazyRandomState(int(key))
         self._study = study
-        return super().sample_relative(study, trial, search_space)
+        drawn = super().sample_relative(study, trial, search_space)
+        if drawn and self._injected is not None and trial.number % self._inject_every == 0:
+            point = self._injected.sample_relative(study, trial, search_space)
+            if point.keys() == drawn.keys():
+                return point
+        return drawn
 
     def _init_optimizer(self, trans: _SearchSpaceTransform, direction: StudyDirection) -> cmaes.CMA:
         names = list(trans._search_space)
@@ -171,6 +193,16 @@ class StableCmaEsSampler(CmaEsSampler):
     def _get_trials(self, study: optuna.Study) -> list[FrozenTrial]:
         trials = [_as_told(trial) for trial in study._get_trials(deepcopy=False, use_cache=True)]
         return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+
+
+def make_gp(names: Sequence[str], seed: int) -> BaseSampler:
+    """Optuna's ``GPSampler``, to be injected into CMA-ES: it learns from the latest 250 trials.
+
+    Args:
+        names: The parameters of the search space.
+        seed: In [0, 2**32).
+    """
+    return make_named_sampler("gp", {}, names, seed, n_latest=_GP_TRIALS)
 
 
 class StableRandomSampler(RandomSampler):
@@ -205,15 +237,23 @@ class RepeatableSampler(BaseSampler):
         names: The parameters of the search space.
         seed: In [0, 2**32).
         is_renewed: Make it again for each trial, so that nothing it remembers outlives one.
+        n_latest: Trials that it is shown at most, the latest ones; None: all.
     """
 
     def __init__(
-        self, make: Callable[[], BaseSampler], names: Sequence[str], *, seed: int, is_renewed: bool = False
+        self,
+        make: Callable[[], BaseSampler],
+        names: Sequence[str],
+        *,
+        seed: int,
+        is_renewed: bool = False,
+        n_latest: int | None = None,
     ) -> None:
         self._make = make
         self._names = frozenset(names)
         self._seed = seed
         self._is_renewed = is_renewed
+        self._n_latest = n_latest
         self._inner = make()
         self._number: int | None = None
 
@@ -258,24 +298,28 @@ class RepeatableSampler(BaseSampler):
 
     def _shown(self, study: optuna.Study) -> optuna.Study:
         # HyperbandPruner shows each trial its bracket alone; what the others scored is worth as much
-        return _Shown(getattr(study, "_study", study), self._names)
+        return _Shown(getattr(study, "_study", study), self._names, self._n_latest)
 
 
 class _Shown(optuna.Study):
     """A study as its sampler sees it; see :class:`RepeatableSampler`."""
 
-    def __init__(self, study: optuna.Study, names: frozenset[str]) -> None:
+    def __init__(self, study: optuna.Study, names: frozenset[str], n_latest: int | None) -> None:
         self.__dict__.update(study.__dict__)
         self._names = names
+        self._n_latest = n_latest
 
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         trials = [_as_told(trial) for trial in super()._get_trials(deepcopy, None, use_cache)]
-        return [t for t in trials if (states is None or t.state in states) and self._names <= t.params.keys()]
+        shown = [t for t in trials if (states is None or t.state in states) and self._names <= t.params.keys()]
+        return shown if self._n_latest is None else shown[-self._n_latest :]
 
 
-def make_named_sampler(name: str, options: Mapping[str, Any], names: Sequence[str], seed: int) -> BaseSampler:
+def make_named_sampler(
+    name: str, options: Mapping[str, Any], names: Sequence[str], seed: int, n_latest: int | None = None
+) -> BaseSampler:
     """One of Optuna's samplers, or of one's own.
 
     Args:
@@ -284,6 +328,7 @@ def make_named_sampler(name: str, options: Mapping[str, Any], names: Sequence[st
         options: Arguments of the class; ``seed`` is given by us if it takes one.
         names: The parameters of the search space.
         seed: In [0, 2**32).
+        n_latest: Trials that it is shown at most, the latest ones; None: all.
 
     Raises:
         StudyError: If there is none, or it does not take the options.
@@ -303,10 +348,12 @@ def make_named_sampler(name: str, options: Mapping[str, Any], names: Sequence[st
     seeded = {"seed": seed, **options} if "seed" in known else dict(options)
 
     def make() -> BaseSampler:
-        return found(**seeded)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return found(**seeded)
 
     try:
-        return RepeatableSampler(make, names, seed=seed, is_renewed=name in NAMED)
+        return RepeatableSampler(make, names, seed=seed, is_renewed=name in NAMED, n_latest=n_latest)
     except (TypeError, ValueError) as exc:
         raise StudyError(
             f"study.sampler: {name} must be made with {', '.join(known) or 'no options'}, got {dict(options)}: {exc};"

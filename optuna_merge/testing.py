@@ -145,6 +145,11 @@ class FakePrepared:
         """How many responses there will be."""
         return len(self.requests)
 
+    @property
+    def cost(self) -> float:
+        """``n_tokens``: there is no forward pass."""
+        return self.n_tokens
+
 
 class FakeEngine:
     """An engine without a model: its skill is a known function of the weights, best at a known point.

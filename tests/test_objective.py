@@ -361,6 +361,19 @@ def test_a_pruner_that_would_come_too_late_is_refused(
     fake_objective(study_file(study=study)).pruner()
 
 
+@pytest.mark.parametrize(("n_chunks", "pruner"), [(4, "wilcoxon"), (5, {"name": "wilcoxon", "p_threshold": 0.03})])
+def test_too_few_chunks_to_prune_by_are_said(
+    study_file: Callable[..., Path], n_chunks: int, pruner: str | dict
+) -> None:
+    def described(n_chunks: int) -> str:
+        study = {"n_chunks": n_chunks, "pruner": pruner}
+        return "\n".join(fake_objective(study_file(study=study, n_documents=70)).describe())
+
+    never = f"pruning: never, the documents make {n_chunks} chunks and it takes more than "
+    assert never in described(n_chunks)
+    assert "pruning" not in described(n_chunks + 2)
+
+
 def test_a_merge_device_that_is_not_there(study_file: Callable[..., Path]) -> None:
     config = load_study(study_file(), {"engine.merge_device": "cuda:99"})
     with pytest.raises(EngineError, match=r"engine.merge_device must be there, got cuda:99 \(\d+ CUDA devices found\)"):

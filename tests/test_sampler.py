@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import optuna
@@ -24,6 +24,7 @@ from optuna_merge.sampler import (
     RepeatableSampler,
     StableCmaEsSampler,
     StableRandomSampler,
+    make_gp,
     make_named_sampler,
 )
 
@@ -67,7 +68,62 @@ def points(study: optuna.Study) -> list[dict[str, float]]:
     return [trial.params for trial in study.trials]
 
 
+class Corner(optuna.samplers.BaseSampler):
+    """Proposes one point from trial 6 on."""
+
+    POINT: ClassVar = {name: d.low + 0.3 * (d.high - d.low) for name, d in SPACE.items()}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        raise AssertionError("it is given the space")
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        assert search_space == SPACE
+        return self.POINT if trial.number >= 6 else {}
+
+    def sample_independent(self, *_: Any) -> Any:
+        raise AssertionError("it draws whole points")
+
+
 # --- what CMA-ES draws
+
+
+def test_an_injected_point_takes_the_place_of_one_and_counts_in_its_generation() -> None:
+    sampler = StableCmaEsSampler(SPACE, seed=5, injected=Corner(), inject_every=3)
+    study, plain = made(sampler), made()
+    study.optimize(objective, 4 * POPSIZE)
+    plain.optimize(objective, 4 * POPSIZE)
+    injected = [trial.number for trial in study.trials if trial.params == Corner.POINT]
+    assert injected == list(range(6, 4 * POPSIZE, 3))
+    assert [sampler.generation_of(t) for t in study.trials] == [g for g in range(4) for _ in range(POPSIZE)]
+    assert points(study)[:6] == points(plain)[:6]
+    assert points(study)[7] == points(plain)[7]
+    assert points(study)[POPSIZE] != points(plain)[POPSIZE]  # CMA-ES has learned from it
+
+
+def test_an_injected_process_finds_the_bottom_of_a_bowl_sooner() -> None:
+    study, plain = made(StableCmaEsSampler(SPACE, seed=5, injected=make_gp(list(SPACE), 5))), made()
+    study.optimize(objective, 40)
+    plain.optimize(objective, 40)
+    assert study.best_value < plain.best_value / 10
+    again = made(StableCmaEsSampler(SPACE, seed=5, injected=make_gp(list(SPACE), 5)))
+    again.add_trials(study.trials[:30])
+    again.optimize(objective, 10)
+    assert points(again) == points(study)
+
+
+def test_a_sampler_can_be_shown_the_latest_trials_only() -> None:
+    class Counting(Corner):
+        seen: ClassVar[list[list[int]]] = []
+
+        def sample_relative(self, study: optuna.Study, *_: Any) -> dict[str, Any]:
+            self.seen.append([t.number for t in study.get_trials(states=(TrialState.COMPLETE,))])
+            return self.POINT
+
+    study = made(
+        StableCmaEsSampler(SPACE, seed=5, injected=RepeatableSampler(Counting, list(SPACE), seed=5, n_latest=3))
+    )
+    study.optimize(objective, 11)
+    assert Counting.seen == [[], [2, 3, 4], [7, 8, 9]]
 
 
 def test_no_trial_is_random() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Item", "Row", "make_batches", "make_rows"]
+__all__ = ["PASS_TOKENS", "Item", "Row", "make_batches", "make_rows"]
 
 SHARED_ROW_TOKENS = 1024
 PASS_TOKENS = 1 / 6

@@ -49,6 +49,7 @@ class Prepared(Protocol):
     Attributes:
         n_requests: How many responses :meth:`Engine.respond` will return.
         n_tokens: Tokens that one pass puts through the model, padding and generated tokens not counted.
+        cost: The same with padding, and with what each forward pass takes before its first token, in tokens.
         longest: Tokens in the longest input sequence.
     """
 
@@ -57,6 +58,9 @@ class Prepared(Protocol):
 
     @property
     def n_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def cost(self) -> float: ...  # noqa: D102
 
     @property
     def longest(self) -> int: ...  # noqa: D102

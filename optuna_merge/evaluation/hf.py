@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.errors import EngineError, is_out_of_memory
-from optuna_merge.evaluation.batches import Item, Row, make_batches, make_rows
+from optuna_merge.evaluation.batches import PASS_TOKENS, Item, Row, make_batches, make_rows
 from optuna_merge.evaluation.engine import Prepared, Request, Response
 from optuna_merge.evaluation.hf_weights import ResidentModel
 from optuna_merge.evaluation.language import Encoded, Language
@@ -70,6 +70,7 @@ class HFPrepared:
 
     encoded: Encoded
     n_tokens: int
+    cost: float
     plan: tuple[Any, list[_Batch]] | None = field(default=None, repr=False)
 
     @property
@@ -166,9 +167,11 @@ class HFEngine:
     def prepare(self, requests: Sequence[Request]) -> HFPrepared:
         """Tokenize and group requests; see ``Engine.prepare``."""
         encoded = self._language.encode(requests)
-        rows = make_rows(encoded.items, share=self._shares is not False, longest_shared=self._forward.window)
-        n_tokens = sum(len(row) for row in rows) + sum(len(tokens) for _, _, tokens in encoded.generated)
-        return HFPrepared(encoded, n_tokens)
+        batches = self._cut(encoded.items, self._shares is not False)
+        n_prompts = sum(len(tokens) for _, _, tokens in encoded.generated)
+        n_tokens = sum(len(row) for batch in batches for row in batch)
+        cost = sum(len(batch) * len(batch[0]) + PASS_TOKENS * self.batch_tokens for batch in batches)
+        return HFPrepared(encoded, n_tokens + n_prompts, cost + n_prompts)
 
     def respond(self, prepared: Prepared) -> list[Response]:
         """Answer prepared requests; see ``Engine.respond``."""
@@ -220,12 +223,15 @@ class HFEngine:
 
     def _planned(self, items: Sequence[Item], share: bool) -> list[_Batch]:
         device = torch.device(self.device)
+        return [_on_device(batch, items, device) for batch in self._cut(items, share)]
+
+    def _cut(self, items: Sequence[Item], share: bool) -> list[list[Row]]:
         rows = make_rows(items, share=share, longest_shared=self._forward.window)
-        scored = max(1, SCORED_LOGITS.get(device.type, SCORED_LOGITS["cpu"]) // self._forward.vocabulary)
-        batches = make_batches(
+        kind = torch.device(self.device).type
+        scored = max(1, SCORED_LOGITS.get(kind, SCORED_LOGITS["cpu"]) // self._forward.vocabulary)
+        return make_batches(
             rows, batch_tokens=self.batch_tokens, batch_scored=scored, longest_shared=self._forward.window
         )
-        return [_on_device(batch, items, device) for batch in batches]
 
     def _score(self, items: Sequence[Item], batches: Sequence[_Batch]) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(items)

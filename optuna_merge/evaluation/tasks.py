@@ -48,8 +48,10 @@ FEWSHOT_SEED: int = DEFAULT_OTHER_SEED
 
 MAX_CHUNKS = 50
 MIN_CHUNK_REQUESTS = 8
+MAX_CHUNK_COST = 1.1
+"""What all chunks may cost together, over all documents at once: short ones are padded more and fill no batch."""
+
 BOOTSTRAP_DRAWS = 100
-TOKEN_SAMPLE = 64
 Documents = dict[str, dict[str, list[Any]]]
 """Leaf task to ``doc_id`` and to each metric (``acc,none``): parallel lists of plain JSON values, in document order."""
 
@@ -239,8 +241,8 @@ class Scorer:
         self._chat_template_reason = chat_template_reason
         leaves = _leaves(goals)
         self.n_documents = sum(len(leaf.searched) for leaf in leaves)
-        self.n_chunks = _count_chunks(engine, goals, n_chunks, min_chunk_requests)
-        self._chunks = _cut(engine, leaves, self.n_chunks, seed)
+        self._chunks = _chunks(engine, goals, n_chunks, min_chunk_requests, seed)
+        self.n_chunks = len(self._chunks)
         self._holdout: _Batch | None = None
 
     @classmethod
@@ -275,7 +277,8 @@ class Scorer:
             holdout: Share of each task's documents, in (0, 1), that the objective does not see, or other tasks
                 whose documents (up to ``limit``) are the holdout.
             seed: Seeds shuffling, the split and the chunks, nothing else.
-            n_chunks: None: at most 50, as many as still fill a forward pass and ``min_chunk_requests``.
+            n_chunks: None: at most 50, as many as still fill a forward pass and ``min_chunk_requests`` and cost at most
+                a tenth more than all documents at once.
             min_chunk_requests: Requests that a chunk should have at least.
             allow_unsafe_code: Run tasks that execute what the model generates.
 
@@ -857,7 +860,8 @@ def _selection(leaf: _Leaf, limit: int | float | None, shuffle: bool, seed: int)
     return sorted(_random(seed, "shuffle", leaf.name).sample(range(n), size))
 
 
-def _count_chunks(engine: Engine, goals: Sequence[_Goal], n_chunks: int | None, min_requests: int) -> int:
+def _chunks(engine: Engine, goals: Sequence[_Goal], n_chunks: int | None, min_requests: int, seed: int) -> list[_Batch]:
+    leaves = _leaves(goals)
     # every eval task needs a document in every chunk, or chunks would measure different things
     most = min(sum(len(leaf.searched) for leaf in goal.leaves) for goal in goals)
     if n_chunks is not None:
@@ -865,15 +869,16 @@ def _count_chunks(engine: Engine, goals: Sequence[_Goal], n_chunks: int | None, 
             raise TaskError(
                 f"n_chunks must be between 1 and {most} (the documents of the smallest task), got {n_chunks}; lower it"
             )
-        return n_chunks
-    parts = [(leaf, leaf.searched) for leaf in _leaves(goals)]
-    n_requests = len(_requests(parts))
-    sample = [(leaf, ids[:: max(1, len(ids) // TOKEN_SAMPLE)]) for leaf, ids in parts]
-    n_tokens = sum(
-        engine.prepare(_requests([some])).n_tokens * len(ids) / len(some[1])
-        for some, (_, ids) in zip(sample, parts, strict=True)
-    )
-    return max(1, min(MAX_CHUNKS, most, n_requests // min_requests, int(n_tokens / engine.batch_tokens)))
+        return _cut(engine, leaves, n_chunks, seed)
+    [whole] = _cut(engine, leaves, 1, seed)
+    full = whole.prepared.n_tokens / engine.batch_tokens
+    n = max(1, min(MAX_CHUNKS, most, whole.prepared.n_requests // min_requests, int(full)))
+    while n > 1:
+        chunks = _cut(engine, leaves, n, seed)
+        if sum(chunk.prepared.cost for chunk in chunks) <= MAX_CHUNK_COST * whole.prepared.cost:
+            return chunks
+        n -= max(1, n // 8)
+    return [whole]
 
 
 def _cut(engine: Engine, leaves: Sequence[_Leaf], n_chunks: int, seed: int) -> list[_Batch]:

@@ -95,6 +95,11 @@ class VLLMPrepared:
         return self.encoded.n_requests
 
     @property
+    def cost(self) -> float:
+        """``n_tokens``: vLLM packs its batches without padding."""
+        return self.n_tokens
+
+    @property
     def longest(self) -> int:
         """Tokens in the longest input sequence."""
         return self.encoded.longest

@@ -291,3 +291,15 @@ def test_sampled_texts_are_those_of_the_weights(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     assert engine.respond(prepared) == first
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_cost_counts_padding_and_passes(tmp_path: Path) -> None:
+    base, _ = write_tiny_models(tmp_path, 0)
+    engine = HFEngine(base, device="cpu", batch_tokens=60)
+    one, long = (TextRequest("loglikelihood", (context, " A")) for context in ("one", "one three"))
+    alone = engine.prepare([one])
+    assert alone.cost == alone.n_tokens + 10  # a sixth of a batch
+    n_long = engine.prepare([long]).n_tokens
+    padded = engine.prepare([one, long])
+    assert padded.n_tokens == 1 + n_long
+    assert padded.cost == 2 * n_long + 10

@@ -381,6 +381,21 @@ def test_the_number_of_chunks(right: Path) -> None:
         fake(right, n_chunks=101)
 
 
+def test_chunks_that_would_cost_too_much_are_not_made(tiny_models: Path, tasks: Path) -> None:
+    engine = HFEngine(tiny_models / "base", device="meta", batch_tokens=128)
+    options: dict[str, Any] = {"task_search_path": [tasks], "apply_chat_template": False}
+    terms = [EvalTask("letters"), EvalTask("phrases")]
+
+    def cost(n_chunks: int | None) -> tuple[int, float]:
+        scorer = Scorer.build(engine, terms, n_chunks=n_chunks, min_chunk_requests=1, **options)
+        return scorer.n_chunks, sum(chunk.prepared.cost for chunk in scorer._chunks)
+
+    _, at_once = cost(1)
+    chosen, chosen_cost = cost(None)
+    assert chosen > 1
+    assert chosen_cost <= 1.1 * at_once < cost(24)[1]
+
+
 def test_a_tag_is_the_mean_of_its_tasks(engine: HFEngine, tasks: Path, expected: dict[str, Any]) -> None:
     options: dict[str, Any] = {"task_search_path": [tasks], "limit": 20, "apply_chat_template": False}
     scorer = Scorer.build(engine, [EvalTask("choosing")], **options)
