@@ -1,4 +1,4 @@
-"""Real servers for tests: PostgreSQL, and the gRPC proxy; each ends with its context."""
+"""Real servers for tests: PostgreSQL, MariaDB, and the gRPC proxy; each ends with its context."""
 
 from __future__ import annotations
 
@@ -78,6 +78,33 @@ def postgres() -> Iterator[Postgres]:
             yield server
         finally:
             server.stop()
+
+
+@contextlib.contextmanager
+def mariadb() -> Iterator[str]:
+    """A MariaDB server with a data folder of its own, where the system has one; the URL of an empty database."""
+    pytest.importorskip("pymysql")
+    programs = [shutil.which(name) for name in ("mariadb-install-db", "mariadbd", "mariadb")]
+    if None in programs:
+        pytest.skip("needs MariaDB's server")
+    install, server, client = map(str, programs)
+    with tempfile.TemporaryDirectory(prefix="mariadb-") as name:
+        folder, port = Path(name), free_port()
+        user = [] if os.geteuid() else ["--user=root"]
+        options = ["--no-defaults", f"--datadir={folder / 'data'}", *user]
+        subprocess.run([install, *options, "--auth-root-authentication-method=normal"], check=True, capture_output=True)
+        socket_file = f"--socket={folder / 'socket'}"
+        listening = ["--bind-address=127.0.0.1", f"--port={port}", socket_file, f"--pid-file={folder / 'pid'}"]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen([server, *options, *listening], stderr=log)
+        try:
+            wait_for(port)
+            made = "CREATE DATABASE merges; CREATE USER me@localhost; GRANT ALL ON merges.* TO me@localhost"
+            subprocess.run([client, "--no-defaults", socket_file, "--user=root", "-e", made], check=True)
+            yield f"mysql://me@127.0.0.1:{port}/merges"
+        finally:
+            process.terminate()
+            process.wait()
 
 
 @contextlib.contextmanager

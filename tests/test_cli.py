@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -211,6 +212,21 @@ class TestBadInput:
         result = invoke("run-study", file)
         assert result.exit_code == 1
         assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 3
+
+    def test_a_model_that_was_replaced_between_runs(
+        self, study_file: Callable[..., Path], genome: dict, tiny_models: Path, tmp_path: Path
+    ) -> None:
+        model = tmp_path / "copy" / "model_0"
+        shutil.copytree(tiny_models / "model_0", model)
+        file = study_file(genome=with_model(genome, model), study={"n_trials": 2})
+        assert invoke("run-study", file).exit_code == 0
+        database = tmp_path / "out" / "study.db"
+        shutil.copyfile(tiny_models / "model_1" / "model.safetensors", model / "model.safetensors")
+        error = error_of(invoke("run-study", file, "--n-trials", "3"))
+        assert re.search(r"created with content of model_0=.*, now it is .*; use a new study name or restore", error)
+        assert len(optuna.load_study(study_name=None, storage=f"sqlite:///{database}").trials) == 6  # the baselines
+        shutil.copyfile(tiny_models / "model_0" / "model.safetensors", model / "model.safetensors")
+        assert invoke("run-study", file, "--n-trials", "3").exit_code == 0
 
     def test_a_pruner_that_would_come_too_late(self, study_file: Callable[..., Path]) -> None:
         file = study_file(study={"n_chunks": 3, "pruner": {"name": "median", "n_warmup_steps": 3}})

@@ -263,6 +263,24 @@ def large(references: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory)
 LARGE = "model.layers.0.mlp.large_proj.weight"
 
 
+def test_sources_on_disk_take_none_of_the_process_s_own_memory(large: tuple[str, ...]) -> None:
+    """So that several workers of one machine hold them once, in the page cache."""
+
+    def own_bytes() -> int:
+        rows = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+        return 1024 * sum(int(row.split()[1]) for row in rows if row.startswith(("Anonymous:", "Private_Dirty:")))
+
+    checkpoints = {reference: Checkpoint.open(reference) for reference in large}
+    merger, recipe = Merger(checkpoints, sources="disk"), recipe_of(large)
+    resident = {name: torch.zeros(checkpoints[large[0]].shape(name)) for name in merger.names}
+    before = own_bytes()
+    for _ in merger.merge(recipe, out=resident.get):
+        pass
+    n_bytes = sum(checkpoint.nbytes for checkpoint in checkpoints.values())
+    assert n_bytes > 200 << 20
+    assert own_bytes() - before < n_bytes / 4
+
+
 def test_memory_that_is_out_is_said_and_the_merger_can_go_on(large: tuple[str, ...]) -> None:
     merger, recipe = Merger.open(large), recipe_of(large, dtype="float32")
     message = (

@@ -1,4 +1,4 @@
-"""A study on real servers, PostgreSQL and the gRPC proxy, whose workers and whose database are killed."""
+"""A study on real servers, PostgreSQL, MariaDB and the gRPC proxy, whose workers and whose database are killed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def test_workers_on_postgresql_are_killed_and_no_trial_is_lost(
 ) -> None:
     objective = small(study_file, tmp_path / "out", with_database(server, "killed"), n_trials=30)
     assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(30))
+
+
+def test_workers_on_mariadb_are_killed_and_no_trial_is_lost(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    with databases.mariadb() as url:
+        objective = small(study_file, tmp_path / "out", url, n_trials=30)
+        assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(30))
 
 
 def test_workers_on_the_proxy_are_killed_and_no_trial_is_lost(
