@@ -130,7 +130,7 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
     if best is None:
         return None
     partial = path.with_name(f"{path.name}.partial")
-    comment = [f"study {study.study_name}, trial {best.number}, score {store.score_of(best)}"]
+    comment = [f"study {study.study_name}, trial {best.number}, score {store.score_of(best):.6g}"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(objective.merge_file(best, comment), encoding="utf-8")

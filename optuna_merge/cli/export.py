@@ -73,7 +73,7 @@ def export(
     recipe = recipe_of(space, models, chosen)
     score = score_of(chosen) if chosen.state.name == "COMPLETE" else None
     origin = f"study {study.study_name}, trial {chosen.number}, "
-    origin += f"{chosen.state.name.lower()}" if score is None else f"score {score}"
+    origin += f"{chosen.state.name.lower()}" if score is None else f"score {score:.6g}"
     note(f"merging trial {chosen.number}")
     folder = export(
         recipe,
