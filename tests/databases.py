@@ -118,5 +118,5 @@ def proxy(url: str) -> Iterator[str]:
         wait_for(port)
         yield f"grpc://127.0.0.1:{port}"
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT is ignored by what a shell has started in the background
         process.wait()
