@@ -24,6 +24,7 @@ from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
 from optuna_merge.sources import Placement, free_host_bytes, place_sources, reads_waited_for
+from optuna_merge.staging import Stage
 from optuna_merge.vocabulary import unify
 
 Destination = Callable[[str], Tensor | None]
@@ -32,10 +33,8 @@ Destination = Callable[[str], Tensor | None]
 _COMPILED_FROM = 1 << 27
 """Elements of a model from which on a study saves more time than a compiler takes, which is up to a minute."""
 
-_STAGED_BYTES = 3 << 27
-"""A tensor's sources are brought to the GPU whole up to this size, and in pieces beyond."""
-
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # the CPU's buffers stay in its cache
+_KERNEL_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}  # a call costs as much as some 100,000, or 10 million, elements
 _LEAST_CHUNK_ELEMENTS = 1 << 18
 
 
@@ -77,10 +76,11 @@ class Merger:
         self._are_mapped = self._reads_ahead = sources == "disk"
         self._sources = sources
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
-        self._staged_bytes = _STAGED_BYTES
+        self._kernel_elements = _KERNEL_ELEMENTS[self.device.type]
+        self._stage = Stage(self.device)
         self._is_compiled = self._is_large() if is_compiled is None else is_compiled
         self._buffers: dict[str, Tensor] = {}
-        self._written: dict[int, _Written] = {}  # address of a destination -> what it holds
+        self._written: dict[int, tuple[Any, ...]] = {}  # address of a destination -> record of what it holds
         self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
 
     @classmethod
@@ -126,14 +126,13 @@ class Merger:
                 even in small pieces; the message names the tensor.
         """
         plan = _Plan.make(recipe, self.checkpoints)
-        names = self.names
+        steps = [_Step.of(plan, name, None if out is None else out(name)) for name in self.names]
         n_reads = reads_waited_for()
-        for name, following in zip(names, [*names[1:], None], strict=True):
-            if self._reads_ahead and following is not None:
-                for checkpoint in plan.read:
-                    checkpoint.prefetch(following)
-            destination = None if out is None else out(name)
-            yield name, self._merge_that_fits(plan, name, destination)
+        try:
+            for step, following in zip(steps, [*steps[1:], None], strict=True):
+                yield step.name, self._merge_that_fits(plan, step, following)
+        finally:
+            self._stage.drop()
         if self._are_mapped:
             # what is in memory already is not asked for again: to ask takes as long as a fifth of a linear merge
             fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
@@ -149,23 +148,24 @@ class Merger:
         first = next(iter(self.checkpoints.values()))
         return sum(math.prod(first.shape(name)) for name in self.names) >= _COMPILED_FROM
 
-    def _merge_that_fits(self, plan: _Plan, name: str, destination: Tensor | None) -> Tensor:
+    def _merge_that_fits(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
         """Merge a tensor; where memory is out, in smaller pieces from then on, which change no result."""
         while True:
             try:
-                return self._merge_tensor(plan, name, destination)
+                return self._merge_tensor(plan, step, following)
             except (MemoryError, RuntimeError) as exc:
                 if not is_out_of_memory(exc):
                     raise
-                self._shrink(name, exc)
+                self._shrink(step.name, exc)
 
     def _shrink(self, name: str, exc: Exception) -> None:
         self._buffers.clear()
+        self._stage.stop()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self._chunk_elements > _LEAST_CHUNK_ELEMENTS:
-            self._chunk_elements = max(_LEAST_CHUNK_ELEMENTS, self._chunk_elements // 4)
-            self._staged_bytes = 0
+        sizes = self._chunk_elements, self._kernel_elements
+        if max(sizes) > _LEAST_CHUNK_ELEMENTS:
+            self._chunk_elements, self._kernel_elements = (max(_LEAST_CHUNK_ELEMENTS, n // 4) for n in sizes)
             return
         ways = {"gpu": "engine.sources: host or disk, ", "host": "engine.sources: disk, ", "disk": ""}[self._sources]
         ways += "engine.merge_device: cpu, " if self.device.type == "cuda" else ""
@@ -175,52 +175,47 @@ class Merger:
             " engine.batch_size or fewer workers, and run the same command again"
         ) from exc
 
-    def _merge_tensor(self, plan: _Plan, name: str, destination: Tensor | None) -> Tensor:
-        template = plan.template
-        dtype = getattr(torch, plan.recipe.dtype) if template.dtype(name).is_floating_point else template.dtype(name)
-        result = destination
+    def _merge_tensor(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
+        name, result = step.name, step.destination
         if result is None:
-            result = torch.empty(template.shape(name), dtype=dtype, device=self.device)
+            result = torch.empty(plan.template.shape(name), dtype=step.dtype, device=self.device)
         else:
-            _check_destination(name, result, template.shape(name), dtype, self.device)
-        numbers = self._numbers(plan, name, dtype)
-        written = _Written.of(plan, numbers, name)
-        address = result.data_ptr()
-        if destination is not None and self._written.pop(address, None) == written:
-            self._written[address] = written
-            return result
-        if numbers is None:
-            result.copy_(template.get(name))
+            _check_destination(name, result, plan.template.shape(name), step.dtype, self.device)
+            if self._is_written(step):
+                return result
+            self._written.pop(result.data_ptr(), None)
+        sources = [] if step.numbers is None else self._stage.take(name, lambda: plan.tensors(name))
+        if following is not None and following.numbers is not None and not self._is_written(following):
+            self._begin(plan, following.name)
+        if step.numbers is None:
+            result.copy_(plan.template.get(name))
         else:
             try:
-                plan.function(self._inputs(plan, name, numbers), result)
+                plan.function(self._inputs(plan, name, step.numbers, sources), result)
             except Exception as exc:  # a user's method may raise anything
                 if is_out_of_memory(exc):
                     raise
                 raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
-        if destination is not None:
-            self._written[address] = written
+        if step.destination is not None:
+            self._written[result.data_ptr()] = step.record
         return result
 
-    def _numbers(self, plan: _Plan, name: str, dtype: torch.dtype) -> _Numbers | None:
-        """What applies to a tensor; None: it is copied."""
-        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
-            return None
-        place = place_of(name, plan.template.layer_stack)
-        shared, per_model = _parameters(plan.method, plan.recipe, name, place)
-        per_used = {parameter: tuple(values[i] for i in plan.used) for parameter, values in per_model.items()}
-        return _Numbers(shared, per_used)
+    def _is_written(self, step: _Step) -> bool:
+        """Whether the destination holds what would be merged."""
+        return step.destination is not None and self._written.get(step.destination.data_ptr()) == step.record
 
-    def _stage(self, tensors: list[Tensor]) -> list[Tensor]:
-        if sum(tensor.nbytes for tensor in tensors) > self._staged_bytes:
-            return tensors
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+    def _begin(self, plan: _Plan, name: str) -> None:
+        """Read a tensor that is merged next, or have it read."""
+        if self._reads_ahead:
+            for checkpoint in plan.read:
+                checkpoint.prefetch(name)
+        if self._stage.is_ahead:
+            self._stage.start(name, plan.tensors(name))
 
-    def _inputs(self, plan: _Plan, name: str, numbers: _Numbers) -> MergeInput:
+    def _inputs(self, plan: _Plan, name: str, numbers: _Numbers, sources: list[Tensor]) -> MergeInput:
         assert plan.method is not None
         recipe = plan.recipe
-        stored = self._stage([checkpoint.get(name) for checkpoint in plan.read])
-        base, models = (None, stored) if plan.base is None else (stored[0], stored[1:])
+        base, models = (None, sources) if plan.base is None else (sources[0], sources[1:])
         return MergeInput(
             name=name,
             base=base,
@@ -232,6 +227,7 @@ class Merger:
             identities=tuple(plan.identities[i] for i in plan.used),
             device=self.device,
             chunk_elements=self._chunk_elements,
+            kernel_elements=self._kernel_elements,
             buffers=self._buffers,
             memory=self._memory.setdefault(recipe.base_model, {}),
             is_compiled=self._is_compiled,
@@ -247,20 +243,34 @@ class _Numbers:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What a destination was last written from: equal ones hold equal tensors."""
+class _Step:
+    """One tensor's part of a merge.
 
-    origin: tuple[Any, ...]
+    Attributes:
+        name: The tensor's.
+        destination: Where it is written, if that is given.
+        dtype: What it becomes.
+        numbers: What applies to it; None: it is copied.
+        record: What it is made from: destinations of equal records hold equal tensors.
+    """
+
+    name: str
+    destination: Tensor | None
+    dtype: torch.dtype
     numbers: _Numbers | None
+    record: tuple[Any, ...]
 
     @classmethod
-    def of(cls, plan: _Plan, numbers: _Numbers | None, name: str) -> _Written:
-        """The record of a tensor that is written now."""
-        recipe = plan.recipe
-        if numbers is None:
-            return cls((name, PASSTHROUGH, recipe.dtype, id(plan.template)), None)
-        settings = (name, recipe.method, recipe.dtype, recipe.seed, tuple(sorted(recipe.options.items())))
-        return cls((*settings, *(id(checkpoint) for checkpoint in plan.read)), numbers)
+    def of(cls, plan: _Plan, name: str, destination: Tensor | None) -> _Step:
+        """The step of a plan that merges a tensor."""
+        recipe, stored = plan.recipe, plan.template.dtype(name)
+        dtype = getattr(torch, recipe.dtype) if stored.is_floating_point else stored
+        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
+            return cls(name, destination, dtype, None, (name, PASSTHROUGH, recipe.dtype, id(plan.template)))
+        place = place_of(name, plan.template.layer_stack)
+        shared, per_model = _parameters(plan.method, recipe, name, place)
+        numbers = _Numbers(shared, {p: tuple(values[i] for i in plan.used) for p, values in per_model.items()})
+        return cls(name, destination, dtype, numbers, (name, plan.settings, numbers))
 
 
 class _Plan:
@@ -282,6 +292,17 @@ class _Plan:
         if self.base is not None:
             self.read.insert(0, self.base)
         self.function: MergeFunction = _no_function if self.method is None else self.method.load()
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """Of all that are read."""
+        return [checkpoint.get(name) for checkpoint in self.read]
+
+    @cached_property
+    def settings(self) -> tuple[Any, ...]:
+        """What each tensor is made from, besides its numbers."""
+        recipe = self.recipe
+        options = tuple(sorted(recipe.options.items()))
+        return (recipe.method, recipe.dtype, recipe.seed, options, *(id(checkpoint) for checkpoint in self.read))
 
     @cached_property
     def identities(self) -> tuple[str, ...]:

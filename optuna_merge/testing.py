@@ -257,6 +257,7 @@ def merge_tensors(
     dtype: str = "float32",
     identities: Sequence[str] | None = None,
     chunk_elements: int = 1 << 18,
+    kernel_elements: int = 1 << 24,
     is_compiled: bool = False,
     **settings: bool | float | Sequence[float],
 ) -> Tensor:
@@ -271,6 +272,7 @@ def merge_tensors(
         dtype: Of the result.
         identities: What tells the models' random masks apart; None: ``"0"``, ``"1"`` ...
         chunk_elements: Size of the pieces.
+        kernel_elements: Likewise, of those for compiled arithmetic.
         is_compiled: Whether elementwise arithmetic is compiled.
         **settings: Switches and method parameters by name, ``lambda_`` for lambda; one number means the same for each
             model.
@@ -305,6 +307,7 @@ def merge_tensors(
         identities=tuple(identities or map(str, range(len(models)))),
         device=models[0].device,
         chunk_elements=chunk_elements,
+        kernel_elements=kernel_elements,
         is_compiled=is_compiled,
     )
     declared.load()(inputs, out)

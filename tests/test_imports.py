@@ -59,7 +59,7 @@ ARROWS = {
     "hub": set(),
     "layers": {"recipe"},
     "lock": {"proxy", "storage"},
-    "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe", "sources", "vocabulary"},
+    "merge": {"checkpoint", "layers", "methods", "methods.function", "recipe", "sources", "staging", "vocabulary"},
     "memory": set(),
     "merge_source": {"checkpoint", "merge", "recipe"},
     "mergekit": {"layers", "methods", "methods.choice", "recipe"},
@@ -93,6 +93,7 @@ ARROWS = {
     "sampler": set(),
     "sources": {"checkpoint"},
     "space": {"config", "layers", "methods", "recipe"},
+    "staging": set(),
     "storage": set(),
     "store": {"journal", "lock", "proxy", "sampler", "storage"},
     "study": {

@@ -94,6 +94,7 @@ class ResidentModel:
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
             raise EngineError(f"{path}: transformers cannot build the model: {_first_line(exc)}") from exc
         self._groups = self._group(stored or self._default_names())
+        self._finite = _FiniteCheck(1 if device.type == "cpu" else None)
         self.is_complete = False
 
     def resident(self, name: str) -> Tensor | None:
@@ -106,6 +107,7 @@ class ResidentModel:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """As ``Engine.load_weights``; a fused parameter's tensors are held until it is complete."""
         self.is_complete = False
+        self._finite.clear()
         delivered: set[str] = set()
         written: dict[int, str] = {}
         waiting: dict[str, dict[str, Tensor]] = {}
@@ -119,7 +121,8 @@ class ResidentModel:
             if place.pattern is not None:
                 group = waiting.setdefault(place.target, {})
                 # the stream may reuse its buffer
-                group[name] = _finite(name, tensor.to(self.model.dtype, copy=True))
+                group[name] = tensor.to(self.model.dtype, copy=True)
+                self._finite.add(name, group[name])
                 if group.keys() == self._groups.get(place.target, set()):
                     for target, value in self._converted(place.target, waiting.pop(place.target)).items():
                         self._write(f"{name} (with those it is fused with)", target, value, written)
@@ -131,6 +134,7 @@ class ResidentModel:
             raise EngineError(
                 f"{lacking[0]}: must be delivered, got nothing ({len(lacking)} missing); correct the merge"
             )
+        self._finite.check()
         self.is_complete = True
 
     def _map(self) -> None:
@@ -202,8 +206,37 @@ class ResidentModel:
             return
         if tensor.data_ptr() != data.data_ptr() or tensor.device != data.device:
             data.copy_(tensor)
-        _finite(name, data)
+        self._finite.add(name, data)
         written[id(parameter)] = name
+
+
+class _FiniteCheck:
+    """Looks whether tensors are finite; on a GPU all together, since each look waits for all that was asked of it."""
+
+    def __init__(self, n_together: int | None) -> None:
+        """Look at so many tensors at once; None: at all that were added."""
+        self._n_together = n_together
+        self._added: list[tuple[str, Tensor]] = []
+
+    def clear(self) -> None:
+        self._added.clear()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor as it is now."""
+        if tensor.numel() and tensor.is_floating_point():
+            low, high = tensor.aminmax()
+            # NaN fails every comparison
+            self._added.append((name, (low > -torch.inf) & (high < torch.inf)))
+            if len(self._added) == self._n_together:
+                self.check()
+
+    def check(self) -> None:
+        """Raise an error that names the first tensor that was not finite."""
+        are_finite = torch.stack([is_finite for _, is_finite in self._added]).tolist() if self._added else []
+        for (name, _), is_finite in zip(self._added, are_finite, strict=True):
+            if not is_finite:
+                raise NonFiniteMergeError(f"{name}: must be finite, got NaN or infinity; this merge cannot be scored")
+        self._added.clear()
 
 
 def _build(config: Any, options: dict[str, Any], device: torch.device) -> transformers.PreTrainedModel:
@@ -212,15 +245,6 @@ def _build(config: Any, options: dict[str, Any], device: torch.device) -> transf
     model.tie_weights()
     model.requires_grad_(False)
     return cast("transformers.PreTrainedModel", model.eval())
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if tensor.numel() and tensor.is_floating_point():
-        low, high = tensor.aminmax()
-        # NaN fails every comparison
-        if not bool((low > -torch.inf) & (high < torch.inf)):
-            raise NonFiniteMergeError(f"{name}: must be finite, got NaN or infinity; this merge cannot be scored")
-    return tensor
 
 
 def _stored_names(path: Path) -> list[str]:

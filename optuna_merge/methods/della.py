@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optuna_merge.errors import MethodError
 from optuna_merge.methods.elementwise import evaluate
-from optuna_merge.methods.function import Chunk, MergeInput
+from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 from optuna_merge.methods.masks import LEVELS, N_INTEGERS, mask_integers, uniform
 from optuna_merge.methods.sparsifier import Sparsifier
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
@@ -76,8 +76,7 @@ def _probabilities(chunk: Chunk, index: int, lowest: float, highest: float) -> T
     """From ``lowest`` for the smallest magnitude of a row to ``highest`` for the largest, shape ``[n]``."""
     inputs, n_columns = chunk.inputs, chunk.inputs.row_elements
     bins = chunk.scratch("bins", torch.int32)
-    base, *models = chunk.stored()
-    evaluate(inputs, bins, _magnitude_bins, (base, models[index]), (), torch.empty(0), ())
+    evaluate(inputs, bins, _magnitude_bins, chunk.stored_pair(index), (), numbers_on(inputs.device, ()), ())
     rows = bins.view(-1, n_columns)
     largest = rows.amax(1, keepdim=True)
     first_bins = torch.arange(len(rows), dtype=torch.int32, device=rows.device).mul_(_N_BINS).unsqueeze(1)

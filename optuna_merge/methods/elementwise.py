@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from optuna_merge.methods.function import Chunk, MergeInput
+from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
 _LEAST_COMPILED = 1 << 14  # elements; for fewer the call costs more than the arithmetic
 _ELEMENTS_WITH_EXTRAS = 1 << 20  # in a piece: a call costs, and what leaves the cache costs too
@@ -70,7 +70,7 @@ def write(
         is_fused: Whether every product in it is part of an ``addcmul``, which rounds once.
     """
     flat = out.view(-1)
-    numbers = torch.tensor(floats, dtype=torch.float32, device=inputs.device)
+    numbers = numbers_on(inputs.device, floats)
     whole_rows = inputs.chunks(_ELEMENTS_WITH_EXTRAS if inputs.is_compiled else 0)
     for chunk in whole_rows if extras else inputs.large_chunks():
         made = tuple(extra(chunk) for extra in extras)
@@ -88,7 +88,7 @@ def evaluate(
     is_fused: bool = False,
 ) -> None:
     """Write an expression's values for one piece into ``destination``, shape ``[n]``; see :class:`Expression`."""
-    ints = torch.tensor(list(integers), dtype=torch.int32, device=inputs.device)
+    ints = numbers_on(inputs.device, integers, torch.int32)
     if inputs.is_compiled and destination.numel() >= _LEAST_COMPILED:
         _kernel(expression, is_fused)(destination, sources, extras, floats, ints)
     else:

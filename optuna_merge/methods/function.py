@@ -7,7 +7,9 @@ size; it writes the result piece by piece, and each element is rounded once. Kno
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 18
-_LARGE_CHUNK_ELEMENTS = 1 << 24  # a call of a compiled kernel costs as much as some 100,000 elements
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+_N_NUMBERS = 1 << 14  # tensors of numbers that are kept on their device
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class MergeInput:
         identities: One text for each of ``models`` that stands for its content; tells them apart in masks and memory.
         device: Where the arithmetic is done and the result lives.
         chunk_elements: Elements in a piece, about; pieces hold whole rows. Changes speed and memory, never a result.
+        kernel_elements: Likewise in a piece for compiled arithmetic, which makes nothing on its way.
         buffers: Memory that pieces of consecutive tensors share.
         memory: What a method found out about a tensor and can use in the next merge; small.
         is_compiled: Whether elementwise arithmetic is compiled; changes speed, never a result.
@@ -49,6 +52,7 @@ class MergeInput:
     identities: tuple[str, ...]
     device: torch.device
     chunk_elements: int
+    kernel_elements: int
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     memory: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
     is_compiled: bool = False
@@ -68,9 +72,7 @@ class MergeInput:
 
     def large_chunks(self) -> Iterator[Chunk]:
         """The tensor in flat pieces for elementwise arithmetic, in order: larger ones if it is compiled."""
-        return self._pieces(
-            max(self.chunk_elements, _LARGE_CHUNK_ELEMENTS) if self.is_compiled else self.chunk_elements
-        )
+        return self._pieces(max(self.chunk_elements, self.kernel_elements) if self.is_compiled else self.chunk_elements)
 
     @property
     def row_elements(self) -> int:
@@ -79,8 +81,8 @@ class MergeInput:
         return shape[-1] if len(shape) > 1 else self.models[0].numel()
 
     def blocks(self) -> Iterator[Chunk]:
-        """The tensor in flat pieces of one fixed size, in order: for sums, whose result depends on the pieces."""
-        return self._pieces(_BLOCK_ELEMENTS)
+        """The tensor in flat pieces of a size fixed for the device, in order: for sums, which depend on the pieces."""
+        return self._pieces(_BLOCK_ELEMENTS[self.device.type])
 
     def _pieces(self, size: int) -> Iterator[Chunk]:
         tensors = self.models if self.base is None else (self.base, *self.models)
@@ -127,6 +129,11 @@ class Chunk:
         """The base, if there is one, and the sources, as stored, on the device, shape ``[n]`` each; read only."""
         return tuple(tensor[self.span].to(self.inputs.device) for tensor in self._flat)
 
+    def stored_pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """The base and a source; as :meth:`stored`."""
+        base, model = (self._flat[position][self.span].to(self.inputs.device) for position in (0, index + 1))
+        return base, model
+
     def scratch(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised memory, shape ``[n]``, shared by all pieces."""
         return self.inputs.scratch(name, self.n_elements, dtype)
@@ -150,6 +157,20 @@ class Chunk:
         if stored.dtype == torch.float32 and stored.device == self.inputs.device:
             return stored
         return self.scratch(name).copy_(stored)
+
+
+def numbers_on(device: torch.device, values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers that arithmetic on a device is steered by, shape ``[n]``; read only.
+
+    Equal ones are kept, and others travel without anybody waiting: a merge of many tensors stays ahead of its GPU.
+    """
+    return _numbers_on(device, array("d", values).tobytes(), dtype)
+
+
+@functools.lru_cache(maxsize=_N_NUMBERS)
+def _numbers_on(device: torch.device, packed: bytes, dtype: torch.dtype) -> Tensor:
+    numbers = torch.tensor(array("d", packed), dtype=dtype)  # by their bits: 0 and -0 are equal as keys
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 class MergeFunction(Protocol):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from optuna_merge.methods.function import Chunk, MergeInput
 from optuna_merge.methods.selection import Quantity, Split, split_by
-from optuna_merge.methods.sparsifier import squares
+from optuna_merge.methods.sparsifier import Sums, dot
 
 
 def sce(inputs: MergeInput, out: Tensor) -> None:
@@ -23,12 +21,12 @@ def sce(inputs: MergeInput, out: Tensor) -> None:
     """
     models = range(len(inputs.models))
     selected = _selection(inputs)
-    energies: list[list[float]] = [[] for _ in models]
+    energies = [Sums() for _ in models]
     for block in inputs.blocks():
         for index, sparse in enumerate(_sparse(block, selected)):
-            energies[index].append(squares(sparse))
+            energies[index].add(dot(sparse, sparse))
     n_elements = max(1, inputs.models[0].numel())
-    means = [math.fsum(parts) / n_elements for parts in energies]
+    means = [energy.total() / n_elements for energy in energies]
     total_energy = sum(means)
     weights = [mean / total_energy if total_energy >= 1e-6 else 1 / len(means) for mean in means]
     flat = out.view(-1)

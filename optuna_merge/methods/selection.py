@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.methods.elementwise import evaluate
-from optuna_merge.methods.function import Chunk, MergeInput
+from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
 _LOW_BITS = 15  # of the 31 bits of a magnitude; the others number its bin
 _N_BINS = 1 << (31 - _LOW_BITS)
@@ -80,8 +80,8 @@ class Split:
 
     def keep(self, chunk: Chunk, values: Tensor) -> Tensor:
         """A piece, shape ``[n]``, with all but the largest zeroed."""
-        numbers = torch.tensor(self.thresholds, dtype=torch.float32, device=values.device)
-        return keep_largest(values, numbers, torch.tensor(self.cut_in(chunk.span), device=values.device))
+        (cut,) = numbers_on(values.device, (self.cut_in(chunk.span),), torch.int64)
+        return keep_largest(values, numbers_on(values.device, self.thresholds), cut)
 
 
 def threshold(values: Tensor, thresholds: Tensor, cut: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def _where(
     inputs: MergeInput, quantity: Quantity, low: float, high: float
 ) -> Iterator[tuple[Chunk, Callable[[Tensor], Tensor], Tensor]]:
     """For each piece a look-up of values by place, and 1 where they are in [low, high], else 0; uint8, ``[n]``."""
-    bounds = torch.tensor([low, high], dtype=torch.float32, device=inputs.device)
+    bounds = numbers_on(inputs.device, (low, high))
     for chunk in inputs.chunks() if quantity.index is None else inputs.large_chunks():
         is_in = chunk.scratch("is_in", torch.uint8)
         if quantity.index is None:
@@ -239,8 +239,7 @@ def _where(
             evaluate(inputs, is_in, _is_within, (values,), (), bounds, ())
             yield chunk, values.__getitem__, is_in
         else:
-            base, *models = chunk.stored()
-            pair = base, models[quantity.index]
+            pair = chunk.stored_pair(quantity.index)
             evaluate(inputs, is_in, _has_magnitude_within, pair, (), bounds, ())
             yield chunk, functools.partial(_magnitudes_at, *pair), is_in
 

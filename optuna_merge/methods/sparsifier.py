@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optuna_merge.methods.function import Chunk, MergeInput
+from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
 _ROW = 1024
 _TOO_SMALL = 1e-7  # mergekit: a smaller norm is not rescaled
@@ -50,32 +50,48 @@ def rescaled(inputs: MergeInput, index: int, sparsifier: Sparsifier) -> Sparsifi
     """The same sparsifier, with the l1 norm of the task vector restored if the switch ``rescale`` is on."""
     if not inputs.switches["rescale"]:
         return sparsifier
-    before, after = [], []
-    floats = torch.tensor(sparsifier.floats, dtype=torch.float32, device=inputs.device)
+    before, after = Sums(), Sums()
+    floats = numbers_on(inputs.device, sparsifier.floats)
     for block in inputs.blocks():
         task_vector = block.task_vector(index)
-        integers = torch.tensor(sparsifier.integers(block.span), dtype=torch.int32, device=inputs.device)
+        integers = numbers_on(inputs.device, sparsifier.integers(block.span), torch.int32)
         extra = None if sparsifier.extra is None else sparsifier.extra(block)
-        before.append(l1_norm(task_vector))
-        after.append(l1_norm(sparsifier.thinning(task_vector, floats, integers, extra)))
-    norms = math.fsum(before), math.fsum(after)
+        before.add(l1_norm(task_vector))
+        after.add(l1_norm(sparsifier.thinning(task_vector, floats, integers, extra)))
+    norms = before.total(), after.total()
     if min(norms) < _TOO_SMALL:
         return sparsifier
     return dataclasses.replace(sparsifier, factor=norms[0] / norms[1])
 
 
-def l1_norm(values: Tensor) -> float:
-    """Sum of the magnitudes of a block, shape ``[n]``; the same for any number of threads."""
-    return _sum_of_rows(values, lambda rows: torch.linalg.vector_norm(rows, ord=1, dim=1))
+class Sums:
+    """A sum over the blocks of a tensor that leaves a device its work until it is asked for."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, parts: Tensor) -> None:
+        """Add those, float64, any shape."""
+        self._parts.append(parts.view(-1))
+
+    def total(self) -> float:
+        """The sum, rounded once."""
+        return math.fsum(torch.cat(self._parts).tolist()) if self._parts else 0.0
 
 
-def squares(values: Tensor) -> float:
-    """Sum of the squares of a block, shape ``[n]``; the same for any number of threads."""
-    return _sum_of_rows(values, lambda rows: torch.linalg.vecdot(rows, rows))
+def l1_norm(values: Tensor) -> Tensor:
+    """Parts of the sum of the magnitudes of a block, shape ``[n]``; the same for any number of threads."""
+    return _sums_of_rows((values,), lambda rows: torch.linalg.vector_norm(rows, ord=1, dim=1))
 
 
-def _sum_of_rows(values: Tensor, row_sums: Callable[[Tensor], Tensor]) -> float:
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Parts of the inner product of two blocks, shape ``[n]`` each; the same for any number of threads."""
+    return _sums_of_rows((a, b), torch.linalg.vecdot)
+
+
+def _sums_of_rows(blocks: tuple[Tensor, ...], row_sums: Callable[..., Tensor]) -> Tensor:
     # A sum over a whole block is split by thread; one for each row is not.
-    whole = values.numel() // _ROW * _ROW
-    parts: Iterable[Tensor] = (values[:whole].view(-1, _ROW), values[whole:].view(1, -1))
-    return math.fsum(float(row_sums(part).double().sum()) for part in parts if part.numel())
+    whole = blocks[0].numel() // _ROW * _ROW
+    rows = tuple(block[:whole].view(-1, _ROW) for block in blocks)
+    rest = tuple(block[whole:].view(1, -1).double() for block in blocks)
+    return torch.stack([row_sums(*part).double().sum() for part in (rows, rest) if part[0].numel()])

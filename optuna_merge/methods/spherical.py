@@ -15,11 +15,10 @@ from torch import Tensor
 from optuna_merge.errors import MethodError
 from optuna_merge.methods.choice import slerp_choice
 from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.sparsifier import Sums, dot
 
 Products = list[list[float]]
 """Inner products of the tensors, each with each: a symmetric matrix."""
-
-_ROW = 1024
 
 
 def slerp(inputs: MergeInput, out: Tensor) -> None:
@@ -152,14 +151,14 @@ def model_stock(inputs: MergeInput, out: Tensor) -> None:
 def products(inputs: MergeInput) -> Products:
     """The inner products of the models, or of their task vectors if there is a base; the same for any threads."""
     n_models = len(inputs.models)
-    parts: dict[tuple[int, int], list[float]] = {(i, j): [] for i in range(n_models) for j in range(i, n_models)}
+    parts = {(i, j): Sums() for i in range(n_models) for j in range(i, n_models)}
     for block in inputs.blocks():
         directions = [
             torch.clone(block.direction(index), memory_format=torch.contiguous_format) for index in range(n_models)
         ]
         for (i, j), sums in parts.items():
-            sums.append(_dot(directions[i], directions[j]))
-    totals = {pair: math.fsum(sums) for pair, sums in parts.items()}
+            sums.add(dot(directions[i], directions[j]))
+    totals = {pair: sums.total() for pair, sums in parts.items()}
     return [[totals[min(i, j), max(i, j)] for j in range(n_models)] for i in range(n_models)]
 
 
@@ -188,10 +187,3 @@ def _norm(coefficients: Sequence[float], gram: Products) -> float:
 
 def _clamped(cosine: float) -> float:
     return min(1.0, max(-1.0, cosine))
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    # A sum over a whole block is split by thread; one for each row is not.
-    whole = a.numel() // _ROW * _ROW
-    rows = torch.linalg.vecdot(a[:whole].view(-1, _ROW), b[:whole].view(-1, _ROW)).double().sum()
-    return float(rows) + float((a[whole:].double() * b[whole:].double()).sum())

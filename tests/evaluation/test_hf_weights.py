@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optuna_merge.errors import EngineError
-from optuna_merge.evaluation.hf_weights import ResidentModel
+from optuna_merge.errors import EngineError, NonFiniteMergeError
+from optuna_merge.evaluation.hf_weights import ResidentModel, _FiniteCheck
 from optuna_merge.testing import TinyArchitecture, write_tiny_models
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -127,3 +127,21 @@ def test_a_head_among_the_names_breaks_a_tie(tmp_path: Path) -> None:
     assert torch.equal(model.resident("lm_head.weight"), torch.ones(320, 16))  # type: ignore[arg-type]
     embedding = model.resident("model.embed_tokens.weight")
     assert torch.equal(embedding, weights["model.embed_tokens.weight"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n_together", [1, None])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_first_tensor_that_is_not_finite_is_named(tmp_path: Path, value: float, n_together: int | None) -> None:
+    """One by one, as on a CPU, and all together, as on a GPU; the next load is right."""
+    base, _ = write_tiny_models(tmp_path, 0)
+    weights, model = stored(base), resident(base)
+    model._finite = _FiniteCheck(n_together)
+    first, second = list(weights)[2], list(weights)[5]
+    broken = {**weights, first: weights[first].clone(), second: weights[second] * value}
+    broken[first].view(-1)[-1] = value
+    with pytest.raises(NonFiniteMergeError, match=f"^{first}: must be finite, got NaN or infinity"):
+        model.load(broken.items())
+    assert not model.is_complete
+    model.load(weights.items())
+    assert model.is_complete
+    assert torch.equal(model.resident(first), weights[first])  # type: ignore[arg-type]

@@ -77,6 +77,7 @@ def test_what_does_not_compile_is_said_and_computed(models: list[Tensor]) -> Non
         identities=("",),
         device=torch.device("cpu"),
         chunk_elements=1 << 18,
+        kernel_elements=1 << 24,
         is_compiled=True,
     )
     out = torch.empty(models[0].shape)

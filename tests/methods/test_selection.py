@@ -21,6 +21,7 @@ def inputs_of(task_vector: torch.Tensor, chunk_elements: int = 1 << 18) -> Merge
         identities=("",),
         device=task_vector.device,
         chunk_elements=chunk_elements,
+        kernel_elements=1 << 24,
     )
 
 
