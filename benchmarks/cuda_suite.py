@@ -444,7 +444,7 @@ def part_memory(suite: Suite) -> dict[str, Any]:
 def run_trials(suite: Suite, n_trials: int, sources: str) -> dict[str, Any]:
     from optuna_merge import store
     from optuna_merge.config import load_study
-    from optuna_merge.objective import MergeObjective, make_describing_engine, plan_memory
+    from optuna_merge.objective import MergeObjective, plan_memory
     from optuna_merge.study import run_study
 
     write_tasks(suite, suite.folder / "tasks")
@@ -469,7 +469,8 @@ def run_trials(suite: Suite, n_trials: int, sources: str) -> dict[str, Any]:
     )
     config = load_study(suite.folder / f"{name}.yaml")
     objective = MergeObjective.from_config(config)
-    planned = plan_memory(config, objective.models, make_describing_engine(config, objective.models))
+    described = objective.scorer.describe()
+    planned = plan_memory(config, objective.models, objective.engine, tasks=described)
     start = time.perf_counter()
     run_study(config, objective)
     wall = time.perf_counter() - start

@@ -82,14 +82,14 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
             into the card's memory.
     """
     models = StudyModels.open(config)
-    engine = make_describing_engine(config, models)
+    engine = make_describing_engine(config, models, card)
     tasks = build_scorer(config, engine).describe()
     space = SearchSpace(config, models.refs)
     sampler = make_sampler(config, space)
     names = list(space.distributions)
     warm_start = find_warm_start(config, space)
     device = "cuda" if torch.cuda.is_available() or card else "cpu"
-    memory = plan_memory(config, models, engine, card)
+    memory = plan_memory(config, models, engine, card, tasks)
     memory.check(tasks.longest + 1)
     merge_device = _merge_device(config, device)
     sources = None if config.engine.backend == "vllm" else models.plan_sources(config, merge_device, memory)

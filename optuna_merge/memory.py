@@ -1,7 +1,7 @@
 """What a study takes of a card's memory, reckoned from shapes: no torch, no device, no files.
 
 Bytes everywhere. What is reckoned is what the code is built to take, with bounds where a library decides: activations
-are those of a gated feed-forward part, a merge may hold a module's tensors twice.
+are those of a decoder with a gated feed-forward part, a merge may hold a module's tensors twice.
 """
 
 from __future__ import annotations
@@ -17,10 +17,28 @@ from optuna_merge.errors import EngineError
 Shapes = Mapping[str, Sequence[int]]
 
 HIDDEN_COPIES = 12
-"""Activations that live at once, in hidden widths of each token: attention, a gated feed-forward part and residuals."""
+"""For vLLM: activations that live at once, in hidden widths of each token, besides a gated feed-forward part."""
+
+HIDDEN_IN_NORM, HIDDEN_IN_FEED_FORWARD = 7.5, 4
+"""For transformers: the same, in a normalization in float32, and besides a gated feed-forward part; both measured."""
+
+HIDDEN_IN_HEAD = 3
+"""For transformers: the same, besides logits."""
+
+LOGIT_BYTES = 8
+"""Of a logit in float32, once more while its softmax is taken."""
 
 PIECE_ELEMENTS = 1 << 24
 """Elements of a tensor that are merged at a time on a GPU, in float32."""
+
+KERNEL_ELEMENTS = 1 << 26
+"""The same, by compiled arithmetic, which makes nothing on its way: as stored."""
+
+STAGED_BYTES = 1 << 29
+"""The tensors of all models that have one name are brought to a GPU whole up to this size, and in pieces beyond."""
+
+SCRATCH_PIECES = 6
+"""Pieces in float32 that a method makes which is not compiled, or not whole."""
 
 RUNTIME = 2**30
 """Of a GPU, taken by its driver, its libraries and what they cannot use."""
@@ -48,6 +66,7 @@ class MemoryPlan:
         runtime: Driver and libraries.
         sources: Models that are kept on the card.
         n_cards: Cards that share weights and cache.
+        takes_turns: Whether merging and scoring have the same memory, one after the other.
     """
 
     card: int
@@ -59,11 +78,19 @@ class MemoryPlan:
     runtime: int = 0
     sources: int = 0
     n_cards: int = 1
+    takes_turns: bool = False
+
+    @property
+    def working(self) -> int:
+        """What merging and scoring take."""
+        if self.takes_turns:
+            return max(self.merge_buffer, self.scoring)
+        return self.merge_buffer + self.scoring
 
     @property
     def used(self) -> int:
         """The sum of the parts."""
-        return self.weights + self.merge_buffer + self.scoring + self.kv_cache + self.runtime + self.sources
+        return self.weights + self.working + self.kv_cache + self.runtime + self.sources
 
     @property
     def left(self) -> int:
@@ -98,8 +125,9 @@ class MemoryPlan:
         parts = {
             "weights": self.weights,
             "KV cache": self.kv_cache + lacking,
-            "merging": self.merge_buffer,
-            "scoring": self.scoring,
+            "merging": 0 if self.takes_turns else self.merge_buffer,
+            "scoring": 0 if self.takes_turns else self.scoring,
+            "merging, then scoring": self.working if self.takes_turns else 0,
             "sources": self.sources,
             "runtime": self.runtime,
         }
@@ -124,7 +152,9 @@ def plan_hf(
     *,
     itemsize: int,
     n_models: int,
-    batch_tokens: int,
+    n_padded: int,
+    n_scored: int,
+    n_cached: int = 0,
     card: int = 0,
     sources: int = 0,
 ) -> MemoryPlan:
@@ -135,18 +165,23 @@ def plan_hf(
         config: The model's ``config.json``.
         itemsize: Bytes of an element.
         n_models: Models that are merged, the base included.
-        batch_tokens: Padded tokens of one forward pass.
+        n_padded: Tokens of one forward pass at most, padding included.
+        n_scored: Places of one forward pass whose logits are needed, at most.
+        n_cached: Tokens whose keys and values are held at once.
         card: Bytes of the card; 0: unknown.
         sources: Bytes of models that are kept on the card.
     """
-    largest = max(math.prod(shape) for shape in shapes.values())
+    hidden, inner, vocabulary = _hidden(config), _inner(config), int(config.get("vocab_size") or 0)
+    layer = max(HIDDEN_IN_NORM * hidden, HIDDEN_IN_FEED_FORWARD * hidden + 3 * inner) * n_padded * itemsize
+    head = HIDDEN_IN_HEAD * hidden * n_padded * itemsize + n_scored * vocabulary * LOGIT_BYTES
     return MemoryPlan(
         card=card,
         weights=_weights(shapes, itemsize),
-        merge_buffer=largest * itemsize + _pieces(n_models, card),
-        scoring=_activations(config, batch_tokens) * itemsize,
+        merge_buffer=_merging(shapes, itemsize, n_models, card, is_staged=not sources) + _waiting(shapes, itemsize),
+        scoring=int(max(layer, head)) + n_cached * _cached(config) * itemsize,
         runtime=RUNTIME if card else 0,
         sources=sources,
+        takes_turns=True,
     )
 
 
@@ -172,13 +207,13 @@ def plan_vllm(
     given = dict(options or {})
     n_cards = int(given.get("tensor_parallel_size", 1))
     tokens = int(given.get("max_num_batched_tokens", 8192))
-    merge_buffer = 2 * _largest_module(shapes) * itemsize + _pieces(n_models, card)
+    merge_buffer = 2 * _largest_module(shapes) * itemsize + _merging(shapes, itemsize, n_models, card)
     logits = 2 * 4 * SEQUENCES * int(config.get("vocab_size") or 0)
     plan = MemoryPlan(
         card=card,
         weights=_weights(shapes, itemsize, str(given.get("quantization") or "")) // n_cards,
         merge_buffer=merge_buffer,
-        scoring=_activations(config, tokens) * itemsize // n_cards + logits,
+        scoring=tokens * (HIDDEN_COPIES * _hidden(config) + 3 * _inner(config)) * itemsize // n_cards + logits,
         kv_token=_cached(config) * itemsize // n_cards,
         runtime=RUNTIME if card else 0,
         n_cards=n_cards,
@@ -217,9 +252,22 @@ def _weights(shapes: Shapes, itemsize: int, quantization: str = "") -> int:
     return total
 
 
-def _pieces(n_models: int, card: int) -> int:
-    """Of each model one, and two to add up in; a CPU's fit into its cache."""
-    return (n_models + 2) * PIECE_ELEMENTS * 4 if card else 0
+def _merging(shapes: Shapes, itemsize: int, n_models: int, card: int, *, is_staged: bool = True) -> int:
+    """Sources on their way, of one tensor and the next, and pieces; a CPU's fit into its cache."""
+    if not card:
+        return 0
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    of_all = [n_models * size * itemsize for size in sizes]
+    staged = max((n_bytes for n_bytes in of_all if n_bytes <= STAGED_BYTES), default=0)
+    in_pieces = n_models * min(KERNEL_ELEMENTS, max(sizes)) * itemsize if max(of_all) > STAGED_BYTES else 0
+    scratch = SCRATCH_PIECES * min(PIECE_ELEMENTS, max(sizes)) * 4
+    return scratch + (staged + max(staged, in_pieces) if is_staged else 0)
+
+
+def _waiting(shapes: Shapes, itemsize: int) -> int:
+    """Tensors that wait for those they are fused with, and what becomes of them."""
+    has_experts = any(".experts." in name for name in shapes)
+    return 2 * _largest_module(shapes) * itemsize if has_experts else 0
 
 
 def _largest_module(shapes: Shapes) -> int:
@@ -231,15 +279,17 @@ def _largest_module(shapes: Shapes) -> int:
     return max(modules.values())
 
 
-def _activations(config: Mapping[str, Any], tokens: int) -> int:
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    inner = int(config.get("intermediate_size") or 4 * hidden)
-    return tokens * (HIDDEN_COPIES * hidden + 3 * inner)
+def _hidden(config: Mapping[str, Any]) -> int:
+    return int(config.get("hidden_size") or config.get("n_embd") or 0)
+
+
+def _inner(config: Mapping[str, Any]) -> int:
+    return int(config.get("intermediate_size") or 4 * _hidden(config))
 
 
 def _cached(config: Mapping[str, Any]) -> int:
     """Keys and values of one token, in elements."""
     n_layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     n_heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    width = int(config.get("head_dim") or (config.get("hidden_size") or config.get("n_embd") or 0) // n_heads)
+    width = int(config.get("head_dim") or _hidden(config) // n_heads)
     return 2 * n_layers * int(config.get("num_key_value_heads") or n_heads) * width

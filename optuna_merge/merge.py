@@ -20,6 +20,7 @@ from torch import Tensor
 from optuna_merge.checkpoint import Checkpoint, ResolvedReference, common_names
 from optuna_merge.errors import MergeError, is_out_of_memory
 from optuna_merge.layers import Place, is_buffer, place_of
+from optuna_merge.memory import KERNEL_ELEMENTS, PIECE_ELEMENTS
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
@@ -33,8 +34,11 @@ Destination = Callable[[str], Tensor | None]
 _COMPILED_FROM = 1 << 27
 """Elements of a model from which on a study saves more time than a compiler takes, which is up to a minute."""
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # the CPU's buffers stay in its cache
-_KERNEL_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}  # a call costs as much as some 100,000, or 10 million, elements
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": PIECE_ELEMENTS}  # the CPU's buffers stay in its cache
+_KERNEL_ELEMENTS = {
+    "cpu": 1 << 24,
+    "cuda": KERNEL_ELEMENTS,
+}  # a call costs as much as some 100,000, or 10 million, elements
 _LEAST_CHUNK_ELEMENTS = 1 << 18
 
 

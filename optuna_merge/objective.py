@@ -36,7 +36,7 @@ from optuna_merge.errors import (
     is_out_of_memory,
 )
 from optuna_merge.evaluation.engine import Engine, MakingEngine
-from optuna_merge.evaluation.tasks import ChunkResult, EvalTask, Score, Scorer
+from optuna_merge.evaluation.tasks import ChunkResult, Description, EvalTask, Score, Scorer
 from optuna_merge.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
 from optuna_merge.merge import Merger
 from optuna_merge.merge_source import FACTORY, describe_source
@@ -239,13 +239,15 @@ class MergeObjective:
             return cls(config, models, None, making, build_scorer(config, making))
         engine = make_engine(config, models)
         device = _merge_device(config.engine.merge_device, engine)
+        scorer = build_scorer(config, engine)
+        plan = plan_memory(config, models, engine, tasks=scorer.describe())
         merger = Merger(
             models.views,
             device=device,
             tokenizer_source=models.refs.tokenizer_source,
-            sources=models.plan_sources(config, torch.device(device), plan_memory(config, models, engine)).placement,
+            sources=models.plan_sources(config, torch.device(device), plan).placement,
         )
-        return cls(config, models, merger, engine, build_scorer(config, engine))
+        return cls(config, models, merger, engine, scorer)
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, ...]:
         """Merge and score one trial; see the class.
@@ -564,7 +566,7 @@ def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
             folder,
             dtype=models.refs.dtype,
             device=config.engine.device,
-            batch_tokens="auto" if size == "auto" else size * _longest_sequence(config, models),
+            batch_tokens="auto" if size == "auto" else make_describing_engine(config, models).batch_tokens,
             names=models.names,
             trust_remote_code=config.engine.trust_remote_code,
         )
@@ -605,18 +607,47 @@ def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str
     return engine
 
 
-def make_describing_engine(config: StudyConfig, models: StudyModels) -> Engine:
-    """An engine that renders and tokenizes requests and holds no weights."""
+def make_describing_engine(config: StudyConfig, models: StudyModels, card: int | None = None) -> Engine:
+    """An engine that renders and tokenizes requests, in batches as on the study's device, and holds no weights.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        card: As of :func:`plan_memory`.
+    """
     if config.engine.backend == "vllm":
         return _vllm_engine(config, models)
-    from optuna_merge.evaluation.hf import HFEngine
+    from optuna_merge.evaluation.hf import CUDA_BATCH_TOKENS, HFEngine
 
-    trust = config.engine.trust_remote_code
+    size = config.engine.batch_size
     with models.described() as folder:
-        return HFEngine.tokenizer_only(folder, dtype=models.refs.dtype, trust_remote_code=trust)
+        engine = HFEngine.tokenizer_only(
+            folder,
+            dtype=models.refs.dtype,
+            batch_tokens=CUDA_BATCH_TOKENS if _card(config, card) else "auto",
+            trust_remote_code=config.engine.trust_remote_code,
+        )
+    if size != "auto":
+        engine.batch_tokens = size * build_scorer(config, engine).describe().longest
+    return engine
 
 
-def plan_memory(config: StudyConfig, models: StudyModels, engine: Engine, card: int | None = None) -> MemoryPlan:
+def _card(config: StudyConfig, card: int | None) -> int:
+    """Bytes of the GPU that a study runs on; 0 if it runs on none."""
+    if config.engine.device == "cpu":
+        return 0
+    if card is not None:
+        return card
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
+def plan_memory(
+    config: StudyConfig,
+    models: StudyModels,
+    engine: Engine,
+    card: int | None = None,
+    tasks: Description | None = None,
+) -> MemoryPlan:
     """What a study takes of a card's memory.
 
     Args:
@@ -624,16 +655,23 @@ def plan_memory(config: StudyConfig, models: StudyModels, engine: Engine, card: 
         models: Its checkpoints.
         engine: Its engine; one without weights will do.
         card: Bytes of the card; None: of the one that is found, 0 if there is none.
+        tasks: What is scored; need not be known for vLLM, which plans what that takes itself.
     """
-    if card is None:
-        on_card = torch.cuda.is_available() and config.engine.device != "cpu"
-        card = torch.cuda.get_device_properties(0).total_memory if on_card else 0
+    card = _card(config, card)
     shapes = {name: models.template.shape(name) for name in models.names}
     itemsize = getattr(torch, models.refs.dtype).itemsize
     n_models, described = len(models.checkpoints), models.template.config
     if config.engine.backend == "hf":
+        assert tasks is not None
         return plan_hf(
-            shapes, described, itemsize=itemsize, n_models=n_models, batch_tokens=engine.batch_tokens, card=card
+            shapes,
+            described,
+            itemsize=itemsize,
+            n_models=n_models,
+            n_padded=tasks.n_padded,
+            n_scored=tasks.n_scored,
+            n_cached=tasks.n_cached,
+            card=card,
         )
     options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if card == 0 else {}
     options |= {"max_num_batched_tokens": engine.batch_tokens, **config.engine.vllm.options}
@@ -651,10 +689,6 @@ def _merge_device(wanted: str, engine: Engine) -> str:
             f"engine.merge_device must be there, got {wanted} ({n_devices} CUDA devices found); use cpu or auto"
         )
     return f"cuda:{index}"
-
-
-def _longest_sequence(config: StudyConfig, models: StudyModels) -> int:
-    return build_scorer(config, make_describing_engine(config, models)).describe().longest
 
 
 def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:

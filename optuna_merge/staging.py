@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STAGED_BYTES = 1 << 29
-"""The tensors of all models that have one name are brought whole up to this size, and in pieces beyond."""
+from optuna_merge.memory import STAGED_BYTES
 
 
 class Stage:

@@ -139,6 +139,9 @@ class FakePrepared:
     requests: tuple[Request, ...]
     n_tokens: int
     longest: int
+    n_padded: int = 0
+    n_scored: int = 0
+    n_cached: int = 0
 
     @property
     def n_requests(self) -> int:

@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lm_eval.api.instance import Instance
 from typer.testing import CliRunner
 
+from optuna_merge import memory, staging
+from optuna_merge.checkpoint import Checkpoint
 from optuna_merge.cli.app import app
 from optuna_merge.errors import EngineError
-from optuna_merge.memory import PIECE_ELEMENTS, MemoryPlan, parse_size, plan_hf, plan_vllm
+from optuna_merge.evaluation.hf import HFEngine
+from optuna_merge.memory import KERNEL_ELEMENTS, PIECE_ELEMENTS, MemoryPlan, parse_size, plan_hf, plan_vllm
+from optuna_merge.merge import Merger
+from optuna_merge.staging import Stage
+from optuna_merge.testing import write_tiny_models
+from tests.live import LiveBytes
+from tests.test_merge import recipe_of
 
 GB = 10**9
 SEVEN_B = {
@@ -54,8 +64,9 @@ def test_three_models_of_7_b_fit_into_24_gb() -> None:
     plan = seven_b()
     assert plan.weights == 6_738_415_616 * 2
     assert plan.kv_token == 2 * 32 * 4096 * 2
-    # a feed-forward part twice, and a piece of each model and two more
-    assert plan.merge_buffer == 2 * 3 * 11008 * 4096 * 2 + 6 * PIECE_ELEMENTS * 4
+    # a feed-forward part twice; of one of its tensors the four models'; pieces of an embedding; scratch
+    tensor = 11008 * 4096 * 2
+    assert plan.merge_buffer == 2 * 3 * tensor + 4 * tensor + 4 * KERNEL_ELEMENTS * 2 + 6 * PIECE_ELEMENTS * 4
     plan.check(longest=4097)
     assert plan.kv_cache > 4097 * plan.kv_token
     assert 0 <= plan.left < GB
@@ -99,17 +110,85 @@ def test_experts_of_a_layer_are_loaded_together() -> None:
     }
     plan = plan_vllm({**experts, "model.norm.weight": (32,)}, {}, itemsize=4, n_models=2)
     assert plan.merge_buffer == 2 * 24 * 64 * 32 * 4
+    plan = plan_hf({**experts, "model.norm.weight": (32,)}, {}, itemsize=4, n_models=2, n_padded=1, n_scored=1)
+    assert plan.merge_buffer == 2 * 24 * 64 * 32 * 4
 
 
 def test_the_transformers_engine() -> None:
-    plan = plan_hf(llama_shapes(), SEVEN_B, itemsize=2, n_models=4, batch_tokens=8192, card=24 * GB)
-    assert plan.scoring == 8192 * (12 * 4096 + 3 * 11008) * 2
+    plan = plan_hf(llama_shapes(), SEVEN_B, itemsize=2, n_models=4, n_padded=8192, n_scored=27, card=24 * GB)
+    assert plan.scoring == 8192 * (4 * 4096 + 3 * 11008) * 2
     assert plan.kv_cache == 0
+    assert plan.used == plan.weights + max(plan.merge_buffer, plan.scoring) + plan.runtime
+    assert "merging, then scoring" in plan.describe()
     plan.check(longest=4097)
+    texts = plan_hf(llama_shapes(), SEVEN_B, itemsize=2, n_models=4, n_padded=8192, n_scored=8192, card=24 * GB)
+    assert texts.scoring == 8192 * (3 * 4096 * 2 + 32000 * 8)
+    answers = plan_hf(
+        llama_shapes(),
+        SEVEN_B,
+        itemsize=2,
+        n_models=4,
+        n_padded=8192,
+        n_scored=27,
+        n_cached=8192,
+        card=24 * GB,
+    )
+    assert answers.scoring - plan.scoring == 8192 * 2 * 32 * 4096 * 2
     with pytest.raises(EngineError, match="sources"):
         plan_hf(
-            llama_shapes(), SEVEN_B, itemsize=2, n_models=4, batch_tokens=8192, card=24 * GB, sources=40 * GB
+            llama_shapes(), SEVEN_B, itemsize=2, n_models=4, n_padded=8192, n_scored=27, card=24 * GB, sources=40 * GB
         ).check()
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(256, 896), (512, 512)])
+def test_scoring_takes_what_is_planned(hidden: int, inner: int, tmp_path: Path) -> None:
+    """Bytes of tensors that live at once on a CPU, whose attention takes no more than a GPU's."""
+    base, _ = write_tiny_models(tmp_path, 0)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config |= {"head_dim": hidden // 8, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "model.safetensors").unlink()
+    engine = HFEngine(base, dtype="bfloat16", device="cpu", batch_tokens=4096)
+    shapes = {name: tuple(tensor.shape) for name, tensor in engine._weights.model.state_dict().items()}
+    engine.load_weights((name, torch.full(shape, 0.01)) for name, shape in shapes.items())
+    words = ["the cat sat on the mat " * 40 + str(number) for number in range(64)]
+    prepared = engine.prepare([Instance("loglikelihood", {}, (text, " dog"), 0) for text in words])
+    plan = plan_hf(
+        shapes,
+        config,
+        itemsize=2,
+        n_models=4,
+        n_padded=prepared.n_padded,
+        n_scored=prepared.n_scored,
+    )
+    engine.respond(prepared)  # places its batches
+    with LiveBytes() as live:
+        engine.respond(prepared)
+    assert plan.scoring == pytest.approx(live.peak, rel=0.01)
+
+
+def test_a_merge_takes_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: of each model the tensor that is merged and the next, and pieces."""
+    base, models = write_tiny_models(tmp_path, 2)
+    references = (str(base), *map(str, models))
+    shapes = {name: Checkpoint.open(str(base)).shape(name) for name in Checkpoint.open(str(base)).names}
+    largest = max(a * b for a, b in (shape for shape in shapes.values() if len(shape) == 2))
+    for staged_bytes in (1 << 29, 3 * 4 * largest - 1):
+        for module in (memory, staging):
+            monkeypatch.setattr(module, "STAGED_BYTES", staged_bytes)
+        for piece in ("PIECE_ELEMENTS", "KERNEL_ELEMENTS"):
+            monkeypatch.setattr(memory, piece, 1 << 6)
+        plan = plan_hf(shapes, {}, itemsize=4, n_models=3, n_padded=1, n_scored=1, card=24 * GB)
+        merger = Merger({r: Checkpoint.open(r) for r in references}, chunk_elements=1 << 6, sources="host")
+        dict(merger.merge(recipe_of(references)))  # reads the sources
+        merger._stage = Stage(torch.device("cpu"), is_ahead=True)
+        merger._buffers.clear()
+        resident = {name: torch.empty(shapes[name]) for name in merger.names}
+        with LiveBytes() as live:
+            for _ in merger.merge(recipe_of(references), out=resident.get):
+                pass
+        assert live.peak <= plan.merge_buffer < 1.5 * live.peak
 
 
 def test_sizes() -> None:

@@ -51,6 +51,9 @@ class Prepared(Protocol):
         n_tokens: Tokens that one pass puts through the model, padding and generated tokens not counted.
         cost: The same with padding, and with what each forward pass takes before its first token, in tokens.
         longest: Tokens in the longest input sequence.
+        n_padded: Tokens of one forward pass at most, padding included; 0 for an engine that plans its own memory.
+        n_scored: Places of one forward pass whose logits are held, at most; likewise.
+        n_cached: Tokens whose keys and values are held at once to generate text; likewise.
     """
 
     @property
@@ -64,6 +67,15 @@ class Prepared(Protocol):
 
     @property
     def longest(self) -> int: ...  # noqa: D102
+
+    @property
+    def n_padded(self) -> int: ...  # noqa: D102
+
+    @property
+    def n_scored(self) -> int: ...  # noqa: D102
+
+    @property
+    def n_cached(self) -> int: ...  # noqa: D102
 
 
 class Engine(Protocol):

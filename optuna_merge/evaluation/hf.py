@@ -71,6 +71,9 @@ class HFPrepared:
     encoded: Encoded
     n_tokens: int
     cost: float
+    n_padded: int
+    n_scored: int
+    n_cached: int
     plan: tuple[Any, list[_Batch]] | None = field(default=None, repr=False)
 
     @property
@@ -140,9 +143,16 @@ class HFEngine:
         self.eot_text = self._language.eot_text
 
     @classmethod
-    def tokenizer_only(cls, path: str | Path, *, dtype: Dtype = "float32", trust_remote_code: bool = False) -> HFEngine:
+    def tokenizer_only(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Dtype = "float32",
+        batch_tokens: int | Literal["auto"] = "auto",
+        trust_remote_code: bool = False,
+    ) -> HFEngine:
         """An engine that renders and prepares requests but takes no memory for weights and answers nothing."""
-        return cls(path, dtype=dtype, device="meta", trust_remote_code=trust_remote_code)
+        return cls(path, dtype=dtype, device="meta", batch_tokens=batch_tokens, trust_remote_code=trust_remote_code)
 
     @property
     def has_chat_template(self) -> bool:
@@ -171,7 +181,14 @@ class HFEngine:
         n_prompts = sum(len(tokens) for _, _, tokens in encoded.generated)
         n_tokens = sum(len(row) for batch in batches for row in batch)
         cost = sum(len(batch) * len(batch[0]) + PASS_TOKENS * self.batch_tokens for batch in batches)
-        return HFPrepared(encoded, n_tokens + n_prompts, cost + n_prompts)
+        return HFPrepared(
+            encoded,
+            n_tokens + n_prompts,
+            cost + n_prompts,
+            n_padded=max([n_prompts and self.batch_tokens, *(len(batch) * len(batch[0]) for batch in batches)]),
+            n_scored=max((sum(row.n_scored for row in batch) for batch in batches), default=0),
+            n_cached=max(self.batch_tokens, _with_answer(self._language.lm, encoded)) if encoded.generated else 0,
+        )
 
     def respond(self, prepared: Prepared) -> list[Response]:
         """Answer prepared requests; see ``Engine.respond``."""
@@ -208,8 +225,7 @@ class HFEngine:
                 [responses[index]] = [answers[item] for item in items]
         generated = prepared.encoded.generated
         if generated:
-            longest = max(len(tokens) for _, _, tokens in generated)
-            texts = self._generate([request for _, request, _ in generated], longest)
+            texts = self._generate([request for _, request, _ in generated], prepared.encoded)
             for (index, _, _), text in zip(generated, texts, strict=True):
                 responses[index] = text
         return responses
@@ -264,9 +280,9 @@ class HFEngine:
             return None
         return float(np.mean(per_token)) <= (1e-3 if self.dtype == "float32" else 0.1)
 
-    def _generate(self, requests: list[Request], longest: int) -> list[str]:
+    def _generate(self, requests: list[Request], encoded: Encoded) -> list[str]:
         lm = self._language.lm
-        lm.batch_size_per_gpu = max(1, self.batch_tokens // (longest + lm.max_gen_toks))
+        lm.batch_size_per_gpu = max(1, self.batch_tokens // _with_answer(lm, encoded))
         devices = [self.device] if self.device.startswith("cuda") else []
         with quietly(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(GENERATION_SEED)
@@ -368,6 +384,11 @@ def _batch_tokens(device: torch.device, width: int) -> int:
     if device.type == "cuda":
         return CUDA_BATCH_TOKENS
     return min(1024, max(512, CPU_BATCH_ACTIVATIONS // width))
+
+
+def _with_answer(lm: Any, encoded: Encoded) -> int:
+    """Tokens of the longest prompt that is answered by text, and of its answer."""
+    return max(len(tokens) for _, _, tokens in encoded.generated) + int(lm.max_gen_toks)
 
 
 def _takes_trees(model: Any, config: Any, parameters: Any) -> bool:

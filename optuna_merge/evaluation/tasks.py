@@ -196,6 +196,7 @@ class Description:
         n_requests: Requests of one full evaluation.
         n_tokens: Tokens that one full evaluation puts through the model.
         longest: Tokens in the longest sequence.
+        n_padded, n_scored, n_cached: What an engine holds of a call at most; see ``Prepared``.
         chat_template: Whether prompts go through the tokenizer's chat template.
         chat_template_reason: Why, in words.
     """
@@ -206,6 +207,9 @@ class Description:
     n_requests: int
     n_tokens: int
     longest: int
+    n_padded: int
+    n_scored: int
+    n_cached: int
     chat_template: bool
     chat_template_reason: str
 
@@ -422,6 +426,9 @@ class Scorer:
             n_requests=sum(p.n_requests for p in prepared),
             n_tokens=sum(p.n_tokens for p in prepared),
             longest=max(p.longest for p in prepared),
+            n_padded=max(p.n_padded for p in prepared),
+            n_scored=max(p.n_scored for p in prepared),
+            n_cached=max(p.n_cached for p in prepared),
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,
         )

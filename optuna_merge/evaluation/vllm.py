@@ -88,6 +88,9 @@ class VLLMPrepared:
     plan: Plan
     n_tokens: int
     needed_length: int
+    n_padded: int = 0
+    n_scored: int = 0
+    n_cached: int = 0
 
     @property
     def n_requests(self) -> int:
