@@ -5,25 +5,34 @@
     python benchmarks/cuda_suite.py --device cpu --tiny                the same code, in the test suite
 
 Needs no network and no file from elsewhere: models are random weights, tokenizer and documents are made on the spot,
-below ``--folder`` (at full size 58 GB). Figures go to ``--out`` as JSON; a table is printed last. A part whose package
-is missing is skipped with a word; one that finds a difference ends the run with exit code 1.
+below ``--folder`` (58 GB; fewer layers where the disk holds less). Figures go to ``--out`` as JSON after every part; a
+table is printed last, with the goal that a figure has. A part whose package is missing, or whose time has come when
+``--minutes`` are over, is skipped with a word; one that finds a difference, or fails, ends the run with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import gc
+import importlib.util
 import itertools
 import json
 import logging
 import math
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +42,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optuna_merge.checkpoint import Checkpoint
-from optuna_merge.errors import NonFiniteMergeError
+from optuna_merge.errors import EngineError, NonFiniteMergeError
 from optuna_merge.evaluation.engine import Engine
 from optuna_merge.export import export
 from optuna_merge.merge import Merger
 from optuna_merge.methods import METHODS
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
+from optuna_merge.sources import free_host_bytes, plan_sources
 from optuna_merge.testing import merge_tensors, write_tiny_models
 
 N_SOURCES = 3
 GIB = 2**30
+GOALS = {
+    "of_copy": {"gpu": {"linear": 0.8, "task_arithmetic": 0.8, "": 0.5}, "host": {"": 0.85}},
+    "over_forward": 1.15,
+    "rest": 0.02,
+    "planned_over_peak": (0.95, 1.05),
+}
 FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}  # dense bfloat16, by the makers' data sheets
 SPEED_METHODS = ("linear", "task_arithmetic", "dare_linear", "dare_ties", "ties", "breadcrumbs", "della")
 TINY_COMPILED = ("task_arithmetic", "ties")  # a compiler takes seconds for each
@@ -79,17 +95,19 @@ class Suite:
     device: torch.device
     tiny: bool
     folder: Path
+    shape: dict[str, int] = field(default_factory=dict)
 
     @property
-    def shape(self) -> dict[str, int]:
-        """Of the models."""
-        return TINY if self.tiny else MISTRAL
+    def small(self) -> Suite:
+        """The same with models of one layer."""
+        return Suite(self.device, self.tiny, self.folder / "small", self.shape | {"num_hidden_layers": 1})
 
     @property
     def models(self) -> list[Path]:
         """The base, then its fine-tunes; written when they are first asked for."""
         paths = [self.folder / f"model_{number}" for number in range(N_SOURCES + 1)]
         if not (self.folder / "complete").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_models(self, paths)
             (self.folder / "complete").touch()
         return paths
@@ -124,6 +142,18 @@ class Suite:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         return torch.cuda.max_memory_allocated(self.device)
+
+
+def fitting_shape(tiny: bool, folder: Path) -> dict[str, int]:
+    """The shape of the models: that of those in the folder, or of fewer layers if the disk does not hold four."""
+    shape = TINY if tiny else MISTRAL
+    if (folder / "complete").exists():
+        written = json.loads((folder / "model_0" / "config.json").read_text())
+        return {key: written[key] for key in shape}
+    free, n_layers = 0.9 * shutil.disk_usage(folder).free, shape["num_hidden_layers"]
+    sizes = [2 * sum(map(math.prod, group.values())) for group in tensor_shapes(shape)]  # the ends, then each layer
+    n_fitting = int((free / (N_SOURCES + 1) - 2 * sizes[0]) // sizes[1])  # and the ends of the small models
+    return shape | {"num_hidden_layers": max(1, min(n_layers, n_fitting))}
 
 
 def write_models(suite: Suite, paths: list[Path]) -> None:
@@ -203,7 +233,10 @@ def open_merger(suite: Suite, recipe: Recipe, sources: Any, **options: Any) -> M
 
 
 def part_equal(suite: Suite) -> dict[str, Any]:
-    """Each method on the device against the CPU, for any size of pieces and any place of the sources."""
+    """Each method on the device against the CPU, for any size of pieces and any place of the sources.
+
+    A random mask that differed in one element would differ by the element: far above what is allowed.
+    """
     generator = torch.Generator().manual_seed(1)
     shape = (131, 257) if suite.tiny else (1031, 2053)
     base = 0.02 * torch.randn(shape, generator=generator)
@@ -237,14 +270,15 @@ def part_equal(suite: Suite) -> dict[str, Any]:
             pieces = run(suite.device, "float32", chunk_elements=chunk_elements)
             if not torch.equal(pieces, run(suite.device, "float32")):
                 raise DifferenceError(f"{method}: pieces of {chunk_elements} elements change the result")
-    recipe = make_recipe(suite, "dare_ties")
+    small = suite.small
+    recipe = make_recipe(small, "dare_ties")
     placements = ["disk", "host", *(["gpu"] if suite.device.type == "cuda" else [])]
-    streams = [open_merger(suite, recipe, placement).merge(recipe) for placement in placements]
+    streams = [open_merger(small, recipe, placement).merge(recipe) for placement in placements]
     for parts in zip(*streams, strict=True):
         name, first = parts[0]
         if not all(torch.equal(first, tensor) for _, tensor in parts[1:]):
             raise DifferenceError(f"{name}: differs between sources on {placements}")
-    figures["exported"] = exported_difference(suite, recipe)
+    figures["exported"] = exported_difference(small, recipe)
     return figures
 
 
@@ -266,35 +300,91 @@ def exported_difference(suite: Suite, recipe: Recipe) -> int:
 
 
 def part_merge(suite: Suite) -> dict[str, Any]:
-    """Seconds of a merge by method and place of the sources, over the bandwidth of copying, and the peak of memory."""
+    """Seconds of a merge by method and place of the sources, over the bandwidth of copying, and the peak of memory.
+
+    Compiled kernels and, but for sources on disk, tables of magnitudes are made before time is taken.
+    """
     first = make_recipe(suite, "linear")
-    names = open_merger(suite, first, "disk").names
     shapes = Checkpoint.open(first.models[0])
+    names = open_merger(suite, first, "disk").names
     resident = {name: torch.empty(shapes.shape(name), dtype=torch.bfloat16, device=suite.device) for name in names}
-    n_elements = sum(tensor.numel() for tensor in resident.values())
     is_cuda = suite.device.type == "cuda"
     figures: dict[str, Any] = {"copy": copy_bandwidths(suite)}
     for placement in ["gpu", "host", "disk"] if is_cuda else ["host", "disk"]:
-        for method in SPEED_METHODS:
-            recipes = [make_recipe(suite, method, number) for number in range(6)]
-            merger = open_merger(suite, recipes[0], placement, is_compiled=None if suite.tiny else True)
-            before = suite.peak(reset=True) and torch.cuda.memory_allocated(suite.device)
-            merge_all(merger, recipes[0], resident)  # places the sources, makes tables, compiles
-            placed = torch.cuda.memory_allocated(suite.device) - before if is_cuda else 0
-            suite.peak(reset=True)
-            turns = iter(recipes[1:])  # a merge of the same numbers would be left as it is
-            seconds = suite.seconds(lambda m=merger, t=turns: merge_all(m, next(t), resident), repeats=5)
-            n_moved = 2 * n_elements * (len(recipes[0].references) + 1)
-            link = figures["copy"]["device" if placement == "gpu" or not is_cuda else "host"]
-            bound = n_moved if placement == "gpu" or not is_cuda else n_moved - 2 * n_elements
-            figures[f"{method}, {placement}"] = {
-                "seconds": seconds,
-                "gb_per_s": bound / seconds / 1e9,
-                "of_copy": bound / seconds / link,
-                "extra_mib": (suite.peak() - before - placed) / 2**20 if is_cuda else None,
-            }
-            del merger
+        suite.peak(reset=True)
+        try:
+            figures |= merge_speed(suite, placement, resident, figures["copy"])
+        except EngineError as exc:
+            figures[placement] = f"skipped: {exc}"
+        empty_caches(suite)
     return figures
+
+
+def merge_speed(suite: Suite, placement: Any, resident: dict[str, Tensor], copy: dict[str, float]) -> dict[str, Any]:
+    """Each method, with one merger."""
+    is_cuda, linear = suite.device.type == "cuda", make_recipe(suite, "linear")
+    references = [str(path) for path in suite.models]
+    checkpoints = {reference: Checkpoint.open(reference) for reference in references}
+    names, n_elements = list(resident), sum(tensor.numel() for tensor in resident.values())
+    free = torch.cuda.mem_get_info(suite.device)[0] if is_cuda else 0
+    plan = plan_sources(
+        placement, checkpoints.values(), names, suite.device, gpu_free=free, host_free=free_host_bytes()
+    )
+    merger = Merger(checkpoints, device=suite.device, sources=plan.placement, is_compiled=None if suite.tiny else True)
+    merge_all(merger, linear, resident)
+    merge_all(merger, make_recipe(suite, "task_arithmetic"), resident)  # the sources, with the base, are in their place
+    figures = {}
+    for method in SPEED_METHODS:
+        recipes = [make_recipe(suite, method, number) for number in range(5)]
+        if placement != "disk":
+            merge_all(merger, recipes[0], resident)
+        before = torch.cuda.memory_allocated(suite.device) if is_cuda else 0
+        suite.peak(reset=True)
+        turns = iter(recipes[1:])  # a merge of the same numbers would be left as it is
+        repeats = {"gpu": 4, "host": 2, "disk": 1}[placement]
+        seconds = suite.seconds(lambda t=turns: merge_all(merger, next(t), resident), repeats)
+        n_sources = len(recipes[0].references)
+        is_near = placement == "gpu" or not is_cuda
+        n_moved = 2 * n_elements * (n_sources + 1 if is_near else n_sources)
+        with counted_waits(suite) as waits:
+            if placement == "gpu":
+                merge_all(merger, make_recipe(suite, method, 9), resident)
+        goals: Any = GOALS["of_copy"]
+        goal = goals.get(placement, {}) if is_cuda else {}
+        figures[f"{method}, {placement}"] = {
+            "seconds": seconds,
+            "gb_per_s": n_moved / seconds / 1e9,
+            "of_copy": n_moved / seconds / copy["device" if is_near else "host"],
+            "goal": goal.get(method, goal.get("")),
+            "extra_mib": (suite.peak() - before) / 2**20 if is_cuda else None,
+            "waits": len(waits) if placement == "gpu" else None,
+        }
+    return figures
+
+
+@contextlib.contextmanager
+def counted_waits(suite: Suite) -> Iterator[list[str]]:
+    """What makes the CPU wait for the device, in words; stays empty on a CPU."""
+    waits: list[str] = []
+    if suite.device.type != "cuda":
+        yield waits
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            yield waits
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits.extend(str(warning.message) for warning in found if "synchroniz" in str(warning.message))
+
+
+def empty_caches(suite: Suite) -> None:
+    """Give back memory that nobody uses, page-locked memory too."""
+    gc.collect()
+    if suite.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch._C._host_emptyCache()
 
 
 def copy_bandwidths(suite: Suite) -> dict[str, float]:
@@ -341,6 +431,8 @@ def part_scoring(suite: Suite) -> dict[str, Any]:
     for task in terms:
         scorer = Scorer.build(engine, terms[task], task_search_path=[folder], apply_chat_template=False, n_chunks=1)
         described = scorer.describe()
+        with counted_waits(suite) as waits, counted_passes(engine) as passes:
+            scorer.score_all()
         seconds = suite.seconds(scorer.score_all, 2)
         forward = suite.seconds(lambda n=described.n_tokens: bare_forward(live, n, engine), 2)
         start = time.perf_counter()
@@ -353,9 +445,23 @@ def part_scoring(suite: Suite) -> dict[str, Any]:
             "tokens_per_s": rate,
             "flop_utilisation": None if peak is None else 2 * suite.n_parameters * rate / peak,
             "over_forward": None if task == "generates" else seconds / forward,
+            "goal": None if task == "generates" else GOALS["over_forward"],
             "over_lm_eval": seconds / peer,
+            "waits_a_pass": len(waits) / max(1, len(passes)),
         }
     return figures
+
+
+@contextlib.contextmanager
+def counted_passes(engine: Engine) -> Iterator[list[int]]:
+    """An entry for each forward pass of an engine's model: its tokens."""
+    model: Any = engine._weights.model  # type: ignore[attr-defined]
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    yield passes
+    hook.remove()
 
 
 def bare_forward(model: Any, n_tokens: int, engine: Engine, length: int = 256) -> None:
@@ -375,7 +481,7 @@ def write_tasks(suite: Suite, folder: Path) -> bool:
 
     folder.mkdir(exist_ok=True)
     rnd = random.Random(0)
-    n_documents, n_words = (8, 12) if suite.tiny else (200, 100)
+    n_documents, n_words = (8, 12) if suite.tiny else (100, 100)
 
     def phrase(n: int) -> str:
         return " ".join(rnd.choice(WORDS) for _ in range(n))
@@ -419,7 +525,7 @@ def write_tasks(suite: Suite, folder: Path) -> bool:
 
 def part_study(suite: Suite) -> dict[str, Any]:
     """Twenty trials with pruning: where the seconds of a trial go."""
-    return run_trials(suite, n_trials=4 if suite.tiny else 20, sources="auto")
+    return run_trials(suite, n_trials=4 if suite.tiny else 20, engine={"sources": "auto"})
 
 
 def part_memory(suite: Suite) -> dict[str, Any]:
@@ -431,24 +537,39 @@ def part_memory(suite: Suite) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * GIB / total), suite.device)
     try:
         suite.peak(reset=True)
-        figures = run_trials(suite, n_trials=2, sources="host")
+        figures = run_trials(suite, n_trials=2, engine={"sources": "host"})
     finally:
         if suite.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, suite.device)
     figures["peak_gib"] = suite.peak() / GIB
     if suite.device.type == "cuda":
         figures["planned_over_peak"] = figures["planned_gib"] / figures["peak_gib"]
+        figures["goal"] = "{} to {}".format(*GOALS["planned_over_peak"])
     return figures
 
 
-def run_trials(suite: Suite, n_trials: int, sources: str) -> dict[str, Any]:
+def part_vllm(suite: Suite) -> dict[str, Any]:
+    """Three trials with vLLM instead of transformers."""
+    require_package("vllm")
+    options = {"backend": "vllm", **({"vllm": {"enforce_eager": True}} if suite.tiny else {})}
+    return run_trials(suite, n_trials=3, engine=options)
+
+
+def require_package(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(name=name)
+
+
+def run_trials(suite: Suite, n_trials: int, engine: dict[str, Any]) -> dict[str, Any]:
     from optuna_merge import store
+    from optuna_merge.check import check_study
     from optuna_merge.config import load_study
-    from optuna_merge.objective import MergeObjective, plan_memory
+    from optuna_merge.objective import MergeObjective
     from optuna_merge.study import run_study
 
     write_tasks(suite, suite.folder / "tasks")
     name = f"suite_{time.time_ns()}"
+    device = {} if engine.get("backend") == "vllm" else {"device": str(suite.device)}
     (suite.folder / f"{name}.yaml").write_text(
         yaml.safe_dump(
             {
@@ -463,29 +584,68 @@ def run_trials(suite: Suite, n_trials: int, sources: str) -> dict[str, Any]:
                 "tasks": [{"name": "letters"}, {"name": "phrases"}],
                 "task_search_path": ["./tasks"],
                 "apply_chat_template": False,
-                "engine": {"device": str(suite.device), "sources": sources},
+                "engine": device | engine,
             }
         )
     )
     config = load_study(suite.folder / f"{name}.yaml")
+    planned = check_study(config).memory
     objective = MergeObjective.from_config(config)
-    described = objective.scorer.describe()
-    planned = plan_memory(config, objective.models, objective.engine, tasks=described)
-    start = time.perf_counter()
-    run_study(config, objective)
-    wall = time.perf_counter() - start
+    with timed_storage() as in_storage:
+        start = time.perf_counter()
+        run_study(config, objective)
+        wall = time.perf_counter() - start
+    objective.close()
+    empty_caches(suite)
     trials = store.open_study(store.storage_url(config.storage_path, config.study.storage), name).trials
     keys = (store.MERGE_SECONDS, store.EVALUATION_SECONDS)
-    spent = [sum(trial.user_attrs.get(key, 0.0) for trial in trials) for key in keys]
-    objective.close()
+    merging, scoring = (sum(trial.user_attrs.get(key, 0.0) for trial in trials) for key in keys)
+    # what is stored while a trial is scored counts there; what is neither is said to be storage, or else the rest
+    storage = min(sum(in_storage), max(0.0, wall - merging - scoring))
     return {
         "n_trials": n_trials,
+        "n_pruned": sum(trial.state.name == "PRUNED" for trial in trials),
         "seconds_a_trial": wall / n_trials,
-        "merge": spent[0] / wall,
-        "scoring": spent[1] / wall,
-        "rest": 1 - sum(spent) / wall,
-        "planned_gib": (planned.used - planned.runtime) / GIB,
+        "merge": merging / wall,
+        "scoring": scoring / wall,
+        "storage": storage / wall,
+        "rest": (wall - merging - scoring - storage) / wall,
+        "goal": GOALS["rest"],
+        "planned_gib": (planned["device"] - planned["runtime"]) / GIB,
     }
+
+
+@contextlib.contextmanager
+def timed_storage() -> Iterator[list[float]]:
+    """The seconds of each call of the studies' storage, those that calls make of themselves not counted."""
+    from optuna_merge.storage import BatchedStorage
+
+    seconds: list[float] = []
+    depth = threading.local()
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            is_outer = not getattr(depth, "value", 0)
+            depth.value = getattr(depth, "value", 0) + 1
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                depth.value -= 1
+                if is_outer and threading.current_thread() is threading.main_thread():
+                    seconds.append(time.perf_counter() - start)
+
+        return call
+
+    methods = {n: m for n, m in vars(BatchedStorage).items() if callable(m) and not n.startswith("_")}
+    try:
+        for name, method in methods.items():
+            setattr(BatchedStorage, name, timed(method))
+        yield seconds
+    finally:
+        for name, method in methods.items():
+            setattr(BatchedStorage, name, method)
 
 
 # -- 6. faults --------------------------------------------------------------------------------------------------------
@@ -496,9 +656,10 @@ def part_faults(suite: Suite) -> dict[str, Any]:
     from optuna_merge.evaluation.hf import HFEngine
     from optuna_merge.evaluation.tasks import EvalTask, Scorer
 
+    suite = suite.small
+    recipe = make_recipe(suite, "task_arithmetic")
     folder = suite.folder / "tasks"
     write_tasks(suite, folder)
-    recipe = make_recipe(suite, "task_arithmetic")
     dtype: Any = recipe.dtype
     engine = HFEngine(suite.models[0], dtype=dtype, device=str(suite.device))
     merger = open_merger(suite, recipe, "disk")
@@ -547,7 +708,7 @@ def part_faults(suite: Suite) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(suite.device).total_memory
         torch.cuda.empty_cache()
         used = torch.cuda.memory_reserved(suite.device)
-        for fault, spare in (("little memory in scoring", GIB), ("next to no memory in merging", GIB // 16)):
+        for fault, spare in (("little memory in scoring", GIB // 2), ("next to no memory", GIB // 16)):
             torch.cuda.set_per_process_memory_fraction(min(1.0, (used + spare) / total), suite.device)
             try:
                 figures[f"{fault}: score there"] = score()
@@ -568,6 +729,7 @@ PARTS = {
     "study": part_study,
     "memory": part_memory,
     "faults": part_faults,
+    "vllm": part_vllm,
 }
 
 
@@ -577,6 +739,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to run the code")
     parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
     parser.add_argument("--folder", type=Path, help="where models go; a temporary folder by default")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no part after them; 8 by default")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -585,31 +748,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        suite = Suite(torch.device(options.device), options.tiny, folder)
-        results, failed = run(suite, options.part or list(PARTS))
-    report = {"machine": machine(suite), "parts": results}
-    if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        suite = Suite(torch.device(options.device), options.tiny, folder, fitting_shape(options.tiny, folder))
+        report = run(suite, options.part or list(PARTS), 60 * options.minutes, options.out)
     show(report)
-    if failed:
+    if any("failed" in part for part in report["parts"].values()):
         sys.exit(1)
 
 
-def run(suite: Suite, parts: list[str]) -> tuple[dict[str, Any], bool]:
-    results: dict[str, Any] = {}
-    failed = False
+def run(suite: Suite, parts: list[str], seconds: float, out: Path | None) -> dict[str, Any]:
+    """Run parts one after the other, none after its time; written after each."""
+    report: dict[str, Any] = {"machine": machine(suite), "parts": {}}
+    began = time.perf_counter()
     for name in parts:
         start = time.perf_counter()
+        part: dict[str, Any]
         try:
-            results[name] = {"figures": PARTS[name](suite)}
+            if start - began > seconds:
+                part = {"skipped": f"after {seconds / 60:g} minutes; try --part {name}"}
+            else:
+                part = {"figures": PARTS[name](suite)}
         except ImportError as exc:
-            results[name] = {"skipped": f"{exc.name or exc} is missing"}
+            part = {"skipped": f"{exc.name or exc} is missing"}
         except DifferenceError as exc:
-            results[name], failed = {"failed": str(exc)}, True
-        results[name]["seconds"] = round(time.perf_counter() - start, 1)
-        print(f"{name}: {results[name]['seconds']} s", file=sys.stderr, flush=True)
-    results["vllm"] = {"skipped": "this script scores with transformers; see benchmarks/vllm_tokens.py"}
-    return results, failed
+            part = {"failed": str(exc)}
+        except Exception as exc:  # the other parts have more to say
+            traceback.print_exc()
+            part = {"failed": f"{type(exc).__name__}: {exc}"}
+        empty_caches(suite)
+        part["seconds"] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {part['seconds']} s", file=sys.stderr, flush=True)
+        report["parts"][name] = part
+        if out is not None:
+            out.write_text(json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def machine(suite: Suite) -> dict[str, str]:
@@ -620,7 +791,17 @@ def machine(suite: Suite) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
+        "driver": driver(suite),
+        "transformers": version("transformers"),
+        "layers": str(suite.shape["num_hidden_layers"]),
     }
+
+
+def driver(suite: Suite) -> str:
+    if suite.device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return "none"
+    line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stdout.partition("\n")[0] or "unknown"
 
 
 def device_name(suite: Suite) -> str:
