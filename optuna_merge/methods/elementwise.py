@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
-_LEAST_COMPILED = 1 << 14  # elements; for fewer the call costs more than the arithmetic
+_LEAST_COMPILED = {"cpu": 1 << 14, "cuda": 2}  # elements; on a CPU the call of a kernel costs more than fewer do
 _ELEMENTS_WITH_EXTRAS = 1 << 20  # in a piece: a call costs, and what leaves the cache costs too
 _N_VARIANTS = 64  # of one kernel: dtypes, and whether a tensor has one element
 _OPTIONS = {
@@ -89,7 +89,7 @@ def evaluate(
 ) -> None:
     """Write an expression's values for one piece into ``destination``, shape ``[n]``; see :class:`Expression`."""
     ints = numbers_on(inputs.device, integers, torch.int32)
-    if inputs.is_compiled and destination.numel() >= _LEAST_COMPILED:
+    if inputs.is_compiled and destination.numel() >= _LEAST_COMPILED[inputs.device.type]:
         _kernel(expression, is_fused)(destination, sources, extras, floats, ints)
     else:
         destination.copy_(expression(sources, extras, floats, ints))
