@@ -75,7 +75,7 @@ class Merger:
         Raises:
             CheckpointError: If they differ in names, shapes, architecture or vocabulary.
         """
-        self.device = torch.device(device)
+        self.device = _with_index(torch.device(device))
         self.checkpoints = place_sources(unify(checkpoints, tokenizer_source), sources, self.device)
         self._are_mapped = self._reads_ahead = sources == "disk"
         self._sources = sources
@@ -326,6 +326,11 @@ class _Plan:
         if plan.method is not None:
             _check_models(plan.method, recipe)
         return plan
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """``cuda:<i>`` for ``cuda``: as the device of tensors is called there."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _no_function(inputs: MergeInput, out: Tensor) -> None:

@@ -158,16 +158,20 @@ def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
     counts = torch.zeros(_N_BINS, dtype=torch.int64, device=inputs.device)
     for chunk in inputs.chunks():
         counts += torch.bincount(quantity.of(chunk).view(torch.int32) >> _LOW_BITS, minlength=_N_BINS)
-    filled = counts.nonzero().view(-1)
-    first, last = int(filled[0]), int(filled[-1])
+    first, last = counts.nonzero().view(-1)[[0, -1]].tolist()
     return first, counts[first : last + 1].clone()
 
 
-def _find(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin of the ``k``-th largest entry, and the number of entries in the bins above it."""
+def _find(counts: Tensor, k: int, *others: Tensor) -> list[int]:
+    """The bin of the ``k``-th largest entry, the entries in the bins above it, and what others hold for that bin.
+
+    All of them together: to ask a GPU waits for it.
+    """
     from_bin = counts.flip(0).cumsum(0).flip(0)  # entries of a bin and of those above it
-    found = int((from_bin >= k).count_nonzero()) - 1
-    return found, int(from_bin[found] - counts[found])
+    found = (from_bin >= k).sum(0, keepdim=True) - 1
+    n_above = from_bin.index_select(0, found) - counts.index_select(0, found)
+    answer: list[int] = torch.cat([found, n_above, *(other.index_select(0, found) for other in others)]).tolist()
+    return answer
 
 
 def _find_in_bin(
@@ -182,8 +186,8 @@ def _find_in_bin(
         low_bits, counts, entries = _count_low_bits(inputs, quantity, high_bits)
         if len(low_bits) <= _N_REMEMBERED_VALUES:  # as of bfloat16 models, whose differences lie on a lattice
             bins[high_bits] = low_bits, counts
-    place, n_above = _find(counts, k)
-    return int(low_bits[place]), n_above, int(counts[place]), entries
+    _, n_above, low, n_equal = _find(counts, k, low_bits, counts)
+    return low, n_above, n_equal, entries
 
 
 def _count_low_bits(inputs: MergeInput, quantity: Quantity, high_bits: int) -> tuple[Tensor, Tensor, _Entries | None]:
