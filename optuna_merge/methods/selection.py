@@ -158,7 +158,8 @@ def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
     counts = torch.zeros(_N_BINS, dtype=torch.int64, device=inputs.device)
     for chunk in inputs.chunks():
         counts += torch.bincount(quantity.of(chunk).view(torch.int32) >> _LOW_BITS, minlength=_N_BINS)
-    first, last = counts.nonzero().view(-1)[[0, -1]].tolist()
+    filled = counts.nonzero().view(-1)
+    first, last = torch.stack([filled[0], filled[-1]]).tolist()
     return first, counts[first : last + 1].clone()
 
 
