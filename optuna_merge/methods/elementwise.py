@@ -21,6 +21,7 @@ _ELEMENTS_WITH_EXTRAS = 1 << 20  # in a piece: a call costs, and what leaves the
 _N_VARIANTS = 64  # of one kernel: dtypes, and whether a tensor has one element
 _OPTIONS = {
     "emulate_precision_casts": True,  # on CUDA: no fused multiply-add
+    "eager_numerics.division_rounding": True,  # likewise: no approximate division
     "cpp.dynamic_threads": True,
 }
 _FUSED = {"emulate_precision_casts": False, "cpp.enable_floating_point_contract_flag": "fast"}
