@@ -61,7 +61,7 @@ def test_a_part_that_fails_leaves_the_others_and_what_was_found(suite_module: Mo
         raise RuntimeError("no kernel image is available")
 
     def differs(suite: object) -> None:
-        raise suite_module.DifferenceError("ties differs")
+        raise suite_module.DifferenceError("ties differs", {"ties": 1})
 
     suite_module.PARTS |= {"equal": fails, "merge": differs, "study": lambda suite: {"seconds": 1.0}}
     suite = suite_module.Suite(torch.device("cpu"), True, tmp_path, suite_module.TINY)
@@ -69,6 +69,7 @@ def test_a_part_that_fails_leaves_the_others_and_what_was_found(suite_module: Mo
     parts = report["parts"]
     assert parts["equal"]["failed"] == "RuntimeError: no kernel image is available"
     assert parts["merge"]["failed"] == "ties differs"
+    assert parts["merge"]["figures"] == {"ties": 1}
     assert parts["study"]["figures"] == {"seconds": 1.0}
     assert json.loads((tmp_path / "out.json").read_text()) == report
 
