@@ -93,3 +93,20 @@ def test_models_have_fewer_layers_where_the_disk_is_small(
     (tmp_path / "model_0" / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 7}))
     (tmp_path / "complete").touch()
     assert suite_module.fitting_shape(False, tmp_path)["num_hidden_layers"] == 7
+
+
+def test_what_differs_fails_the_part_and_is_named(suite_module: ModuleType, tmp_path: Path) -> None:
+    merge_tensors, calls = suite_module.merge_tensors, iter(range(1000))
+
+    def drifts(method: str, *args: object, **options: object) -> torch.Tensor:
+        merged: torch.Tensor = merge_tensors(method, *args, **options)
+        return merged * (1 + 1e-4 * next(calls)) if method == "linear" else merged
+
+    suite_module.merge_tensors = drifts
+    suite_module.METHODS = {name: suite_module.METHODS[name] for name in ("linear", "nearswap", "dare_ties")}
+    suite = suite_module.Suite(torch.device("cpu"), True, tmp_path, suite_module.TINY)
+    part = suite_module.run(suite, ["equal"], 60, None)["parts"]["equal"]
+    assert part["failed"].startswith("linear differs from the CPU's; linear: pieces of 257 elements change the result")
+    assert "nearswap" not in part["failed"]
+    assert part["figures"]["linear"]["relative_float32"] > 1e-6
+    assert part["figures"]["exported"] == 0
