@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -753,12 +754,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device must be there, got {options.device}: no CUDA device is found; try --device cpu --tiny")
+    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", options.device)
+    if named is None:
+        parser.error(f"--device must be cpu, cuda or cuda:<index>, got {options.device}")
+    n_devices = torch.cuda.device_count()
+    if options.device != "cpu" and int(named[1] or 0) >= n_devices:
+        found = f"{n_devices} CUDA devices are" if n_devices else "no CUDA device is"
+        parser.error(f"--device must be there, got {options.device}: {found} found; try --device cpu --tiny")
+    device = torch.device("cpu") if options.device == "cpu" else torch.device("cuda", int(named[1] or 0))
+    for option, wanted in (("--folder", options.folder), ("--out", options.out and options.out.parent)):
+        try:
+            if wanted is not None:
+                wanted.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            parser.error(f"{option} must be where files can be written, got {wanted}: {exc.strerror}; choose another")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        suite = Suite(torch.device(options.device), options.tiny, folder, fitting_shape(options.tiny, folder))
+        suite = Suite(device, options.tiny, folder, fitting_shape(options.tiny, folder))
         report = run(suite, options.part or list(PARTS), 60 * options.minutes, options.out)
     show(report)
     if any("failed" in part for part in report["parts"].values()):
