@@ -114,10 +114,12 @@ class MemoryPlan:
         lacking = max(0, longest * self.kv_token - self.kv_cache)
         if self.card == 0 or self.left - lacking >= 0:
             return
+        ways = f"engine.vllm.quantization: fp8 or engine.vllm.tensor_parallel_size: {2 * self.n_cards}"
+        if self.takes_turns:
+            ways = "a smaller engine.batch_size, or engine.backend: vllm with quantization"
         raise EngineError(
             f"engine: the study must fit into the card's {gib(self.card)}, needs {gib(self.used + lacking)}:"
-            f" {self.parts(lacking)}; use a larger card, engine.dtype: bfloat16, engine.vllm.quantization: fp8 or"
-            f" engine.vllm.tensor_parallel_size: {2 * self.n_cards}"
+            f" {self.parts(lacking)}; use a larger card, engine.dtype: bfloat16, {ways}"
         )
 
     def parts(self, lacking: int = 0) -> str:
