@@ -22,9 +22,6 @@ HIDDEN_COPIES = 12
 HIDDEN_IN_NORM, HIDDEN_IN_FEED_FORWARD = 7.5, 4
 """For transformers: the same, in a normalization in float32, and besides a gated feed-forward part; both measured."""
 
-HIDDEN_IN_HEAD = 3
-"""For transformers: the same, besides logits."""
-
 LOGIT_BYTES = 8
 """Of a logit in float32, once more while its softmax is taken."""
 
@@ -158,7 +155,6 @@ def plan_hf(
     n_scored: int,
     n_cached: int = 0,
     card: int = 0,
-    sources: int = 0,
 ) -> MemoryPlan:
     """Reckon the transformers engine, into whose tensors a merge is written.
 
@@ -171,18 +167,16 @@ def plan_hf(
         n_scored: Places of one forward pass whose logits are needed, at most.
         n_cached: Tokens whose keys and values are held at once.
         card: Bytes of the card; 0: unknown.
-        sources: Bytes of models that are kept on the card.
     """
     hidden, inner, vocabulary = _hidden(config), _inner(config), int(config.get("vocab_size") or 0)
     layer = max(HIDDEN_IN_NORM * hidden, HIDDEN_IN_FEED_FORWARD * hidden + 3 * inner) * n_padded * itemsize
-    head = HIDDEN_IN_HEAD * hidden * n_padded * itemsize + n_scored * vocabulary * LOGIT_BYTES
+    head = n_scored * vocabulary * LOGIT_BYTES  # what the layers made is gone by then
     return MemoryPlan(
         card=card,
         weights=_weights(shapes, itemsize),
-        merge_buffer=_merging(shapes, itemsize, n_models, card, is_staged=not sources) + _waiting(shapes, itemsize),
+        merge_buffer=_merging(shapes, itemsize, n_models, card) + _waiting(shapes, itemsize),
         scoring=int(max(layer, head)) + n_cached * _cached(config) * itemsize,
         runtime=RUNTIME if card else 0,
-        sources=sources,
         takes_turns=True,
     )
 
@@ -254,7 +248,7 @@ def _weights(shapes: Shapes, itemsize: int, quantization: str = "") -> int:
     return total
 
 
-def _merging(shapes: Shapes, itemsize: int, n_models: int, card: int, *, is_staged: bool = True) -> int:
+def _merging(shapes: Shapes, itemsize: int, n_models: int, card: int) -> int:
     """Sources on their way, of one tensor and the next, and pieces; a CPU's fit into its cache."""
     if not card:
         return 0
@@ -263,7 +257,7 @@ def _merging(shapes: Shapes, itemsize: int, n_models: int, card: int, *, is_stag
     staged = max((n_bytes for n_bytes in of_all if n_bytes <= STAGED_BYTES), default=0)
     in_pieces = n_models * min(KERNEL_ELEMENTS, max(sizes)) * itemsize if max(of_all) > STAGED_BYTES else 0
     scratch = SCRATCH_PIECES * min(PIECE_ELEMENTS, max(sizes)) * 4
-    return scratch + (staged + max(staged, in_pieces) if is_staged else 0)
+    return scratch + staged + max(staged, in_pieces)
 
 
 def _waiting(shapes: Shapes, itemsize: int) -> int:

@@ -634,11 +634,10 @@ def make_describing_engine(config: StudyConfig, models: StudyModels, card: int |
 
 def _card(config: StudyConfig, card: int | None) -> int:
     """Bytes of the GPU that a study runs on; 0 if it runs on none."""
-    if config.engine.device == "cpu":
-        return 0
     if card is not None:
         return card
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    on_card = torch.cuda.is_available() and config.engine.device != "cpu"
+    return torch.cuda.get_device_properties(0).total_memory if on_card else 0
 
 
 def plan_memory(

@@ -33,7 +33,6 @@ class Stage:
         """
         self.is_ahead = device.type != "cpu" if is_ahead is None else is_ahead
         self._device = device
-        self._most = STAGED_BYTES if self.is_ahead else 0
         self._streams: Any = torch.get_device_module(device)
         self._copying: Any = None
         self._started: tuple[str, list[Tensor], Any] | None = None
@@ -41,7 +40,8 @@ class Stage:
     def start(self, name: str, tensors: list[Tensor]) -> None:
         """Begin to copy; nothing waits for it, if the tensors lie in page-locked memory."""
         self.drop()
-        if sum(tensor.nbytes for tensor in tensors) > self._most or self._are_here(tensors):
+        n_bytes = sum(tensor.nbytes for tensor in tensors)
+        if not self.is_ahead or n_bytes > STAGED_BYTES or self._are_here(tensors):
             self._started = name, tensors, None
             return
         current = self._streams.current_stream(self._device)
@@ -79,7 +79,7 @@ class Stage:
     def stop(self) -> None:
         """Take no more memory: from now on tensors stay where they are."""
         self.drop()
-        self.is_ahead, self._most = False, 0
+        self.is_ahead = False
 
     def _are_here(self, tensors: list[Tensor]) -> bool:
         return self._device.type != "cpu" and all(tensor.device == self._device for tensor in tensors)

@@ -181,13 +181,14 @@ class HFEngine:
         n_prompts = sum(len(tokens) for _, _, tokens in encoded.generated)
         n_tokens = sum(len(row) for batch in batches for row in batch)
         cost = sum(len(batch) * len(batch[0]) + PASS_TOKENS * self.batch_tokens for batch in batches)
+        generating = max(self.batch_tokens, _with_answer(self._language.lm, encoded)) if encoded.generated else 0
         return HFPrepared(
             encoded,
             n_tokens + n_prompts,
             cost + n_prompts,
-            n_padded=max([n_prompts and self.batch_tokens, *(len(batch) * len(batch[0]) for batch in batches)]),
+            n_padded=max([generating, *(len(batch) * len(batch[0]) for batch in batches)]),
             n_scored=max((sum(row.n_scored for row in batch) for batch in batches), default=0),
-            n_cached=max(self.batch_tokens, _with_answer(self._language.lm, encoded)) if encoded.generated else 0,
+            n_cached=generating,
         )
 
     def respond(self, prepared: Prepared) -> list[Response]:
