@@ -42,15 +42,15 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.errors import EngineError, NonFiniteMergeError
 from optuna_merge.evaluation.engine import Engine
-from optuna_merge.export import export
-from optuna_merge.merge import Merger
+from optuna_merge.merging.export import export
+from optuna_merge.merging.merger import Merger
+from optuna_merge.merging.placement import free_host_bytes, plan_sources
 from optuna_merge.methods import METHODS
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
-from optuna_merge.sources import free_host_bytes, plan_sources
-from optuna_merge.testing import merge_tensors, write_tiny_models
+from optuna_merge.testing.conformance import merge_tensors, write_tiny_models
 
 N_SOURCES = 3
 GIB = 2**30
@@ -426,8 +426,8 @@ def part_scoring(suite: Suite) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from optuna_merge.evaluation.hf import HFEngine
-    from optuna_merge.evaluation.tasks import EvalTask, Scorer
+    from optuna_merge.evaluation.engines.hf import HFEngine
+    from optuna_merge.evaluation.scorer import EvalTask, Scorer
 
     path, folder = suite.models[0], suite.folder / "tasks"
     dtype = "float32" if suite.device.type == "cpu" else "bfloat16"
@@ -573,11 +573,11 @@ def require_package(name: str) -> None:
 
 
 def run_trials(suite: Suite, n_trials: int, engine: dict[str, Any]) -> dict[str, Any]:
-    from optuna_merge import store
-    from optuna_merge.check import check_study
-    from optuna_merge.config import load_study
-    from optuna_merge.objective import MergeObjective
-    from optuna_merge.study import run_study
+    from optuna_merge.config.sections import load_study
+    from optuna_merge.storage import open as store
+    from optuna_merge.study.check import check_study
+    from optuna_merge.study.objective import MergeObjective
+    from optuna_merge.study.run import run_study
 
     write_tasks(suite, suite.folder / "tasks")
     name = f"suite_{time.time_ns()}"
@@ -629,7 +629,7 @@ def run_trials(suite: Suite, n_trials: int, engine: dict[str, Any]) -> dict[str,
 @contextlib.contextmanager
 def timed_storage() -> Iterator[list[float]]:
     """The seconds of each call of the studies' storage, those that calls make of themselves not counted."""
-    from optuna_merge.storage import BatchedStorage
+    from optuna_merge.storage.batched import BatchedStorage
 
     seconds: list[float] = []
     depth = threading.local()
@@ -664,8 +664,8 @@ def timed_storage() -> Iterator[list[float]]:
 
 def part_faults(suite: Suite) -> dict[str, Any]:
     """After a merge that is not finite, one that is interrupted and memory that runs out, the next score is right."""
-    from optuna_merge.evaluation.hf import HFEngine
-    from optuna_merge.evaluation.tasks import EvalTask, Scorer
+    from optuna_merge.evaluation.engines.hf import HFEngine
+    from optuna_merge.evaluation.scorer import EvalTask, Scorer
 
     suite = suite.small
     recipe = make_recipe(suite, "task_arithmetic")

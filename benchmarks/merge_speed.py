@@ -28,9 +28,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from optuna_merge.checkpoint import Checkpoint
-from optuna_merge.merge import Merger
-from optuna_merge.mergekit import to_mergekit
+from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.merging.mergekit import to_mergekit
+from optuna_merge.merging.merger import Merger
 from optuna_merge.methods import METHODS
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
 

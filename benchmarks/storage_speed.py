@@ -26,17 +26,17 @@ import transformers
 import yaml
 from optuna.trial import FrozenTrial
 
-from optuna_merge import store
 from optuna_merge.cli.progress import TerminalWatcher
-from optuna_merge.config import load_study
-from optuna_merge.dashboard import DashboardWatcher
-from optuna_merge.merge import Merger
-from optuna_merge.objective import MergeObjective, StudyModels, build_scorer
-from optuna_merge.sampler import GP_EVERY
-from optuna_merge.space import SearchSpace
-from optuna_merge.study import run_study
-from optuna_merge.testing import FakeEngine, write_tiny_models
-from optuna_merge.watcher import Watcher, Watchers
+from optuna_merge.config.sections import load_study
+from optuna_merge.merging.merger import Merger
+from optuna_merge.report.dashboard import DashboardWatcher
+from optuna_merge.search.samplers import GP_EVERY
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.storage import open as store
+from optuna_merge.study.objective import MergeObjective, StudyModels, build_scorer
+from optuna_merge.study.run import run_study
+from optuna_merge.study.watcher import Watcher, Watchers
+from optuna_merge.testing.conformance import FakeEngine, write_tiny_models
 from tests import databases
 from tests.conftest import write_task
 

@@ -23,14 +23,14 @@ import torch
 import transformers
 import yaml
 
-from optuna_merge import store
-from optuna_merge.config import load_study
+from optuna_merge.config.sections import load_study
 from optuna_merge.evaluation.engine import Prepared, Response
-from optuna_merge.merge import Merger
-from optuna_merge.objective import MergeObjective, StudyModels, build_scorer
-from optuna_merge.space import SearchSpace
-from optuna_merge.study import run_study
-from optuna_merge.testing import FakeEngine, write_tiny_models
+from optuna_merge.merging.merger import Merger
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.storage import open as store
+from optuna_merge.study.objective import MergeObjective, StudyModels, build_scorer
+from optuna_merge.study.run import run_study
+from optuna_merge.testing.conformance import FakeEngine, write_tiny_models
 from tests.conftest import write_task
 
 N_CHUNKS = 5

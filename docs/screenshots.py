@@ -13,11 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from optuna_merge.cli.options import open_started
-from optuna_merge.config import load_study
-from optuna_merge.dashboard import make_dashboard, refresh
-from optuna_merge.pictures import pictures
-from optuna_merge.report import summarize
-from optuna_merge.webpage import page
+from optuna_merge.config.sections import load_study
+from optuna_merge.report.dashboard import make_dashboard, refresh
+from optuna_merge.report.page import page
+from optuna_merge.report.pictures import pictures
+from optuna_merge.report.summary import summarize
 
 DOCS = Path(__file__).parent
 

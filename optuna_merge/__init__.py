@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optuna_merge.config import StudyConfig, load_study
+    from optuna_merge.config.sections import StudyConfig, load_study
     from optuna_merge.errors import OptunaMergeError
-    from optuna_merge.objective import MergeObjective
     from optuna_merge.recipe import Recipe
-    from optuna_merge.sampler import RepeatableSampler, StableCmaEsSampler
-    from optuna_merge.study import run_study
+    from optuna_merge.search.samplers import RepeatableSampler, StableCmaEsSampler
+    from optuna_merge.study.objective import MergeObjective
+    from optuna_merge.study.run import run_study
 
 __all__ = [
     "MergeObjective",
@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "MergeObjective": "objective",
+    "MergeObjective": "study.objective",
     "OptunaMergeError": "errors",
     "Recipe": "recipe",
-    "RepeatableSampler": "sampler",
-    "StableCmaEsSampler": "sampler",
-    "StudyConfig": "config",
-    "load_study": "config",
-    "run_study": "study",
+    "RepeatableSampler": "search.samplers",
+    "StableCmaEsSampler": "search.samplers",
+    "StudyConfig": "config.sections",
+    "load_study": "config.sections",
+    "run_study": "study.run",
 }
 
 

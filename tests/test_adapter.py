@@ -11,10 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from optuna_merge.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.errors import CheckpointError
-from optuna_merge.testing import TinyArchitecture, write_tiny_models
+from optuna_merge.testing.conformance import TinyArchitecture, write_tiny_models
 
 NAMES = ("embed.weight", "layers.0.up.weight", "layers.0.up.bias", "layers.0.down.weight", "norm.weight")
 PREFIX = "base_model.model."
@@ -237,9 +237,9 @@ def test_a_study_of_adapters(study_file: Callable[..., Path], tiny_models: Path,
     from mergekit.options import MergeOptions
 
     from optuna_merge.cli.options import open_started
-    from optuna_merge.export import export
-    from optuna_merge.objective import MergeObjective
-    from optuna_merge.study import BEST_CONFIG, run_study
+    from optuna_merge.merging.export import export
+    from optuna_merge.study.objective import MergeObjective
+    from optuna_merge.study.run import BEST_CONFIG, run_study
 
     shutil.copytree(tiny_models / "base", tmp_path / "base")
     for number, modules in enumerate((["q_proj", "down_proj"], ["v_proj"])):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from optuna_merge.config import load_study
+from optuna_merge.config.sections import load_study
 from optuna_merge.errors import ConfigError
-from optuna_merge.merge import Merger
-from optuna_merge.mergekit import to_mergekit
+from optuna_merge.merging.mergekit import to_mergekit
+from optuna_merge.merging.merger import Merger
 from optuna_merge.methods import METHODS
-from optuna_merge.objective import StudyModels
-from optuna_merge.space import SearchSpace
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.study.objective import StudyModels
 
 
 def genome_of(method: str, models: Path, *, with_base: bool) -> dict:

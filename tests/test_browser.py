@@ -15,8 +15,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from optuna_merge.config import load_study
-from optuna_merge.dashboard import Server, make_dashboard, refresh
+from optuna_merge.config.sections import load_study
+from optuna_merge.report.dashboard import Server, make_dashboard, refresh
 from tests.test_dashboard import fill, open_study
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

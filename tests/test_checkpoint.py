@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optuna_merge.checkpoint import Checkpoint, check_compatible, compare, resolve, write_checkpoint
+from optuna_merge.checkpoints.checkpoint import Checkpoint, check_compatible, compare, resolve, write_checkpoint
 from optuna_merge.errors import CheckpointError
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.testing.conformance import write_tiny_models
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from optuna_merge.cli.app import app
 from optuna_merge.methods import METHODS
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.testing.conformance import write_tiny_models
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("run-study", "check", "status", "report", "export", "prepare-data")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from optuna_merge import config as module
-from optuna_merge.config import (
+from optuna_merge.config import sections as module
+from optuna_merge.config.sections import (
     KNOWN_BENCHMARKS,
     Range,
     StudyConfig,

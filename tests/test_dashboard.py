@@ -12,12 +12,12 @@ import pytest
 from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState, create_trial
 
-from optuna_merge import store
-from optuna_merge.config import StudyConfig, load_study
-from optuna_merge.dashboard import DashboardWatcher, make_dashboard, refresh, write_documents
+from optuna_merge.config.sections import StudyConfig, load_study
 from optuna_merge.errors import StudyError
-from optuna_merge.sampler import PAIRED_ESTIMATE
-from optuna_merge.storage import Write, write_trial
+from optuna_merge.report.dashboard import DashboardWatcher, make_dashboard, refresh, write_documents
+from optuna_merge.search.samplers import PAIRED_ESTIMATE
+from optuna_merge.storage import open as store
+from optuna_merge.storage.batched import Write, write_trial
 from tests import processes
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from optuna_merge.cli.app import app
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.testing.conformance import write_tiny_models
 from tests.test_vocabulary import extend
 
 ROOT = Path(__file__).parent.parent

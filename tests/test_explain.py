@@ -8,10 +8,10 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from optuna_merge import store
 from optuna_merge.errors import StudyError
-from optuna_merge.explain import explain, pictures_of
-from optuna_merge.sampler import PAIRED_ESTIMATE
+from optuna_merge.report.explain import explain, pictures_of
+from optuna_merge.search.samplers import PAIRED_ESTIMATE
+from optuna_merge.storage import open as store
 
 
 def make(n_trials: int, n_groups: int, n_models: int = 2) -> optuna.Study:

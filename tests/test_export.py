@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 
-from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.errors import ExportError, MergeError
-from optuna_merge.export import export
-from optuna_merge.merge import Merger
-from optuna_merge.mergekit import from_mergekit
+from optuna_merge.merging.export import export
+from optuna_merge.merging.mergekit import from_mergekit
+from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe
-from optuna_merge.testing import TinyArchitecture, write_tiny_models
+from optuna_merge.testing.conformance import TinyArchitecture, write_tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_nothing_is_left_when_the_disk_is_full(
         Path(str(args[1])).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("optuna_merge.checkpoint.save_file", full)
+    monkeypatch.setattr("optuna_merge.checkpoints.checkpoint.save_file", full)
     with pytest.raises(
         ExportError, match=r"out: must be writable, got: No space left on device \(ENOSPC\); nothing was"
     ):
@@ -201,7 +201,7 @@ def test_an_interrupted_export_leaves_nothing(
     def stops(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("optuna_merge.merge.Merger._merge_tensor", stops)
+    monkeypatch.setattr("optuna_merge.merging.merger.Merger._merge_tensor", stops)
     with pytest.raises(error):
         export(recipe_of(references), tmp_path / "out", merger=Merger.open(references))
     assert list(tmp_path.iterdir()) == []

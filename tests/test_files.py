@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from optuna_merge.checkpoints.files import TensorFiles, read_json, write_json
 from optuna_merge.errors import CheckpointError
-from optuna_merge.files import TensorFiles, read_json, write_json
 
 
 def test_several_files_are_one_set_of_tensors(tmp_path: Path) -> None:

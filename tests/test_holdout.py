@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from optuna_merge import store
 from optuna_merge.cli.options import open_started
-from optuna_merge.holdout import score_holdout, two_sided_p
-from optuna_merge.objective import MergeObjective
-from optuna_merge.report import HOLDOUT_FILE, best_merges, summarize
-from optuna_merge.study import run_study
+from optuna_merge.report.summary import HOLDOUT_FILE, best_merges, summarize
+from optuna_merge.storage import open as store
+from optuna_merge.study.holdout import score_holdout, two_sided_p
+from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.run import run_study
 from tests.test_objective import fake_objective
 
 

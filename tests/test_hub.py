@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from optuna_merge.errors import ExportError
-from optuna_merge.hub import push
+from optuna_merge.merging.hub import push
 
 
 class FakeHub:

@@ -132,18 +132,18 @@ ARROWS = {
 LIGHT = [
     "optuna_merge",
     "optuna_merge.cli.app",
-    "optuna_merge.config",
-    "optuna_merge.dashboard",
+    "optuna_merge.config.sections",
+    "optuna_merge.report.dashboard",
     "optuna_merge.evaluation.engine",
-    "optuna_merge.layers",
-    "optuna_merge.mergekit",
+    "optuna_merge.checkpoints.tensor_names",
+    "optuna_merge.merging.mergekit",
     "optuna_merge.methods",
     "optuna_merge.recipe",
-    "optuna_merge.report",
-    "optuna_merge.sampler",
-    "optuna_merge.space",
-    "optuna_merge.store",
-    "optuna_merge.testing",
+    "optuna_merge.report.summary",
+    "optuna_merge.search.samplers",
+    "optuna_merge.search.space",
+    "optuna_merge.storage.open",
+    "optuna_merge.testing.conformance",
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import get_lock_file
 
-from optuna_merge.journal import WholeLinesBackend
+from optuna_merge.storage.journal import WholeLinesBackend
 from tests.processes import forked
 
 

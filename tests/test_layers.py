@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from optuna_merge.checkpoints.tensor_names import Place, find_layer_stack, group_name, is_buffer, layer_groups, place_of
 from optuna_merge.errors import CheckpointError
-from optuna_merge.layers import Place, find_layer_stack, group_name, is_buffer, layer_groups, place_of
 
 
 def test_the_layer_stack_is_what_stands_before_the_index() -> None:

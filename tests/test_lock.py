@@ -9,8 +9,8 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from optuna_merge.errors import StudyError
-from optuna_merge.lock import file_lock, make_lock
-from optuna_merge.store import open_storage
+from optuna_merge.storage.lock import file_lock, make_lock
+from optuna_merge.storage.open import open_storage
 from tests.processes import forked
 
 

@@ -12,15 +12,16 @@ import torch
 from lm_eval.api.instance import Instance
 from typer.testing import CliRunner
 
-from optuna_merge import memory, staging
-from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.cli.app import app
 from optuna_merge.errors import EngineError
-from optuna_merge.evaluation.hf import HFEngine
-from optuna_merge.memory import KERNEL_ELEMENTS, PIECE_ELEMENTS, MemoryPlan, parse_size, plan_hf, plan_vllm
-from optuna_merge.merge import Merger
-from optuna_merge.staging import Stage
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.evaluation.engines.hf import HFEngine
+from optuna_merge.merging import staging
+from optuna_merge.merging.merger import Merger
+from optuna_merge.merging.staging import Stage
+from optuna_merge.study import memory
+from optuna_merge.study.memory import KERNEL_ELEMENTS, PIECE_ELEMENTS, MemoryPlan, parse_size, plan_hf, plan_vllm
+from optuna_merge.testing.conformance import write_tiny_models
 from tests.live import LiveBytes
 from tests.test_merge import recipe_of
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.errors import CheckpointError, MergeError
-from optuna_merge.merge import Merger
+from optuna_merge.merging.merger import Merger
 from optuna_merge.methods import METHODS, find_method
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe, passthrough
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.testing.conformance import write_tiny_models
 from tests import processes
 
 

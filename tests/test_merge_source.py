@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from optuna_merge.checkpoint import resolve
+from optuna_merge.checkpoints.checkpoint import resolve
 from optuna_merge.errors import CheckpointError, RecipeError
-from optuna_merge.merge import Merger
-from optuna_merge.merge_source import FACTORY, describe_source, open_source
+from optuna_merge.merging.merger import Merger
+from optuna_merge.merging.worker import FACTORY, describe_source, open_source
 from optuna_merge.recipe import passthrough
 
 

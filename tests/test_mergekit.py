@@ -11,13 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from optuna_merge.checkpoints.tensor_names import find_layer_stack, is_buffer, layer_groups, place_of
 from optuna_merge.errors import RecipeError
-from optuna_merge.layers import find_layer_stack, is_buffer, layer_groups, place_of
-from optuna_merge.merge import Merger
-from optuna_merge.mergekit import KNOWN_ENDS, from_mergekit, to_mergekit
+from optuna_merge.merging.mergekit import KNOWN_ENDS, from_mergekit, to_mergekit
+from optuna_merge.merging.merger import Merger
 from optuna_merge.methods import METHODS
 from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe, Role, passthrough
-from optuna_merge.testing import TinyArchitecture, write_tiny_models
+from optuna_merge.testing.conformance import TinyArchitecture, write_tiny_models
 
 N_LAYERS = 3
 ARCHITECTURES: list[TinyArchitecture] = ["llama", "qwen2", "gemma", "gpt2"]

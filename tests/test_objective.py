@@ -9,13 +9,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from optuna_merge import store
-from optuna_merge.config import load_study
+from optuna_merge.config.sections import load_study
 from optuna_merge.errors import CheckpointError, EngineError, NonFiniteMergeError, StudyError
-from optuna_merge.merge import Merger
-from optuna_merge.objective import MergeObjective, StudyModels, build_scorer, paired_estimate, recipe_of
-from optuna_merge.space import SearchSpace
-from optuna_merge.testing import FakeEngine
+from optuna_merge.merging.merger import Merger
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.storage import open as store
+from optuna_merge.study.objective import MergeObjective, StudyModels, build_scorer, paired_estimate, recipe_of
+from optuna_merge.testing.conformance import FakeEngine
 
 OPTIMUM = {"weight_0": 1.2, "weight_1": 0.2}
 

@@ -16,10 +16,11 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from optuna_merge import owners, store
 from optuna_merge.errors import TrialTakenError
-from optuna_merge.lock import make_lock
-from optuna_merge.owners import BEAT, OWNER, Claims, Owner
+from optuna_merge.storage import claims as owners
+from optuna_merge.storage import open as store
+from optuna_merge.storage.claims import BEAT, OWNER, Claims, Owner
+from optuna_merge.storage.lock import make_lock
 from tests.processes import forked
 
 KINDS = ["sqlite:///", "journal://"]

@@ -9,10 +9,11 @@ import pytest
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from optuna_merge import proxy, store
 from optuna_merge.errors import StudyError
-from optuna_merge.lock import make_lock
-from optuna_merge.owners import Claims
+from optuna_merge.storage import open as store
+from optuna_merge.storage import proxy
+from optuna_merge.storage.claims import Claims
+from optuna_merge.storage.lock import make_lock
 
 pytest.importorskip("grpc")
 

@@ -12,7 +12,7 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import FrozenTrial
 from scipy.stats import wilcoxon
 
-from optuna_merge.pruner import SignedRankPruner, best_point, signed_rank_p
+from optuna_merge.search.pruner import SignedRankPruner, best_point, signed_rank_p
 
 
 def point(value: float, intermediate_values: dict[int, float] | None = None) -> FrozenTrial:

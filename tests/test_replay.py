@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optuna_merge.cli.options import open_started
-from optuna_merge.export import export
-from optuna_merge.objective import MergeObjective
-from optuna_merge.report import best_merge
-from optuna_merge.study import BEST_CONFIG, run_study
+from optuna_merge.merging.export import export
+from optuna_merge.report.summary import best_merge
+from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.run import BEST_CONFIG, run_study
 
 
 def run(file: Path) -> MergeObjective:

@@ -10,10 +10,9 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
-from optuna_merge import store
-from optuna_merge.config import StudyConfig, load_study
+from optuna_merge.config.sections import StudyConfig, load_study
 from optuna_merge.errors import StudyError
-from optuna_merge.report import (
+from optuna_merge.report.summary import (
     HOLDOUT_FILE,
     HoldoutRow,
     TaskFigure,
@@ -24,6 +23,7 @@ from optuna_merge.report import (
     summarize,
     verdict,
 )
+from optuna_merge.storage import open as store
 
 
 @pytest.fixture

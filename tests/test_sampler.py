@@ -15,10 +15,9 @@ import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge import store
-from optuna_merge.config import SAMPLERS
+from optuna_merge.config.sections import SAMPLERS
 from optuna_merge.errors import StudyError
-from optuna_merge.sampler import (
+from optuna_merge.search.samplers import (
     NAMED,
     PAIRED_ESTIMATE,
     RepeatableSampler,
@@ -27,6 +26,7 @@ from optuna_merge.sampler import (
     make_gp,
     make_named_sampler,
 )
+from optuna_merge.storage import open as store
 
 SPACE = {
     "a": FloatDistribution(-1, 1),

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from optuna_merge import storage, store, study
 from optuna_merge.errors import StudyError
-from optuna_merge.study import run_study
-from optuna_merge.watcher import Watcher
+from optuna_merge.storage import batched as storage
+from optuna_merge.storage import open as store
+from optuna_merge.study import run as study
+from optuna_merge.study.run import run_study
+from optuna_merge.study.watcher import Watcher
 from tests import databases, processes
 from tests.test_study import share_and_kill, small, table
 

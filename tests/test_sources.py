@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.checkpoints.files import TensorFiles
 from optuna_merge.errors import EngineError
-from optuna_merge.files import TensorFiles
-from optuna_merge.merge import Merger
+from optuna_merge.merging.merger import Merger
+from optuna_merge.merging.placement import free_host_bytes, merge_seconds, place_sources, plan_sources
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
-from optuna_merge.sources import free_host_bytes, merge_seconds, place_sources, plan_sources
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.testing.conformance import write_tiny_models
 
 GIB = 1 << 30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -207,7 +207,7 @@ def test_what_the_page_cache_holds_is_not_read_ahead(
     asked: list[str] = []
     n_reads = iter([0, 0, 0, 0, 5, 5])  # before each merge, and after those that did not read ahead
     monkeypatch.setattr(Checkpoint, "prefetch", lambda self, name: asked.append(name))
-    monkeypatch.setattr("optuna_merge.merge.reads_waited_for", lambda: next(n_reads))
+    monkeypatch.setattr("optuna_merge.merging.merger.reads_waited_for", lambda: next(n_reads))
     merger = Merger(models)
     group = GroupRecipe("all", (0, 3), ("embedding", "head"), (ParameterSet(None, {}, {"weight": (0.5, 0.5)}),))
     recipe = Recipe("task_arithmetic", ("math", "code"), "base", 3, (group,))
@@ -219,7 +219,7 @@ def test_what_the_page_cache_holds_is_not_read_ahead(
 
     everything = len(models) * (len(merger.names) - 1)
     assert [n_asked() for _ in range(4)] == [everything, 0, 0, everything]
-    monkeypatch.setattr("optuna_merge.merge.reads_waited_for", lambda: 0)
-    monkeypatch.setattr("optuna_merge.merge.free_host_bytes", lambda: 0)
+    monkeypatch.setattr("optuna_merge.merging.merger.reads_waited_for", lambda: 0)
+    monkeypatch.setattr("optuna_merge.merging.merger.free_host_bytes", lambda: 0)
     merger = Merger(models)
     assert [n_asked() for _ in range(3)] == [everything] * 3

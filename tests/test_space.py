@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optuna_merge.config import StudyConfig, load_study
+from optuna_merge.config.sections import StudyConfig, load_study
 from optuna_merge.errors import RecipeError
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
-from optuna_merge.space import ModelRefs, SearchSpace, model_labels
+from optuna_merge.search.space import ModelRefs, SearchSpace, model_labels
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from optuna_merge import staging
-from optuna_merge.checkpoint import Checkpoint
-from optuna_merge.merge import Merger
-from optuna_merge.staging import Stage
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.merging import staging
+from optuna_merge.merging.merger import Merger
+from optuna_merge.merging.staging import Stage
+from optuna_merge.testing.conformance import write_tiny_models
 from tests.test_merge import recipe_of
 
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from optuna_merge import storage, store
+from optuna_merge.storage import batched as storage
+from optuna_merge.storage import open as store
 
 
 def test_reports_go_in_together_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ import pytest
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.trial import TrialState
 
-from optuna_merge import store
 from optuna_merge.errors import StudyError, StudyMismatchError
-from optuna_merge.store import DocumentScores
+from optuna_merge.storage import open as store
+from optuna_merge.storage.open import DocumentScores
 from tests.processes import forked
 
 ROOT = Path(__file__).parent.parent

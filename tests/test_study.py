@@ -23,14 +23,15 @@ import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 
-from optuna_merge import store, study
 from optuna_merge.cli.options import open_started
-from optuna_merge.config import load_study
+from optuna_merge.config.sections import load_study
 from optuna_merge.errors import MergeError, StudyError, StudyMismatchError
-from optuna_merge.objective import MergeObjective
-from optuna_merge.report import best_merge, summarize
-from optuna_merge.study import BEST_CONFIG, run_study
-from optuna_merge.watcher import Watcher
+from optuna_merge.report.summary import best_merge, summarize
+from optuna_merge.storage import open as store
+from optuna_merge.study import run as study
+from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.run import BEST_CONFIG, run_study
+from optuna_merge.study.watcher import Watcher
 from tests import processes
 from tests.test_objective import fake_objective
 

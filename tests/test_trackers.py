@@ -11,11 +11,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from optuna_merge import store
-from optuna_merge.config import StudyConfig, load_study
+from optuna_merge.config.sections import StudyConfig, load_study
 from optuna_merge.errors import StudyError
-from optuna_merge.sampler import PAIRED_ESTIMATE
-from optuna_merge.trackers import MlflowTracker, TrackingWatcher, WandbTracker, figures_of, make_tracker
+from optuna_merge.report.trackers import MlflowTracker, TrackingWatcher, WandbTracker, figures_of, make_tracker
+from optuna_merge.search.samplers import PAIRED_ESTIMATE
+from optuna_merge.storage import open as store
 
 
 class Recorder:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from optuna_merge.testing import write_tiny_models
+from optuna_merge.testing.conformance import write_tiny_models
 
 SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
 N_TRIALS = 10

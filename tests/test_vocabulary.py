@@ -10,17 +10,17 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from optuna_merge.checkpoint import Checkpoint
+from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.checkpoints.vocabulary import AlignedCheckpoint, align, unify, untie
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import CheckpointError
-from optuna_merge.export import export
-from optuna_merge.merge import Merger
-from optuna_merge.mergekit import to_mergekit
-from optuna_merge.objective import MergeObjective
+from optuna_merge.merging.export import export
+from optuna_merge.merging.mergekit import to_mergekit
+from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
-from optuna_merge.study import run_study
-from optuna_merge.testing import write_tiny_models
-from optuna_merge.vocabulary import AlignedCheckpoint, align, unify, untie
+from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.run import run_study
+from optuna_merge.testing.conformance import write_tiny_models
 from tests.test_replay import plain_lm_eval
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")

@@ -13,15 +13,15 @@ import yaml
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
 
-from optuna_merge import store
-from optuna_merge.check import check_study
-from optuna_merge.config import load_study
+from optuna_merge.config.sections import load_study
 from optuna_merge.errors import ConfigError, StudyError, StudyMismatchError
-from optuna_merge.objective import StudyModels
-from optuna_merge.space import SearchSpace
-from optuna_merge.study import run_study
-from optuna_merge.warm_start import WarmStart, find_warm_start, record_warm_start
-from optuna_merge.watcher import Watcher
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.search.warm_start import WarmStart, find_warm_start, record_warm_start
+from optuna_merge.storage import open as store
+from optuna_merge.study.check import check_study
+from optuna_merge.study.objective import StudyModels
+from optuna_merge.study.run import run_study
+from optuna_merge.study.watcher import Watcher
 from tests.test_objective import fake_objective
 
 FIRST, SECOND = "layers_00_00.model_0.weight", "layers_00_00.model_1.weight"

@@ -11,11 +11,11 @@ from pathlib import Path
 import optuna
 import pytest
 
-from optuna_merge import svg
-from optuna_merge.config import StudyConfig, load_study
-from optuna_merge.pictures import pictures
-from optuna_merge.report import summarize
-from optuna_merge.webpage import page
+from optuna_merge.config.sections import StudyConfig, load_study
+from optuna_merge.report import svg
+from optuna_merge.report.page import page
+from optuna_merge.report.pictures import pictures
+from optuna_merge.report.summary import summarize
 from tests.test_dashboard import fill
 from tests.test_report import front_study
 
@@ -77,7 +77,7 @@ def test_a_study_without_a_score(config: StudyConfig) -> None:
 
 
 def test_a_chart_of_one_point_and_a_heat_map_of_one_value() -> None:
-    from optuna_merge.pictures import Chart, HeatMap, Series
+    from optuna_merge.report.pictures import Chart, HeatMap, Series
 
     for picture in (
         Chart("a", "t", "x", "y", [Series("one", "merge", [0], [0.5], ["first"])]),

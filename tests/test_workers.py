@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from optuna_merge.errors import OptunaMergeError, WorkerError
-from optuna_merge.workers import CRASHED, parse_devices, run_workers
+from optuna_merge.study.workers import CRASHED, parse_devices, run_workers
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ import typer
 from optuna_merge.cli.options import Json, StudyFile, TaskSearchPath, overrides_of, print_json
 
 if TYPE_CHECKING:
-    from optuna_merge.check import Check
+    from optuna_merge.study.check import Check
 
 
 def check(
@@ -30,9 +30,9 @@ def check(
 
     Example: optuna-merge check studies/quickstart.yaml --card 24GB
     """
-    from optuna_merge.check import check_study
-    from optuna_merge.config import load_study
-    from optuna_merge.memory import parse_size
+    from optuna_merge.config.sections import load_study
+    from optuna_merge.study.check import check_study
+    from optuna_merge.study.memory import parse_size
 
     overrides = overrides_of(task_search_path=task_search_path) | ({"engine.backend": "vllm"} if vllm else {})
     result = check_study(load_study(file, overrides), None if card is None else parse_size(card))
@@ -44,7 +44,7 @@ def check(
 
 
 def _lines(result: Check) -> list[str]:
-    from optuna_merge.memory import gib
+    from optuna_merge.study.memory import gib
 
     space, tasks, memory = result.space, result.tasks, result.memory
     lines = [
@@ -71,7 +71,7 @@ def _lines(result: Check) -> list[str]:
 
 
 def _sources_line(sources: dict[str, Any] | None) -> str:
-    from optuna_merge.memory import gib
+    from optuna_merge.study.memory import gib
 
     if sources is None:
         return "sources    disk (mapped files, merged by vLLM's workers)"

@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     import optuna
 
-    from optuna_merge.config import StudyConfig
+    from optuna_merge.config.sections import StudyConfig
 
 INTERRUPTED = 130
 """Exit code of a command that was stopped by Ctrl-C."""
@@ -46,7 +46,7 @@ def overrides_of(
     seed: int | None = None,
 ) -> dict[str, Any]:
     """What the common options replace in the study file; a path given here is relative to the working directory."""
-    from optuna_merge.config import absolute_storage
+    from optuna_merge.config.sections import absolute_storage
 
     given = {
         "storage_path": storage_path and storage_path.absolute(),
@@ -72,7 +72,7 @@ def open_started(config: StudyConfig) -> optuna.Study:
     """
     import optuna
 
-    from optuna_merge.store import open_study, storage_url
+    from optuna_merge.storage.open import open_study, storage_url
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # its log lines say nothing that we do not
     return open_study(storage_url(config.storage_path, config.study.storage), config.study.name)

@@ -17,9 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from optuna_merge import store
-from optuna_merge.report import best_merge
-from optuna_merge.watcher import Watcher
+from optuna_merge.report.summary import best_merge
+from optuna_merge.storage import open as store
+from optuna_merge.study.watcher import Watcher
 
 PAUSE_S = 2.0
 

@@ -25,8 +25,8 @@ from optuna_merge.errors import StudyError
 if TYPE_CHECKING:
     import optuna
 
-    from optuna_merge.config import StudyConfig
-    from optuna_merge.report import HoldoutRow, Row, Summary
+    from optuna_merge.config.sections import StudyConfig
+    from optuna_merge.report.summary import HoldoutRow, Row, Summary
 
 
 def report(
@@ -48,17 +48,17 @@ def report(
 
     Where one of the best merges has not been scored on the holdout yet, this loads the models and does it.
     """
-    from optuna_merge.config import load_study
-    from optuna_merge.report import N_BEST, markdown_table, needs_holdout, summarize
+    from optuna_merge.config.sections import load_study
+    from optuna_merge.report.summary import N_BEST, markdown_table, needs_holdout, summarize
 
     best = best or N_BEST
     config = load_study(file, overrides_of(storage_path, storage, task_search_path, seed))
     study = open_started(config)
     if config.holdout is not None and needs_holdout(study, config.storage_path, best):
-        from optuna_merge.holdout import score_holdout
-        from optuna_merge.objective import MergeObjective
-        from optuna_merge.store import check_fingerprint
-        from optuna_merge.study import as_started
+        from optuna_merge.storage.open import check_fingerprint
+        from optuna_merge.study.holdout import score_holdout
+        from optuna_merge.study.objective import MergeObjective
+        from optuna_merge.study.run import as_started
 
         objective = MergeObjective.from_config(as_started(config))
         check_fingerprint(study, objective.fingerprint())
@@ -76,9 +76,9 @@ def report(
 
 
 def _write_page(out: Path, study: optuna.Study, summary: Summary, config: StudyConfig) -> None:
-    from optuna_merge.pictures import pictures
-    from optuna_merge.storage import reason
-    from optuna_merge.webpage import page
+    from optuna_merge.report.page import page
+    from optuna_merge.report.pictures import pictures
+    from optuna_merge.storage.batched import reason
 
     recipe = config.storage_path / "best_config.yaml"
     try:
@@ -91,7 +91,7 @@ def _write_page(out: Path, study: optuna.Study, summary: Summary, config: StudyC
 
 def print_summary(summary: Summary) -> None:
     """The table and what follows from it, on stdout."""
-    from optuna_merge.report import verdict
+    from optuna_merge.report.summary import verdict
 
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
     typer.echo(f"study {summary.study}: {states}; {summary.n_documents} documents scored in {summary.seconds:.0f} s")

@@ -33,9 +33,9 @@ from optuna_merge.cli.report import print_summary
 from optuna_merge.errors import OptunaMergeError, StudyError
 
 if TYPE_CHECKING:
-    from optuna_merge.config import StudyConfig
-    from optuna_merge.objective import MergeObjective
-    from optuna_merge.trackers import Tracker
+    from optuna_merge.config.sections import StudyConfig
+    from optuna_merge.report.trackers import Tracker
+    from optuna_merge.study.objective import MergeObjective
 
 
 def run_study(
@@ -122,16 +122,16 @@ def run_study(
     }
     overrides |= {key: value for key, value in given.items() if value is not None}
 
-    from optuna_merge.config import load_study
+    from optuna_merge.config.sections import load_study
 
     config = load_study(file, overrides)
 
-    from optuna_merge import store
-    from optuna_merge import study as studies
-    from optuna_merge.holdout import score_holdout
-    from optuna_merge.report import N_BEST, summarize
-    from optuna_merge.trackers import WandbTracker, make_tracker
-    from optuna_merge.workers import parse_devices
+    from optuna_merge.report.summary import N_BEST, summarize
+    from optuna_merge.report.trackers import WandbTracker, make_tracker
+    from optuna_merge.storage import open as store
+    from optuna_merge.study import run as studies
+    from optuna_merge.study.holdout import score_holdout
+    from optuna_merge.study.workers import parse_devices
 
     trackers = [make_tracker(path) for path in tracker or ()]
     if wandb:
@@ -179,8 +179,8 @@ def run_study(
 
 
 def _objective(file: Path, config: StudyConfig) -> MergeObjective:
-    from optuna_merge.objective import MergeObjective
-    from optuna_merge.study import as_started
+    from optuna_merge.study.objective import MergeObjective
+    from optuna_merge.study.run import as_started
 
     note(f"reading models and eval tasks of {file}")
     objective = MergeObjective.from_config(as_started(config))
@@ -194,10 +194,10 @@ def _run(
 ) -> bool:
     """Run the study in this process; whether it was interrupted."""
     from optuna_merge.cli.progress import TerminalWatcher
-    from optuna_merge.dashboard import DashboardWatcher
-    from optuna_merge.study import BEST_CONFIG, run_study
-    from optuna_merge.trackers import TrackingWatcher
-    from optuna_merge.watcher import Watchers
+    from optuna_merge.report.dashboard import DashboardWatcher
+    from optuna_merge.report.trackers import TrackingWatcher
+    from optuna_merge.study.run import BEST_CONFIG, run_study
+    from optuna_merge.study.watcher import Watchers
 
     dashboard = DashboardWatcher(config, objective.merge_file, note)
     tracking = [TrackingWatcher(one, config, config.storage_path / BEST_CONFIG, note) for one in trackers]
@@ -209,8 +209,8 @@ def _run(
 
 def _run_workers(file: Path, overrides: dict[str, Any], devices: list[str | None]) -> bool:
     """Run worker processes on these devices, None being the study file's; whether they were interrupted."""
-    from optuna_merge.study import terminable
-    from optuna_merge.workers import run_workers
+    from optuna_merge.study.run import terminable
+    from optuna_merge.study.workers import run_workers
 
     start = [sys.executable, "-m", "optuna_merge", "run-study", str(file), "--as-worker"]
     commands = []
@@ -225,10 +225,10 @@ def _run_workers(file: Path, overrides: dict[str, Any], devices: list[str | None
 
 def _work(file: Path, number: int, overrides: dict[str, Any]) -> None:
     """What a worker process does; the first one says what the study is."""
-    from optuna_merge.config import load_study
-    from optuna_merge.objective import MergeObjective
-    from optuna_merge.study import as_started
-    from optuna_merge.workers import CRASHED, stop_with_parent
+    from optuna_merge.config.sections import load_study
+    from optuna_merge.study.objective import MergeObjective
+    from optuna_merge.study.run import as_started
+    from optuna_merge.study.workers import CRASHED, stop_with_parent
 
     stop_with_parent()
     try:

@@ -26,11 +26,11 @@ def serve_storage(
     """
     from pathlib import Path
 
-    from optuna_merge.config import absolute_storage
+    from optuna_merge.config.sections import absolute_storage
     from optuna_merge.errors import StudyError
-    from optuna_merge.proxy import make_server
-    from optuna_merge.storage import BatchedStorage
-    from optuna_merge.store import open_storage, shown_url
+    from optuna_merge.storage.batched import BatchedStorage
+    from optuna_merge.storage.open import open_storage, shown_url
+    from optuna_merge.storage.proxy import make_server
 
     if url.startswith(("journal:", "grpc:")):
         raise StudyError(f"URL must name a database, got {url}: Optuna's proxy serves no other; use sqlite:///FILE")

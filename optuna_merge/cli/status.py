@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optuna_merge.cli.options import (
-    Json,
-    StoragePath,
-    StorageUrl,
-    StudyFile,
-    open_started,
-    overrides_of,
-    print_json,
-)
+from optuna_merge.cli.options import Json, StoragePath, StorageUrl, StudyFile, open_started, overrides_of, print_json
 
 if TYPE_CHECKING:
     import optuna
@@ -34,8 +26,8 @@ def status(
 
     Example: optuna-merge status studies/quickstart.yaml --watch
     """
-    from optuna_merge.config import load_study
-    from optuna_merge.report import summarize
+    from optuna_merge.config.sections import load_study
+    from optuna_merge.report.summary import summarize
 
     config = load_study(file, overrides_of(storage_path, storage))
     study = open_started(config)

@@ -1,1 +1,1 @@
-"""Eval tasks and the engines that answer their requests. Nothing here knows of Optuna."""
+"""Eval tasks scored on the weights that an engine holds. ``engine.py`` is the seam to the engines."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from optuna_merge.evaluation.batches import Item, Row, make_batches, make_rows
+from optuna_merge.evaluation.engines.batches import Item, Row, make_batches, make_rows
 
 ITEMS = [
     Item((1, 2, 3), (4, 5, 6)),

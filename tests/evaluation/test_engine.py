@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from optuna_merge.errors import EngineError
-from optuna_merge.testing import EngineConformance, FakeEngine, TextRequest
+from optuna_merge.testing.conformance import EngineConformance, FakeEngine, TextRequest
 
 
 class TestFakeEngine(EngineConformance):

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from optuna_merge.errors import EngineError, NonFiniteMergeError
-from optuna_merge.evaluation.hf_weights import ResidentModel, _FiniteCheck
-from optuna_merge.testing import TinyArchitecture, write_tiny_models
+from optuna_merge.evaluation.engines.hf_weights import ResidentModel, _FiniteCheck
+from optuna_merge.testing.conformance import TinyArchitecture, write_tiny_models
 
 TOKENS = torch.arange(40).reshape(2, 20)
 

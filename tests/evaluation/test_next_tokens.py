@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import random
 
-from optuna_merge.evaluation.batches import Item
-from optuna_merge.evaluation.next_tokens import MAX_TOKENS, NextTokens, Plan, Whole, make_plan
+from optuna_merge.evaluation.engines.batches import Item
+from optuna_merge.evaluation.engines.next_tokens import MAX_TOKENS, NextTokens, Plan, Whole, make_plan
 
 
 def log_probability(prompt: tuple[int, ...], token: int) -> float:

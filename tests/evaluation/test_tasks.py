@@ -19,9 +19,9 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 
 from optuna_merge.errors import TaskError
-from optuna_merge.evaluation.hf import HFEngine
-from optuna_merge.evaluation.tasks import ChunkResult, EvalTask, Score, Scorer
-from optuna_merge.testing import FakeEngine, write_tiny_models
+from optuna_merge.evaluation.engines.hf import HFEngine
+from optuna_merge.evaluation.scorer import ChunkResult, EvalTask, Score, Scorer
+from optuna_merge.testing.conformance import FakeEngine, write_tiny_models
 
 N_DOCUMENTS = 24
 WORDS = ["cat", "dog", "mat", "sat", "one", "two", "three", "four", "letter", "next"]
@@ -450,7 +450,7 @@ def test_an_unknown_task_lists_the_nearest_and_where_it_looked(
         return TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
 
     # lm-eval's own tasks take ten seconds to index
-    monkeypatch.setattr("optuna_merge.evaluation.tasks.TaskManager", only_local)
+    monkeypatch.setattr("optuna_merge.evaluation.scorer.TaskManager", only_local)
     with pytest.raises(TaskError) as caught:
         fake(tasks, terms=[EvalTask("lettres")])
     assert str(caught.value) == (

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optuna_merge.errors import EngineDiedError, EngineError, NonFiniteMergeError
-from optuna_merge.evaluation.hf import HFEngine
-from optuna_merge.evaluation.vllm import VLLMEngine, require_vllm
-from optuna_merge.testing import EngineConformance, TextRequest, TinyArchitecture, write_tiny_models
+from optuna_merge.evaluation.engines.hf import HFEngine
+from optuna_merge.evaluation.engines.vllm import VLLMEngine, require_vllm
+from optuna_merge.testing.conformance import EngineConformance, TextRequest, TinyArchitecture, write_tiny_models
 
 # The head sizes that the CPU build's attention knows begin at 32.
 HEAD_DIM = 32
@@ -294,7 +294,7 @@ class TestHazards:
         ):
             source.mkdir(exist_ok=True)
             save_file(tensors, source / "model.safetensors")
-            engine._source = ("optuna_merge.evaluation.vllm_worker:open_folder", "")
+            engine._source = ("optuna_merge.evaluation.engines.vllm_worker:open_folder", "")
             with pytest.raises(error, match=message):
                 engine.load_made(str(source))
             with pytest.raises(EngineError, match="load a merge first"):

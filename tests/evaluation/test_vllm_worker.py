@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optuna_merge.errors import EngineError, NonFiniteMergeError
-from optuna_merge.evaluation.vllm_worker import checked, open_folder, raise_first
+from optuna_merge.evaluation.engines.vllm_worker import checked, open_folder, raise_first
 
 SHAPES = {"a": (2, 3), "b": (4,)}
 

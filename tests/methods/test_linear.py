@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optuna_merge.testing import MethodConformance, merge_tensors
+from optuna_merge.testing.conformance import MethodConformance, merge_tensors
 
 from .reference import assert_same, mergekit_result
 

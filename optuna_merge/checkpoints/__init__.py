@@ -1,0 +1,1 @@
+"""Models on disk: found, opened lazily, compared and written."""

@@ -1,0 +1,1 @@
+"""The engines: transformers and vLLM."""

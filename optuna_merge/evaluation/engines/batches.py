@@ -1,0 +1,241 @@
+"""Which tokens go through a model together: continuations grouped by context, rows cut into batches.
+
+Knows tokens only: no tokenizer, no tensors, no model.
+
+    context  a b c ── d e      row     a b c d e f g h
+                  └── f g h    parent  - a b c d c f g      two continuations after one context, computed once
+
+A row is a tree in depth-first order, or several end to end. Token ``i`` may look at token ``j`` if
+``j <= i < ends[j]``: at itself and its ancestors. A row of a single branch is an ordinary causal sequence, a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+SHARED_ROW_TOKENS = 1024
+PASS_TOKENS = 1 / 6
+"""What a forward pass costs before its first token, as a share of a batch: that much padding may avoid a pass."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tokens whose log-probabilities are wanted.
+
+    Attributes:
+        context: What comes first; not empty.
+        continuation: What is scored; not empty. Its last token is scored without being read.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass
+class Row:
+    """One sequence to compute, and where the items are in it.
+
+    Attributes:
+        tokens: Inputs, in depth-first order.
+        positions: Distance of each token from the start of its branch.
+        ends: For each token, the end (exclusive) of what may look at it.
+        scored: For each item in this row, its index and the tokens whose outputs predict its continuation.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    ends: list[int]
+    scored: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every token sees all before it."""
+        return all(end == len(self.tokens) for end in self.ends)
+
+    @property
+    def n_scored(self) -> int:
+        """Different tokens whose outputs are wanted."""
+        return len({node for _, nodes in self.scored for node in nodes})
+
+
+def make_rows(items: Sequence[Item], *, share: bool, longest_shared: int | None = None) -> list[Row]:
+    """Lay out items so that each context is computed once.
+
+    Args:
+        items: Any order; equal ones are computed once.
+        share: Whether different continuations may follow one context in a row; otherwise only continuations that
+            differ in their last token, or are cut off one another, share a row.
+        longest_shared: Tokens that a row of several branches may have at most; longer ones are laid out apart.
+
+    Returns:
+        Rows, longest first.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(item.context, []).append(index)
+    rows: list[Row] = []
+    for context, indices in groups.items():
+        # in lexicographic order, branches with a common beginning are neighbours
+        indices.sort(key=lambda index: items[index].continuation[:-1])
+        rows.extend(
+            _rows_of(context, [(index, items[index].continuation[:-1]) for index in indices], share, longest_shared)
+        )
+    rows.sort(key=len, reverse=True)
+    return rows
+
+
+def make_batches(
+    rows: Sequence[Row], *, batch_tokens: int, batch_scored: int, longest_shared: int | None = None
+) -> list[list[Row]]:
+    """Cut rows into batches by size, longest first; where a mask is needed anyway, short rows are put end to end.
+
+    Args:
+        rows: Longest first.
+        batch_tokens: Tokens of a batch, padding included, about: up to half more, so that no small rest is left
+            over. A longer row is a batch of its own.
+        batch_scored: Scored tokens of a batch at most, likewise.
+        longest_shared: Longer rows, which are chains, are kept out of batches that need a mask.
+
+    Returns:
+        Batches; the first row of each is its longest.
+    """
+    apart = [row for row in rows if longest_shared is not None and len(row) > longest_shared]
+    others = rows[len(apart) :]
+    joins = any(not row.is_chain for row in others)
+    batches = _cut(apart, False, batch_tokens, batch_scored) + _cut(others, joins, batch_tokens, batch_scored)
+    return [batch.rows for batch in batches]
+
+
+def _cut(rows: Sequence[Row], joins: bool, batch_tokens: int, batch_scored: int) -> list[_Batch]:
+    n_tokens = sum(len(row) for row in rows)
+    # a tenth for the padding
+    limit = 1.1 * n_tokens / max(1, round(n_tokens / batch_tokens))
+    batches: list[_Batch] = []
+    for row in rows:
+        if not batches or not batches[-1].add(row, limit, batch_scored):
+            batches.append(_Batch(joins, row))
+    for before, batch in zip(batches[-2::-1], batches[:0:-1], strict=True):
+        together = _Batch(joins, *before.parts, *batch.parts)
+        padding = together.n_tokens - before.n_tokens - batch.n_tokens
+        fits = together.n_tokens <= 1.5 * batch_tokens and together.n_scored <= batch_scored
+        if fits and padding <= PASS_TOKENS * batch_tokens:
+            at = batches.index(before)
+            batches[at : at + 2] = [together]
+            break
+    return batches
+
+
+class _Batch:
+    """A batch under construction; its first row is its longest."""
+
+    def __init__(self, joins: bool, *parts: Row) -> None:
+        self._joins = joins
+        self.parts: list[Row] = []
+        self.rows: list[Row] = []
+        self.n_scored = 0
+        for part in parts:
+            self.add(part, float("inf"), float("inf"))
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.rows) * len(self.rows[0])
+
+    def add(self, part: Row, n_tokens: float, n_scored: float) -> bool:
+        """Take a row in, if the batch then has at most so many tokens, padding included, and scored tokens."""
+        scored = self.n_scored + part.n_scored
+        if self.rows and scored > n_scored:
+            return False
+        into = self._with_room(len(part)) if self._joins else None
+        if into is not None:
+            self.rows[into] = _end_to_end(self.rows[into], part)
+        elif self.rows and self.n_tokens + len(self.rows[0]) > n_tokens:
+            return False
+        else:
+            self.rows.append(part)
+        self.parts.append(part)
+        self.n_scored = scored
+        return True
+
+    def _with_room(self, length: int) -> int | None:
+        longest = len(self.rows[0]) if self.rows else 0
+        return next((i for i, row in enumerate(self.rows) if len(row) + length <= longest), None)
+
+
+def _end_to_end(row: Row, other: Row) -> Row:
+    """Two rows as one whose second part sees nothing of the first."""
+    n = len(row)
+    return Row(
+        row.tokens + other.tokens,
+        row.positions + other.positions,
+        row.ends + [n + end for end in other.ends],
+        row.scored + [(index, [n + node for node in nodes]) for index, nodes in other.scored],
+    )
+
+
+def _rows_of(
+    context: tuple[int, ...], branches: list[tuple[int, tuple[int, ...]]], share: bool, longest_shared: int | None
+) -> list[Row]:
+    rows: list[Row] = []
+    limit = max(SHARED_ROW_TOKENS, 2 * len(context))
+    if longest_shared is not None:
+        limit = min(limit, longest_shared)
+    tree = _Tree(context)
+    for index, branch in branches:
+        extends = tree.extends(branch)
+        if not extends and (not share or len(tree.row) + tree.n_new(branch) > limit):
+            rows.append(tree.close())
+            tree = _Tree(context)
+        tree.add(index, branch)
+    rows.append(tree.close())
+    return rows
+
+
+class _Tree:
+    """A row under construction: the context and the branch that is open at its end."""
+
+    def __init__(self, context: tuple[int, ...]) -> None:
+        n = len(context)
+        self.row = Row(list(context), list(range(n)), [0] * n)
+        self._n_context = n
+        self._open: list[int] = []
+
+    def extends(self, branch: tuple[int, ...]) -> bool:
+        """Whether adding the branch closes none."""
+        return self._n_common(branch) == len(self._open)
+
+    def n_new(self, branch: tuple[int, ...]) -> int:
+        """Tokens that adding the branch adds."""
+        return len(branch) - self._n_common(branch)
+
+    def add(self, index: int, branch: tuple[int, ...]) -> None:
+        n_common = self._n_common(branch)
+        self._close_from(n_common)
+        for depth, token in enumerate(branch[n_common:], n_common):
+            self._open.append(len(self.row.tokens))
+            self.row.tokens.append(token)
+            self.row.positions.append(self._n_context + depth)
+            self.row.ends.append(0)
+        self.row.scored.append((index, [self._n_context - 1, *self._open]))
+
+    def close(self) -> Row:
+        self._close_from(0)
+        for node in range(self._n_context):
+            self.row.ends[node] = len(self.row.tokens)
+        return self.row
+
+    def _n_common(self, branch: tuple[int, ...]) -> int:
+        n = 0
+        for node, token in zip(self._open, branch, strict=False):
+            if self.row.tokens[node] != token:
+                break
+            n += 1
+        return n
+
+    def _close_from(self, depth: int) -> None:
+        for node in self._open[depth:]:
+            self.row.ends[node] = len(self.row.tokens)
+        del self._open[depth:]

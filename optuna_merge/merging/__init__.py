@@ -1,0 +1,1 @@
+"""A recipe and checkpoints to merged tensors, a model folder or a mergekit file."""

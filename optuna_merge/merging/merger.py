@@ -1,0 +1,377 @@
+"""The merge: a recipe and checkpoints in, a stream of merged tensors out.
+
+Reads each source byte once, holds one merged tensor and a few float32 buffers of bounded size, and rounds each element
+once. Results depend on the recipe and the checkpoints alone: not on chunk size, threads or shards. Whether a
+result is finite is the business of whoever scores it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optuna_merge.checkpoints.checkpoint import Checkpoint, ResolvedReference, common_names
+from optuna_merge.checkpoints.tensor_names import Place, is_buffer, place_of
+from optuna_merge.checkpoints.vocabulary import unify
+from optuna_merge.errors import MergeError, is_out_of_memory
+from optuna_merge.merging.placement import Placement, free_host_bytes, place_sources, reads_waited_for
+from optuna_merge.merging.staging import Stage
+from optuna_merge.methods import MergeMethod, find_method
+from optuna_merge.methods.function import MergeFunction, MergeInput
+from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
+from optuna_merge.study.memory import KERNEL_ELEMENTS, PIECE_ELEMENTS
+
+Destination = Callable[[str], Tensor | None]
+"""Tensor name to the memory that its merged tensor is written into, or None for a new tensor."""
+
+_COMPILED_FROM = 1 << 27
+"""Elements of a model from which on a study saves more time than a compiler takes, which is up to a minute."""
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": PIECE_ELEMENTS}  # the CPU's buffers stay in its cache
+_KERNEL_ELEMENTS = {
+    "cpu": 1 << 24,
+    "cuda": KERNEL_ELEMENTS,
+}  # a call costs as much as some 100,000, or 10 million, elements
+_LEAST_CHUNK_ELEMENTS = 1 << 18
+
+
+class Merger:
+    """Open checkpoints, ready to be merged by any number of recipes.
+
+    Attributes:
+        checkpoints: Model reference, as recipes spell it, to its checkpoint.
+        device: Where merged tensors are computed and live.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        *,
+        device: str | torch.device = "cpu",
+        tokenizer_source: str | None = None,
+        chunk_elements: int | None = None,
+        is_compiled: bool | None = None,
+        sources: Placement = "disk",
+    ) -> None:
+        """Check that the checkpoints go together.
+
+        Args:
+            checkpoints: Reference to checkpoint; the first is the one that the others are compared with, and whose
+                tensor order the stream has: the base, if there is one.
+            device: ``cpu``, ``cuda`` or ``cuda:<i>``.
+            tokenizer_source: ``base`` (the first), ``union``, or a key of ``checkpoints``; None: they agree already.
+            chunk_elements: Elements merged at a time; None: by device.
+            is_compiled: Compile elementwise arithmetic with torch.compile; None: if the models are large. It
+                changes no result; where it fails, a warning says so and merging goes on without.
+            sources: Where the checkpoints' tensors are kept from when they are first read.
+
+        Raises:
+            CheckpointError: If they differ in names, shapes, architecture or vocabulary.
+        """
+        self.device = _with_index(torch.device(device))
+        self.checkpoints = place_sources(unify(checkpoints, tokenizer_source), sources, self.device)
+        self._are_mapped = self._reads_ahead = sources == "disk"
+        self._sources = sources
+        self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
+        self._kernel_elements = _KERNEL_ELEMENTS[self.device.type]
+        self._stage = Stage(self.device)
+        self._is_compiled = self._is_large() if is_compiled is None else is_compiled
+        self._buffers: dict[str, Tensor] = {}
+        self._written: dict[int, tuple[Any, ...]] = {}  # address of a destination -> record of what it holds
+        self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
+
+    @classmethod
+    def open(
+        cls,
+        references: Sequence[str | ResolvedReference],
+        *,
+        relative_to: Path | None = None,
+        device: str | torch.device = "cpu",
+        tokenizer_source: str | None = None,
+    ) -> Merger:
+        """Open checkpoints by reference: the base, if there is one, first.
+
+        Recipes call them as they are called here; a :class:`ResolvedReference` by its ``name``.
+        """
+        checkpoints = {
+            reference if isinstance(reference, str) else reference.name: Checkpoint.open(reference, relative_to)
+            for reference in references
+        }
+        return cls(checkpoints, device=device, tokenizer_source=tokenizer_source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the merged tensors, in the order of the stream."""
+        return common_names(list(self.checkpoints.values()))
+
+    def merge(self, recipe: Recipe, out: Destination | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Merge one tensor after the other.
+
+        Args:
+            recipe: Its references must be among ``checkpoints``.
+            out: Where results are written, for instance into a resident model. A destination must be contiguous, on
+                ``device``, of the tensor's shape and of ``recipe.dtype``, and nobody else may write into it: a
+                tensor that would be merged from the same numbers as last time is left as it is.
+
+        Yields:
+            Name and merged tensor, each once: the destination of ``out``, or a new tensor that nothing else
+            refers to. Tensors that are not of a floating dtype, and constants such as rotary frequencies, are
+            copied from the base or the first model. Stopping early leaves nothing open.
+
+        Raises:
+            MergeError: If the recipe does not fit the checkpoints, a method fails, or a tensor does not fit into memory
+                even in small pieces; the message names the tensor.
+        """
+        plan = _Plan.make(recipe, self.checkpoints)
+        steps = [_Step.of(plan, name, None if out is None else out(name)) for name in self.names]
+        n_reads = reads_waited_for()
+        try:
+            for step, following in zip(steps, [*steps[1:], None], strict=True):
+                yield step.name, self._merge_that_fits(plan, step, following)
+        finally:
+            self._stage.drop()
+        if self._are_mapped:
+            # what is in memory already is not asked for again: to ask takes as long as a fifth of a linear merge
+            fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
+            self._reads_ahead = not fits if self._reads_ahead else reads_waited_for() > n_reads
+
+    def template(self, recipe: Recipe) -> Checkpoint:
+        """The checkpoint whose configuration and tokenizer the merged model has: its source, the base or the first."""
+        if recipe.tokenizer_source in self.checkpoints:
+            return self.checkpoints[recipe.tokenizer_source]
+        return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]
+
+    def _is_large(self) -> bool:
+        first = next(iter(self.checkpoints.values()))
+        return sum(math.prod(first.shape(name)) for name in self.names) >= _COMPILED_FROM
+
+    def _merge_that_fits(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
+        """Merge a tensor; where memory is out, in smaller pieces from then on, which change no result."""
+        while True:
+            try:
+                return self._merge_tensor(plan, step, following)
+            except (MemoryError, RuntimeError) as exc:
+                if not is_out_of_memory(exc):
+                    raise
+                self._shrink(step.name, exc)
+
+    def _shrink(self, name: str, exc: Exception) -> None:
+        self._buffers.clear()
+        self._stage.stop()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        sizes = self._chunk_elements, self._kernel_elements
+        if max(sizes) > _LEAST_CHUNK_ELEMENTS:
+            self._chunk_elements, self._kernel_elements = (max(_LEAST_CHUNK_ELEMENTS, n // 4) for n in sizes)
+            return
+        ways = {"gpu": "engine.sources: host or disk, ", "host": "engine.sources: disk, ", "disk": ""}[self._sources]
+        ways += "engine.merge_device: cpu, " if self.device.type == "cuda" else ""
+        got = str(exc).strip().partition("\n")[0][:200] or type(exc).__name__
+        raise MergeError(
+            f"{name}: merging must fit into the memory of {self.device}, got {got}; use {ways}a smaller"
+            " engine.batch_size or fewer workers, and run the same command again"
+        ) from exc
+
+    def _merge_tensor(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
+        name, result = step.name, step.destination
+        if result is None:
+            result = torch.empty(plan.template.shape(name), dtype=step.dtype, device=self.device)
+        else:
+            _check_destination(name, result, plan.template.shape(name), step.dtype, self.device)
+            if self._is_written(step):
+                return result
+            self._written.pop(result.data_ptr(), None)
+        sources = [] if step.numbers is None else self._stage.take(name, lambda: plan.tensors(name))
+        if following is not None and following.numbers is not None and not self._is_written(following):
+            self._begin(plan, following.name)
+        if step.numbers is None:
+            result.copy_(plan.template.get(name))
+        else:
+            try:
+                plan.function(self._inputs(plan, name, step.numbers, sources), result)
+            except Exception as exc:  # a user's method may raise anything
+                if is_out_of_memory(exc):
+                    raise
+                raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
+        if step.destination is not None:
+            self._written[result.data_ptr()] = step.record
+        return result
+
+    def _is_written(self, step: _Step) -> bool:
+        """Whether the destination holds what would be merged."""
+        return step.destination is not None and self._written.get(step.destination.data_ptr()) == step.record
+
+    def _begin(self, plan: _Plan, name: str) -> None:
+        """Read a tensor that is merged next, or have it read."""
+        if self._reads_ahead:
+            for checkpoint in plan.read:
+                checkpoint.prefetch(name)
+        if self._stage.is_ahead:
+            self._stage.start(name, plan.tensors(name))
+
+    def _inputs(self, plan: _Plan, name: str, numbers: _Numbers, sources: list[Tensor]) -> MergeInput:
+        assert plan.method is not None
+        recipe = plan.recipe
+        base, models = (None, sources) if plan.base is None else (sources[0], sources[1:])
+        return MergeInput(
+            name=name,
+            base=base,
+            models=tuple(models),
+            per_model=numbers.per_model,
+            shared=numbers.shared,
+            switches={switch: bool(recipe.options.get(switch, default)) for switch, default in plan.method.switches},
+            seed=recipe.seed,
+            identities=tuple(plan.identities[i] for i in plan.used),
+            device=self.device,
+            chunk_elements=self._chunk_elements,
+            kernel_elements=self._kernel_elements,
+            buffers=self._buffers,
+            memory=self._memory.setdefault(recipe.base_model, {}),
+            is_compiled=self._is_compiled,
+        )
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers that apply to one tensor: those of all models, and those of each that is used."""
+
+    shared: dict[str, float]
+    per_model: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One tensor's part of a merge.
+
+    Attributes:
+        name: The tensor's.
+        destination: Where it is written, if that is given.
+        dtype: What it becomes.
+        numbers: What applies to it; None: it is copied.
+        record: What it is made from: destinations of equal records hold equal tensors.
+    """
+
+    name: str
+    destination: Tensor | None
+    dtype: torch.dtype
+    numbers: _Numbers | None
+    record: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, plan: _Plan, name: str, destination: Tensor | None) -> _Step:
+        """The step of a plan that merges a tensor."""
+        recipe, stored = plan.recipe, plan.template.dtype(name)
+        dtype = getattr(torch, recipe.dtype) if stored.is_floating_point else stored
+        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
+            return cls(name, destination, dtype, None, (name, PASSTHROUGH, recipe.dtype, id(plan.template)))
+        place = place_of(name, plan.template.layer_stack)
+        shared, per_model = _parameters(plan.method, recipe, name, place)
+        numbers = _Numbers(shared, {p: tuple(values[i] for i in plan.used) for p, values in per_model.items()})
+        return cls(name, destination, dtype, numbers, (name, plan.settings, numbers))
+
+
+class _Plan:
+    """A recipe whose names have become objects.
+
+    Attributes:
+        used: Which of the recipe's models enter the merge: all but the base, if the method has one.
+        read: The base, if the method has one, and the models that enter.
+    """
+
+    def __init__(self, recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None) -> None:
+        self.recipe = recipe
+        self.models = models
+        self.template = base or models[0]
+        self.method = None if recipe.method == PASSTHROUGH else find_method(recipe.method)
+        self.base = None if self.method is None or self.method.base in ("none", "unused") else base
+        self.used = tuple(i for i, m in enumerate(recipe.models) if self.base is None or m != recipe.base_model)
+        self.read = [self.template] if self.method is None else [models[i] for i in self.used]
+        if self.base is not None:
+            self.read.insert(0, self.base)
+        self.function: MergeFunction = _no_function if self.method is None else self.method.load()
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """Of all that are read."""
+        return [checkpoint.get(name) for checkpoint in self.read]
+
+    @cached_property
+    def settings(self) -> tuple[Any, ...]:
+        """What each tensor is made from, besides its numbers."""
+        recipe = self.recipe
+        options = tuple(sorted(recipe.options.items()))
+        return (recipe.method, recipe.dtype, recipe.seed, options, *(id(checkpoint) for checkpoint in self.read))
+
+    @cached_property
+    def identities(self) -> tuple[str, ...]:
+        """What tells the models apart: their content, so that a random mask moves with its model."""
+        return tuple(model.weights_digest for model in self.models)
+
+    @classmethod
+    def make(cls, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> _Plan:
+        if unknown := [reference for reference in recipe.references if reference not in checkpoints]:
+            raise MergeError(f"recipe: models must be among {sorted(checkpoints)}, got {unknown[0]!r}")
+        models = [checkpoints[model] for model in recipe.models]
+        plan = cls(recipe, models, None if recipe.base_model is None else checkpoints[recipe.base_model])
+        if plan.template.n_layers != recipe.n_layers:
+            raise MergeError(
+                f"recipe: n_layers must be {plan.template.n_layers} as in the models, got {recipe.n_layers}"
+            )
+        if plan.method is not None:
+            _check_models(plan.method, recipe)
+        return plan
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """``cuda:<i>`` for ``cuda``: as the device of tensors is called there."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _no_function(inputs: MergeInput, out: Tensor) -> None:
+    raise AssertionError("passthrough has no arithmetic")
+
+
+def _check_models(method: MergeMethod, recipe: Recipe) -> None:
+    if method.base == "required" and recipe.base_model is None:
+        raise MergeError(f"recipe: {method.name} must have a base_model, got none")
+    least, greatest = method.n_models_for(recipe.base_model is not None)
+    n_models = len([model for model in recipe.models if model != recipe.base_model or method.base != "required"])
+    if n_models < least or (greatest is not None and n_models > greatest):
+        rule = f"at least {least}" if greatest is None else f"{least} to {greatest}"
+        raise MergeError(f"recipe: {method.name} must have {rule} models besides the base, got {n_models}")
+
+
+def _check_destination(
+    name: str, destination: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tuple(destination.shape) != tuple(shape):
+        raise MergeError(
+            f"{name}: shape must be {list(shape)} as in the model files, got {list(destination.shape)} in the resident"
+            " model; the config.json of the base, or of the first model, must describe its weights"
+        )
+    wanted = (tuple(shape), dtype, device.type)
+    got = (tuple(destination.shape), destination.dtype, destination.device.type)
+    if wanted != got or not destination.is_contiguous():
+        raise MergeError(f"{name}: destination must be contiguous, {wanted}, got {got}")
+
+
+def _parameters(
+    method: MergeMethod, recipe: Recipe, name: str, place: Place
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+    given: ParameterSet = recipe.parameters_for(name, place.role, place.layer)
+    n_models = len(recipe.models)
+    shared: dict[str, float] = {}
+    per_model: dict[str, tuple[float, ...]] = {}
+    for parameter in method.parameters:
+        default = 1 / n_models if parameter.default is None else parameter.default
+        if parameter.per_model:
+            per_model[parameter.name] = given.per_model.get(parameter.name, (default,) * n_models)
+        else:
+            shared[parameter.name] = given.shared.get(parameter.name, default)
+    return shared, per_model

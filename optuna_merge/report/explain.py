@@ -1,0 +1,129 @@
+"""Which layer groups and models matter: Optuna's parameter importances over a study. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from optuna_merge.errors import StudyError
+from optuna_merge.report.pictures import Bars, HeatMap, Picture, split_parameter
+from optuna_merge.search.samplers import PAIRED_ESTIMATE
+from optuna_merge.storage import open as store
+
+_N_LEAST = 10
+
+
+@dataclass(frozen=True)
+class Importances:
+    """How much of what sets good merges apart lies in which parameter; shares that sum to 1.
+
+    Attributes:
+        study: Its name.
+        n_trials: Trials that were compared; pruned ones with their estimate.
+        parameters: Parameter to its share, largest first.
+        groups: Layer group to the sum of its parameters' shares, from the first layer on.
+        models: Model (or method parameter without a model) to the sum of its shares, largest first.
+    """
+
+    study: str
+    n_trials: int
+    parameters: dict[str, float]
+    groups: dict[str, float]
+    models: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def explain(study: optuna.Study) -> Importances:
+    """Compare the best tenth of a study's merges with all of them, parameter by parameter (PED-ANOVA).
+
+    A share says where the search came to prefer some values over others, not in which direction, and nothing of
+    parameters that matter together only. CMA-ES does not draw uniformly, which shares reflect too.
+
+    Args:
+        study: The study; pruned trials count with their paired estimate.
+
+    Raises:
+        StudyError: If fewer than 10 merges have a score or an estimate, or nothing is searched.
+
+    References:
+        PED-ANOVA, arXiv:2304.10255; Optuna's ``PedAnovaImportanceEvaluator``.
+    """
+    trials = [scored for trial in study.get_trials(deepcopy=False) if (scored := _scored(trial)) is not None]
+    if len(trials) < _N_LEAST:
+        raise StudyError(
+            f"study {study.study_name!r} must have {_N_LEAST} merges with a score to be explained,"
+            f" got {len(trials)}; run more trials"
+        )
+    storage = optuna.storages.InMemoryStorage()
+    study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], study.study_name)
+    compared = optuna.Study(storage.get_study_name_from_id(study_id), storage)
+    compared.add_trials(trials)
+    shares = optuna.importance.get_param_importances(
+        compared,
+        evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+        normalize=True,
+    )
+    labels = study.user_attrs.get(store.FINGERPRINT, {}).get("genome.models", [])
+    groups: dict[str, float] = defaultdict(float)
+    models: dict[str, float] = defaultdict(float)
+    for name in sorted(shares):
+        group, column = split_parameter(name)
+        groups[group] += shares[name]
+        owner = next((label for label in labels if column == label or column.startswith(f"{label}.")), column)
+        models[owner] += shares[name]
+    return Importances(
+        study.study_name,
+        len(trials),
+        dict(sorted(shares.items(), key=lambda item: (-item[1], item[0]))),
+        dict(groups),
+        dict(sorted(models.items(), key=lambda item: (-item[1], item[0]))),
+    )
+
+
+def pictures_of(importances: Importances) -> list[Picture]:
+    """Shares by layer group and model as a heat map, and the sums as bars."""
+    columns: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, share in importances.parameters.items():
+        group, column = split_parameter(name)
+        columns[column][group] = share
+    names = sorted(columns, key=lambda column: -math.fsum(columns[column].values()))
+    return [
+        HeatMap(
+            "importance",
+            "Where it matters which weight a merge has",
+            "share of the importance",
+            names,
+            list(importances.groups),
+            [[columns[column].get(group) for column in names] for group in importances.groups],
+            0.0,
+            round(max(importances.parameters.values()), 4) or 1.0,
+        ),
+        Bars(
+            "importance-groups",
+            "By layer group",
+            "share",
+            [(name, "merge", share, None) for name, share in importances.groups.items()],
+        ),
+        Bars(
+            "importance-models",
+            "By model",
+            "share",
+            [(name, "best", s, None) for name, s in importances.models.items()],
+        ),
+    ]
+
+
+def _scored(trial: FrozenTrial) -> FrozenTrial | None:
+    """A complete copy with the trial's value or estimate; None without either."""
+    value = store.score_of(trial) if trial.state == TrialState.COMPLETE else trial.user_attrs.get(PAIRED_ESTIMATE)
+    if value is None or not trial.params or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        return None
+    return optuna.trial.create_trial(value=value, params=trial.params, distributions=trial.distributions)

@@ -1,0 +1,1 @@
+"""What is searched and how: the parameters, the samplers that draw them, the pruners that end trials early."""

@@ -1,0 +1,351 @@
+"""The search space: which numbers a study searches, what they are called, and the recipe that they decode to.
+
+Knows the study file and the depth of the models; opens neither models nor storage, and loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from optuna.distributions import FloatDistribution
+
+from optuna_merge.checkpoints.tensor_names import group_name, layer_groups
+from optuna_merge.config.sections import Range, StudyConfig
+from optuna_merge.errors import RecipeError
+from optuna_merge.methods import MethodParameter
+from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe, Role, passthrough
+
+if TYPE_CHECKING:
+    import optuna
+
+
+UNIFORM_TOTALS = (1.0, 1.5, 2.0)
+"""Sums of weights at which the uniform merge is scored before the search; the best published merges of three models
+sum to about 2."""
+
+_ISOTROPIC_SIGMA = 1 / 6
+_OTHER_BASELINES = frozenset({"base", "uniform"})
+
+
+@dataclass(frozen=True)
+class ModelRefs:
+    """The checkpoints of a study, resolved.
+
+    Attributes:
+        sources: References of the models that get weights, in the order of the study file.
+        base: Reference of the base model, if there is one.
+        n_layers: Number of layers of each.
+        dtype: Of the merged model.
+        tokenizer_source: Reference of the model whose vocabulary the merged model has; None: all have one.
+    """
+
+    sources: tuple[str, ...]
+    base: str | None
+    n_layers: int
+    dtype: Dtype
+    tokenizer_source: str | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A merge that is scored before the search, so that the study says what it has to beat.
+
+    Attributes:
+        name: ``uniform``, ``uniform x1.5``, ``base``, or a source's label.
+        kind: A uniform merge is a point of the search space; a source or the base is scored as it stands.
+        params: The trial parameters of a uniform merge; empty otherwise.
+        reference: The checkpoint of a source or the base.
+    """
+
+    name: str
+    kind: Literal["uniform", "source", "base"]
+    params: Mapping[str, float]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One number of the space: whose it is, and between which values."""
+
+    model: int | None
+    parameter: MethodParameter
+    interval: Range
+
+
+class SearchSpace:
+    """The float parameters of a study's trials, and their meaning.
+
+    Attributes:
+        labels: Short, unique names of the sources, as used in parameter names.
+        distributions: Parameter name to its distribution, sorted by name; constants are not among them.
+    """
+
+    def __init__(self, config: StudyConfig, models: ModelRefs) -> None:
+        self._config = config
+        self._models = models
+        self.labels = model_labels(config.sources)
+        self._parameters = config.method.parameters_for(has_base=models.base is not None)
+        self._step_groups = self._make_groups()
+        self._slots = dict(sorted(self._make_slots().items()))
+        self.distributions = {
+            name: FloatDistribution(slot.interval.low, slot.interval.high)
+            for name, slot in self._slots.items()
+            if not slot.interval.is_constant
+        }
+
+    def suggest(self, trial: optuna.Trial) -> Recipe:
+        """Draw every parameter of a trial, in sorted order, and decode them."""
+        params = {
+            name: trial.suggest_float(name, distribution.low, distribution.high)
+            for name, distribution in self.distributions.items()
+        }
+        return self.decode(params)
+
+    def decode(self, params: Mapping[str, float]) -> Recipe:
+        """The recipe of a trial.
+
+        Args:
+            params: ``trial.params``; each name of ``distributions`` and no other.
+
+        Raises:
+            RecipeError: If a name is missing or unknown.
+        """
+        if params.keys() != self.distributions.keys():
+            missing = sorted(self.distributions.keys() - params.keys())
+            unknown = sorted(params.keys() - self.distributions.keys())
+            raise RecipeError(f"trial parameters must be those of the study file; missing {missing}, unknown {unknown}")
+        values = {name: params.get(name, slot.interval.low) for name, slot in self._slots.items()}
+        groups = [self._group_recipe(group, values) for group in self._step_groups]
+        genome = self._config.genome
+        if genome.smooth:
+            groups = self._interpolate(groups)
+        options: dict[str, bool | float | str] = dict(self._config.method.switches)
+        given = {"normalize": genome.normalize, "rescale": genome.rescale}
+        options |= {switch: value for switch, value in given.items() if value is not None}
+        return Recipe(
+            method=genome.merge_method,
+            models=self._models.sources,
+            base_model=self._models.base,
+            n_layers=self._models.n_layers,
+            groups=tuple(groups),
+            options=options,
+            dtype=self._models.dtype,
+            tokenizer_source=self._models.tokenizer_source,
+            seed=self._config.study.seed,
+        )
+
+    def uniform(self, total: float = 1.0) -> dict[str, float]:
+        """Trial parameters with the same weight for each model, everything else at its default.
+
+        Args:
+            total: Sum of the models' weights; each weight is clipped to its range.
+        """
+        values: dict[str, float] = {}
+        for name in self.distributions:
+            slot = self._slots[name]
+            value = slot.parameter.default
+            if value is None:
+                value = total / len(self.labels)
+            elif slot.interval.start is not None:
+                value = slot.interval.start
+            values[name] = min(max(value, slot.interval.low), slot.interval.high)
+        return values
+
+    @cached_property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """What is scored before the search, in order: uniform merges, sources, base."""
+        totals = UNIFORM_TOTALS[:1] if self._is_scale_free else UNIFORM_TOTALS
+        result: list[Baseline] = []
+        for total in totals:
+            params = self.uniform(total)
+            if all(params != baseline.params for baseline in result):
+                name = "uniform" if total == 1 else f"uniform x{total:g}"
+                result.append(Baseline(name, "uniform", params))
+        result += [
+            Baseline(label, "source", {}, reference)
+            for label, reference in zip(self.labels, self._models.sources, strict=True)
+        ]
+        if self._models.base is not None:
+            result.append(Baseline("base", "base", {}, self._models.base))
+        return tuple(result)
+
+    def baseline_recipe(self, name: str) -> Recipe:
+        """The recipe of the baseline of that name."""
+        for baseline in self.baselines:
+            if baseline.name == name:
+                if baseline.reference is None:
+                    return self.decode(baseline.params)
+                return passthrough(
+                    baseline.reference,
+                    n_layers=self._models.n_layers,
+                    dtype=self._models.dtype,
+                    tokenizer_source=self._models.tokenizer_source,
+                )
+        known = ", ".join(baseline.name for baseline in self.baselines)
+        raise RecipeError(f"baseline must be one of the study's, got {name!r}; known: {known}")
+
+    def start(self, uniform: Mapping[str, float], rng: np.random.Generator) -> dict[str, float]:
+        """Where the search begins, in the parameters' units.
+
+        Args:
+            uniform: Parameters of the best uniform merge.
+            rng: Draws the point if the study file says ``random_init``.
+        """
+        if self._config.random_init:
+            return {name: float(rng.uniform(d.low, d.high)) for name, d in self.distributions.items()}
+        starts = {name: self._slots[name].interval.start for name in self.distributions}
+        return {name: uniform[name] if start is None else start for name, start in starts.items()}
+
+    def covariance(self) -> np.ndarray:
+        """First covariance of CMA-ES, with every range mapped to [0, 1].
+
+        Returns:
+            Shape ``[n_dimensions, n_dimensions]``, in the order of ``distributions``, positive definite. Weights
+            share a common part and a part for each model (``search.prior``); any other parameter is independent
+            with a sixth of its range. With the isotropic prior all are, and with ``sampler.sigma0`` with that
+            fraction.
+        """
+        slots = [self._slots[name] for name in self.distributions]
+        sigma0, prior = self._config.study.sampler.sigma0, self._config.search.prior
+        if sigma0 is not None or prior.name == "isotropic":
+            return np.eye(len(slots)) * (sigma0 or _ISOTROPIC_SIGMA) ** 2
+        is_weight = np.array([slot.parameter.name == "weight" for slot in slots])
+        model = np.array([-1 if slot.model is None else slot.model for slot in slots])
+        width = np.array([slot.interval.high - slot.interval.low for slot in slots])
+        same_model = model[:, None] == model[None, :]
+        covariance = prior.common**2 + same_model * prior.model**2 + np.eye(len(slots)) * prior.weight**2
+        covariance = covariance / np.outer(width, width)
+        both = np.outer(is_weight, is_weight)
+        result: np.ndarray = np.where(both, covariance, np.eye(len(slots)) * _ISOTROPIC_SIGMA**2)
+        return result
+
+    @property
+    def _is_scale_free(self) -> bool:
+        """Whether multiplying all weights by one number changes nothing."""
+        normalize = self._config.genome.normalize
+        return dict(self._config.method.switches).get("normalize", True) if normalize is None else normalize
+
+    def _make_groups(self) -> list[GroupRecipe]:
+        """The layer groups without their values."""
+        n_layers = self._models.n_layers
+        ranges = layer_groups(n_layers, self._config.genome.layer_granularity)
+        own = self._config.search.embed_group == "own"
+        groups = []
+        for index, layers in enumerate(ranges):
+            roles: list[Role] = []
+            if not own:
+                roles += ["embedding"] if index == 0 else []
+                roles += ["head"] if index == len(ranges) - 1 else []
+            groups.append(GroupRecipe(group_name(layers, n_layers), layers, tuple(roles), ()))
+        if own:
+            # The names keep their place when a dashboard sorts them: embedding < layers_... < norm_head.
+            groups.insert(0, GroupRecipe("embedding", (0, 0), ("embedding",), ()))
+            groups.append(GroupRecipe("norm_head", (n_layers, n_layers), ("head",), ()))
+        return groups
+
+    def _make_slots(self) -> dict[str, _Slot]:
+        slots = {}
+        for group in self._step_groups:
+            for parameter in self._parameters:
+                interval = self._interval(parameter)
+                models = range(len(self.labels)) if parameter.per_model else (None,)
+                for model in models:
+                    for tensor_filter in self._filters_of(group):
+                        name = self._name(group, model, tensor_filter, parameter.name)
+                        slots[name] = _Slot(model, parameter, interval)
+        return slots
+
+    def _filters_of(self, group: GroupRecipe) -> tuple[str | None, ...]:
+        """The study file's filters and None, for the rest; outside the layers there is only the rest."""
+        return (*self._config.genome.filters, None) if group.layers[0] < group.layers[1] else (None,)
+
+    def _name(self, group: GroupRecipe, model: int | None, tensor_filter: str | None, parameter: str) -> str:
+        """``layers_00_07.math.self_attn.weight``: sorts by depth, then model, then tensors."""
+        parts = [group.name]
+        if model is not None:
+            parts.append(self.labels[model])
+        if len(self._filters_of(group)) > 1:
+            parts.append(tensor_filter or "rest")
+        return ".".join([*parts, parameter])
+
+    def _interval(self, parameter: MethodParameter) -> Range:
+        given = self._config.search.ranges.get(parameter.name)
+        if given is not None:
+            return given
+        if parameter.search is None:
+            constant = 1 / len(self.labels) if parameter.default is None else parameter.default
+            return Range(low=constant, high=constant)
+        low, high = parameter.search
+        if parameter.name == "weight" and self._config.genome.allow_negative_weights:
+            low = -high / 2
+        return Range(low=low, high=high)
+
+    def _group_recipe(self, group: GroupRecipe, values: Mapping[str, float]) -> GroupRecipe:
+        sets = []
+        for tensor_filter in self._filters_of(group):
+            shared: dict[str, float] = {}
+            per_model: dict[str, tuple[float, ...]] = {}
+            for parameter in self._parameters:
+                if parameter.per_model:
+                    per_model[parameter.name] = tuple(
+                        values[self._name(group, model, tensor_filter, parameter.name)]
+                        for model in range(len(self.labels))
+                    )
+                else:
+                    shared[parameter.name] = values[self._name(group, None, tensor_filter, parameter.name)]
+            sets.append(ParameterSet(tensor_filter, shared, per_model))
+        return GroupRecipe(group.name, group.layers, group.roles, tuple(sets))
+
+    def _interpolate(self, groups: list[GroupRecipe]) -> list[GroupRecipe]:
+        """One group for each layer, with values between those of the layer groups, as in a mergekit gradient."""
+        knots = [group for group in groups if group.layers[0] < group.layers[1]]
+        n_layers = self._models.n_layers
+        result = [group for group in groups if group.name == "embedding"]
+        for layer in range(n_layers):
+            position = layer / (n_layers - 1) * (len(knots) - 1) if n_layers > 1 else 0.0
+            left = min(int(position), len(knots) - 1)
+            right = min(left + 1, len(knots) - 1)
+            sets = tuple(
+                _between(a, b, position - left)
+                for a, b in zip(knots[left].parameter_sets, knots[right].parameter_sets, strict=True)
+            )
+            roles: list[Role] = []
+            roles += [role for role in knots[0].roles if role == "embedding" and layer == 0]
+            roles += [role for role in knots[-1].roles if role == "head" and layer == n_layers - 1]
+            result.append(GroupRecipe(group_name((layer, layer + 1), n_layers), (layer, layer + 1), tuple(roles), sets))
+        return result + [group for group in groups if group.name == "norm_head"]
+
+
+def model_labels(references: tuple[str, ...]) -> tuple[str, ...]:
+    """Short, unique names for models: the last part of each reference, with what is before it where they clash.
+
+    Of a model with an adapter, the last part is the adapter.
+
+    None is the name of another baseline.
+    """
+    paths = [reference.replace("\\", "/").replace("@", "_").replace("+", "/") for reference in references]
+    parts = [PurePosixPath(path).parts or (".",) for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["_".join(part.strip("/") for part in path[-length:]) for path in parts]
+        if len(set(labels)) == len(labels) and _OTHER_BASELINES.isdisjoint(labels):
+            return tuple(labels)
+    return tuple(f"{path[-1]}_{index}" for index, path in enumerate(parts))
+
+
+def _between(left: ParameterSet, right: ParameterSet, fraction: float) -> ParameterSet:
+    def mix(a: float, b: float) -> float:
+        return (1 - fraction) * a + fraction * b
+
+    return ParameterSet(
+        left.filter,
+        {name: mix(value, right.shared[name]) for name, value in left.shared.items()},
+        {
+            name: tuple(mix(a, b) for a, b in zip(values, right.per_model[name], strict=True))
+            for name, values in left.per_model.items()
+        },
+    )

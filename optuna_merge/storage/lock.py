@@ -1,0 +1,105 @@
+"""A lock in a study's storage: one of all processes that run the study holds it, and it ends with its holder.
+
+    SQLite, journal file    a kernel lock on a file beside it
+    PostgreSQL, MySQL       the server's own lock of a session
+    grpc://                 a call to optuna-merge serve-storage that lasts as long as the lock
+
+Knows nothing of trials. A lock can be lost with the server that keeps it, so who tells a trial still looks whose it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import sqlalchemy
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
+
+from optuna_merge.errors import StudyError
+from optuna_merge.storage import proxy
+from optuna_merge.storage.batched import reason
+
+Lock = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which this process holds the lock; waits until it does."""
+
+_MYSQL_WAIT_S = 3600
+
+
+def make_lock(storage: BaseStorage, name: str, file: Path | None) -> Lock:
+    """The lock of that name in a storage.
+
+    Args:
+        storage: Where it is.
+        name: What is locked; who gives the same name waits for each other.
+        file: The file behind the storage, if it is one.
+
+    Raises:
+        StudyError: If the storage can keep no lock.
+    """
+    backend = storage._backend if isinstance(storage, _CachedStorage) else storage
+    if file is not None:
+        return lambda: file_lock(file.with_name(f"{file.name}.{name}.lock"))
+    if isinstance(backend, GrpcStorageProxy):
+        return lambda: proxy.hold(backend, name)
+    if isinstance(backend, RDBStorage) and has_locks(backend.engine):
+        return lambda: server_lock(backend.engine, name)
+    kind = backend.engine.name if isinstance(backend, RDBStorage) else type(backend).__name__
+    raise StudyError(
+        f"storage must be an SQLite or journal file, PostgreSQL, MySQL or grpc://, got {kind}: workers lock each other"
+        " out there; use one of them"
+    )
+
+
+@contextmanager
+def file_lock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold a kernel lock on a file, which is made if it is missing.
+
+    Args:
+        path: The file; it stays.
+        shared: Together with others who share it.
+        wait: Whether to wait for it.
+
+    Raises:
+        BlockingIOError: If somebody else holds it and ``wait`` is false.
+        StudyError: If the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    except OSError as exc:
+        raise StudyError(f"{path}: lock must be writable, got {reason(exc)}; choose another storage_path") from exc
+    with handle:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def has_locks(engine: sqlalchemy.Engine) -> bool:
+    """Whether :func:`server_lock` knows the locks of a database server."""
+    return engine.name in _SERVERS
+
+
+@contextmanager
+def server_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
+    """Hold a lock of a database server, in a connection of its own."""
+    take, give = _SERVERS[engine.name]
+    key = hashlib.sha256(f"optuna-merge {name}".encode()).digest()
+    given = {"key": int.from_bytes(key[:8], "big", signed=True), "name": f"optuna-merge {key.hex()[:40]}"}
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sqlalchemy.text(take), given)
+        try:
+            yield
+        finally:
+            try:
+                connection.execute(sqlalchemy.text(give), given)
+            except sqlalchemy.exc.SQLAlchemyError:
+                connection.invalidate()  # the server has gone, and the lock with it
+
+
+_SERVERS = {
+    "postgresql": ("SELECT pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"),
+    **dict.fromkeys(("mysql", "mariadb"), (f"SELECT GET_LOCK(:name, {_MYSQL_WAIT_S})", "SELECT RELEASE_LOCK(:name)")),
+}

@@ -1,0 +1,1 @@
+"""Tiny checkpoints, a fake engine and conformance classes."""
