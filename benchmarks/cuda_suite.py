@@ -50,7 +50,8 @@ from optuna_merge.merging.merger import Merger
 from optuna_merge.merging.placement import free_host_bytes, plan_sources
 from optuna_merge.methods import METHODS
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
-from optuna_merge.testing.conformance import merge_tensors, write_tiny_models
+from optuna_merge.testing.methods import merge_tensors
+from optuna_merge.testing.models import write_tiny_models
 
 N_SOURCES = 3
 GIB = 2**30
@@ -427,7 +428,8 @@ def part_scoring(suite: Suite) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optuna_merge.evaluation.engines.hf import HFEngine
-    from optuna_merge.evaluation.scorer import EvalTask, Scorer
+    from optuna_merge.evaluation.scorer import Scorer
+    from optuna_merge.evaluation.term import EvalTask
 
     path, folder = suite.models[0], suite.folder / "tasks"
     dtype = "float32" if suite.device.type == "cpu" else "bfloat16"
@@ -573,8 +575,9 @@ def require_package(name: str) -> None:
 
 
 def run_trials(suite: Suite, n_trials: int, engine: dict[str, Any]) -> dict[str, Any]:
-    from optuna_merge.config.sections import load_study
-    from optuna_merge.storage import open as store
+    from optuna_merge.config.read import load_study
+    from optuna_merge.storage import attributes
+    from optuna_merge.storage.open import open_study, storage_url
     from optuna_merge.study.check import check_study
     from optuna_merge.study.objective import MergeObjective
     from optuna_merge.study.run import run_study
@@ -609,8 +612,8 @@ def run_trials(suite: Suite, n_trials: int, engine: dict[str, Any]) -> dict[str,
         wall = time.perf_counter() - start
     objective.close()
     empty_caches(suite)
-    trials = store.open_study(store.storage_url(config.storage_path, config.study.storage), name).trials
-    keys = (store.MERGE_SECONDS, store.EVALUATION_SECONDS)
+    trials = open_study(storage_url(config.storage_path, config.study.storage), name).trials
+    keys = (attributes.MERGE_SECONDS, attributes.EVALUATION_SECONDS)
     merging, scoring = (sum(trial.user_attrs.get(key, 0.0) for trial in trials) for key in keys)
     storage = sum(in_storage)  # of which nothing is within the seconds of merging and scoring
     return {
@@ -665,7 +668,8 @@ def timed_storage() -> Iterator[list[float]]:
 def part_faults(suite: Suite) -> dict[str, Any]:
     """After a merge that is not finite, one that is interrupted and memory that runs out, the next score is right."""
     from optuna_merge.evaluation.engines.hf import HFEngine
-    from optuna_merge.evaluation.scorer import EvalTask, Scorer
+    from optuna_merge.evaluation.scorer import Scorer
+    from optuna_merge.evaluation.term import EvalTask
 
     suite = suite.small
     recipe = make_recipe(suite, "task_arithmetic")

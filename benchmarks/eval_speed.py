@@ -29,8 +29,9 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optuna_merge.evaluation.engines.hf import HFEngine
-from optuna_merge.evaluation.scorer import EvalTask, Scorer
-from optuna_merge.testing.conformance import write_tiny_models
+from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.evaluation.term import EvalTask
+from optuna_merge.testing.models import write_tiny_models
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET_LM_EVAL = 0.1

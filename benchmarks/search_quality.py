@@ -32,14 +32,16 @@ import numpy as np
 import optuna
 import yaml
 
-from optuna_merge.config.sections import load_study
-from optuna_merge.evaluation.scorer import ChunkResult, Score, TaskScore
+from optuna_merge.config.read import load_study
+from optuna_merge.evaluation.results import ChunkResult, Score, TaskScore
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import PASSTHROUGH, Recipe
-from optuna_merge.report.summary import best_merge
 from optuna_merge.search.space import ModelRefs
-from optuna_merge.storage.open import DOCUMENTS
-from optuna_merge.study.objective import MergeObjective, StudyModels, build_scorer, make_engine
+from optuna_merge.storage.attributes import DOCUMENTS
+from optuna_merge.storage.trials import best_merge
+from optuna_merge.study.engines import build_scorer, make_engine
+from optuna_merge.study.models import StudyModels
+from optuna_merge.study.objective import MergeObjective
 
 ROOT = Path(__file__).resolve().parents[1]
 N_MODELS = 3

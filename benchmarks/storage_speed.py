@@ -27,16 +27,19 @@ import yaml
 from optuna.trial import FrozenTrial
 
 from optuna_merge.cli.progress import TerminalWatcher
-from optuna_merge.config.sections import load_study
+from optuna_merge.config.read import load_study
 from optuna_merge.merging.merger import Merger
 from optuna_merge.report.dashboard import DashboardWatcher
-from optuna_merge.search.samplers import GP_EVERY
+from optuna_merge.search.named import GP_EVERY
 from optuna_merge.search.space import SearchSpace
-from optuna_merge.storage import open as store
-from optuna_merge.study.objective import MergeObjective, StudyModels, build_scorer
+from optuna_merge.storage import attributes
+from optuna_merge.study.engines import build_scorer
+from optuna_merge.study.models import StudyModels
+from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
 from optuna_merge.study.watcher import Watcher, Watchers
-from optuna_merge.testing.conformance import FakeEngine, write_tiny_models
+from optuna_merge.testing.engine import FakeEngine
+from optuna_merge.testing.models import write_tiny_models
 from tests import databases
 from tests.conftest import write_task
 
@@ -57,7 +60,7 @@ class Stopwatch(Watcher):
 
     def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
         now = time.perf_counter()
-        work = trial.user_attrs[store.MERGE_SECONDS] + trial.user_attrs[store.EVALUATION_SECONDS]
+        work = trial.user_attrs[attributes.MERGE_SECONDS] + trial.user_attrs[attributes.EVALUATION_SECONDS]
         self.overheads.append(now - self._since - work)
         self.states.append(trial.state.name.lower())
         self._since = now

@@ -28,7 +28,8 @@ from lm_eval.api.instance import Instance
 from safetensors.torch import load_file
 
 from optuna_merge.evaluation.engines.vllm import VLLMEngine
-from optuna_merge.testing.conformance import TextRequest, write_tiny_models
+from optuna_merge.testing.conformance import TextRequest
+from optuna_merge.testing.models import write_tiny_models
 
 TARGET = 0.3
 WINDOW = 1024

@@ -23,14 +23,18 @@ import torch
 import transformers
 import yaml
 
-from optuna_merge.config.sections import load_study
+from optuna_merge.config.read import load_study
 from optuna_merge.evaluation.engine import Prepared, Response
 from optuna_merge.merging.merger import Merger
 from optuna_merge.search.space import SearchSpace
-from optuna_merge.storage import open as store
-from optuna_merge.study.objective import MergeObjective, StudyModels, build_scorer
+from optuna_merge.storage.open import open_study, storage_url
+from optuna_merge.storage.trials import FINISHED
+from optuna_merge.study.engines import build_scorer
+from optuna_merge.study.models import StudyModels
+from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
-from optuna_merge.testing.conformance import FakeEngine, write_tiny_models
+from optuna_merge.testing.engine import FakeEngine
+from optuna_merge.testing.models import write_tiny_models
 from tests.conftest import write_task
 
 N_CHUNKS = 5
@@ -114,8 +118,8 @@ def write_study(folder: Path, name: str, n_trials: int) -> Path:
 
 def trials_per_hour(file: Path) -> float:
     config = load_study(file)
-    url = store.storage_url(config.storage_path, config.study.storage)
-    trials = store.open_study(url, config.study.name).get_trials(states=store.FINISHED)
+    url = storage_url(config.storage_path, config.study.storage)
+    trials = open_study(url, config.study.name).get_trials(states=FINISHED)
     begun = min(trial.datetime_start for trial in trials if trial.datetime_start)
     ended = max(trial.datetime_complete for trial in trials if trial.datetime_complete)
     return 3600 * len(trials) / (ended - begun).total_seconds()

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from optuna_merge.cli.options import open_started
-from optuna_merge.config.sections import load_study
+from optuna_merge.config.read import load_study
 from optuna_merge.report.dashboard import make_dashboard, refresh
 from optuna_merge.report.page import page
 from optuna_merge.report.pictures import pictures

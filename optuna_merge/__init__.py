@@ -6,10 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optuna_merge.config.sections import StudyConfig, load_study
+    from optuna_merge.config.read import load_study
+    from optuna_merge.config.sections import StudyConfig
     from optuna_merge.errors import OptunaMergeError
     from optuna_merge.recipe import Recipe
-    from optuna_merge.search.samplers import RepeatableSampler, StableCmaEsSampler
+    from optuna_merge.report.trackers import Tracker
+    from optuna_merge.search.named import RepeatableSampler
+    from optuna_merge.search.samplers import StableCmaEsSampler
     from optuna_merge.study.objective import MergeObjective
     from optuna_merge.study.run import run_study
 
@@ -20,6 +23,7 @@ __all__ = [
     "RepeatableSampler",
     "StableCmaEsSampler",
     "StudyConfig",
+    "Tracker",
     "load_study",
     "run_study",
 ]
@@ -28,10 +32,11 @@ _HOMES = {
     "MergeObjective": "study.objective",
     "OptunaMergeError": "errors",
     "Recipe": "recipe",
-    "RepeatableSampler": "search.samplers",
+    "RepeatableSampler": "search.named",
     "StableCmaEsSampler": "search.samplers",
     "StudyConfig": "config.sections",
-    "load_study": "config.sections",
+    "Tracker": "report.trackers",
+    "load_study": "config.read",
     "run_study": "study.run",
 }
 

@@ -102,3 +102,8 @@ def is_out_of_memory(exc: BaseException) -> bool:
     """Whether an error of torch or Python says that a device or the host has no memory left."""
     texts = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
     return isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and any(text in str(exc) for text in texts))
+
+
+def first_line(exc: BaseException) -> str:
+    """The first line of an error's text, for a message of ours; the name of its type if it has none."""
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from optuna_merge.testing.conformance import write_tiny_models
+from optuna_merge.testing.models import write_tiny_models
 
 TASK_HELPER = """
 import datasets

@@ -12,7 +12,8 @@ import yaml
 from typer.main import get_command
 
 from optuna_merge.cli.app import app
-from optuna_merge.config.sections import GenomeConfig, SearchConfig, StudyConfig, load_study
+from optuna_merge.config.read import load_study
+from optuna_merge.config.sections import GenomeConfig, SearchConfig, StudyConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from optuna_merge.cli.app import app
-from optuna_merge.testing.conformance import write_tiny_models
-from tests.test_vocabulary import extend
+from optuna_merge.testing.models import write_tiny_models
+from tests.checkpoints.test_vocabulary import extend
 
 ROOT = Path(__file__).parent.parent
 

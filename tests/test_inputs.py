@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from optuna_merge.cli.app import app
-from optuna_merge.testing.conformance import write_tiny_models
-from tests.test_replay import plain_lm_eval
+from optuna_merge.testing.models import write_tiny_models
+from tests.study.test_replay import plain_lm_eval
 
 
 @pytest.mark.parametrize("kind", ["experts", "stored rotary frequencies"])

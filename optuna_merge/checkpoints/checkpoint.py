@@ -7,24 +7,21 @@ adapters on top of them. Weights are mapped into memory and read when they are a
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from optuna_merge.checkpoints.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from optuna_merge.checkpoints.adapter import Adapter
 from optuna_merge.checkpoints.files import TensorFiles, read_json, write_json
-from optuna_merge.checkpoints.tensor_names import find_layer_stack, is_buffer
+from optuna_merge.checkpoints.reference import ResolvedReference, resolve
+from optuna_merge.checkpoints.tensor_names import find_layer_stack
 from optuna_merge.errors import CheckpointError
-from optuna_merge.recipe import split_reference
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -41,75 +38,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """What a tokenizer may consist of."""
-
-_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken")
-_N_SHOWN = 10
 _CONVERT = (
     'convert it once: python -c "from transformers import AutoModelForCausalLM as M; import sys; '
     "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])\" {source} {target} "
     "(a pickle can run code when it is read: do this only for a source that you trust)"
 )
-
-
-@dataclass(frozen=True)
-class ResolvedReference:
-    """A model reference and the folder that it led to.
-
-    Attributes:
-        reference: As somebody wrote it.
-        name: The same model for any reader: an absolute path, or ``org/name@commit`` for a model of the hub; two of
-            them, joined with ``+``, for a model with an adapter.
-        path: The folder.
-        is_local: Whether it was a folder from the start, and not fetched from the hub.
-        adapter: Of the model, if it has one.
-    """
-
-    reference: str
-    name: str
-    path: Path
-    is_local: bool
-    adapter: ResolvedReference | None = None
-
-    @property
-    def spellings(self) -> dict[str, str]:
-        """``name``, or the names of model and adapter, to what a reader elsewhere should be told.
-
-        That is a hub name as it was written, or the absolute path of a folder.
-        """
-        if self.adapter is None:
-            return {self.name: self.name if self.is_local else self.reference}
-        model, _ = split_reference(self.name)
-        written = self.reference.removesuffix(f"+{self.adapter.reference}")
-        return {model: model if self.is_local else written} | self.adapter.spellings
-
-
-def resolve(reference: str, relative_to: Path | None = None) -> ResolvedReference:
-    """Find the folder that a model reference means; fetch it from the hub if it is no folder.
-
-    Args:
-        reference: A folder (absolute, or relative to ``relative_to``), or ``org/name`` or ``org/name@revision`` on
-            the model hub. What starts with ``.``, ``/`` or ``~`` is always a folder. Two of them joined with ``+``
-            are a model and its adapter, unless there is a folder of that name.
-        relative_to: Folder of the file that holds the reference; None: the working directory.
-
-    Raises:
-        CheckpointError: If it is neither; the message names both readings.
-    """
-    start = relative_to or Path.cwd()
-    folder = start / Path(reference).expanduser()
-    if folder.is_dir():
-        absolute = folder.resolve()
-        if split_reference(str(absolute))[1] is not None:
-            raise CheckpointError(f"{absolute}: path must not read like a model with an adapter; rename the folder")
-        return ResolvedReference(reference, str(absolute), absolute, is_local=True)
-    if "+" in reference:
-        splits = [(reference[:at], reference[at + 1 :]) for at, sign in enumerate(reference) if sign == "+"]
-        model, adapter = next((pair for pair in splits if (start / Path(pair[0]).expanduser()).is_dir()), splits[0])
-        base, added = resolve(model, start), resolve(adapter, start)
-        return ResolvedReference(reference, f"{base.name}+{added.name}", base.path, base.is_local, added)
-    if reference.startswith((".", "/", "~")):
-        raise CheckpointError(f"model {reference!r} must be an existing folder, found none at {folder}")
-    return _fetch(reference, folder)
 
 
 class Checkpoint:
@@ -345,101 +278,12 @@ class CheckpointView(Checkpoint):
         return self._inner.nbytes
 
 
-def compare(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = None) -> list[str]:
-    """Everything that keeps checkpoints from being merged tensor by tensor. Reads headers only.
-
-    Args:
-        checkpoints: The first is what the others are compared with: the base, if there is one.
-        tokenizer_source: If None, every model must have the same vocabulary.
-
-    Returns:
-        One line for each difference; empty: they can be merged.
-    """
-    first, *others = checkpoints
-    problems = [problem for checkpoint in checkpoints for problem in _quantized(checkpoint)]
-    for other in others:
-        if found := _compare_configs(first, other):
-            problems += found  # their tensors would all differ too, which says nothing more
-        else:
-            problems += _compare_tensors(first, other, rows_may_differ=tokenizer_source is not None)
-    if tokenizer_source is None:
-        problems += _compare_vocabularies(checkpoints)
-    return problems
-
-
-def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = None) -> None:
-    """Raise what :func:`compare` finds.
-
-    Raises:
-        CheckpointError: With one line for each of the first ten problems, and the number of the others.
-    """
-    problems = compare(checkpoints, tokenizer_source)
-    if problems:
-        more = [f"and {len(problems) - _N_SHOWN} more differences"] if len(problems) > _N_SHOWN else []
-        raise CheckpointError("\n".join(problems[:_N_SHOWN] + more))
-
-
 def restated(config: Mapping[str, Any], **values: Any) -> dict[str, Any]:
     """A ``config.json`` with other values, also where it describes the text model of several in one."""
     changed = {**config, **values}
     if isinstance(config.get("text_config"), Mapping):
         changed["text_config"] = {**config["text_config"], **values}
     return changed
-
-
-def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """The names of the tensors that all checkpoints have, in the order of the first."""
-    return tuple(name for name in checkpoints[0].names if all(name in checkpoint for checkpoint in checkpoints))
-
-
-def write_checkpoint(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_shard_bytes: int = 5_000_000_000
-) -> list[Path]:
-    """Write a stream of tensors as safetensors, with an index if there is more than one file.
-
-    Args:
-        folder: An existing folder without weights.
-        tensors: Names and tensors on any device; each is kept until its shard is full, so a producer must not
-            reuse their memory.
-        max_shard_bytes: A shard is closed before a tensor that would make it larger; a single larger tensor gets
-            a shard of its own.
-
-    Returns:
-        The weight files, in order.
-    """
-    home: list[list[str]] = []  # the names in each shard
-    total_bytes = 0
-    for number, shard in enumerate(_shards(tensors, max_shard_bytes), start=1):
-        save_file(shard, folder / f"shard-{number:05d}.safetensors", metadata={"format": "pt"})
-        home.append(list(shard))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-    if not home:
-        raise CheckpointError(f"{folder}: a checkpoint must hold at least one tensor, got none")
-    files = []
-    for number in range(1, len(home) + 1):
-        name = SINGLE_FILE if len(home) == 1 else f"model-{number:05d}-of-{len(home):05d}.safetensors"
-        files.append((folder / f"shard-{number:05d}.safetensors").rename(folder / name))
-    if len(home) > 1:
-        weight_map = {name: file.name for file, names in zip(files, home, strict=True) for name in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return files
-
-
-def _fetch(reference: str, looked_at: Path) -> ResolvedReference:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    name, _, revision = reference.partition("@")
-    try:
-        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as exc:
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise CheckpointError(
-            f"model {reference!r} must be a folder or a model of the hub, but there is no folder {looked_at}, "
-            f"and the hub gave none: {reason}"
-        ) from exc
-    return ResolvedReference(reference, f"{name}@{path.name}", path, is_local=False)
 
 
 def _open_adapter(resolved: ResolvedReference, tensors: TensorFiles) -> Adapter:
@@ -495,94 +339,6 @@ def _stated_n_layers(config: Mapping[str, Any]) -> int | None:
             if isinstance(section, Mapping) and isinstance(section.get(key), int):
                 return int(section[key])
     return None
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous().cpu()
-        size += tensor.nbytes
-    if shard:
-        yield shard
-
-
-def _quantized(checkpoint: Checkpoint) -> list[str]:
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
-        return [f"{checkpoint.reference}: weights must not be quantized, got {method}; use the unquantized model"]
-    return []
-
-
-def _compare_configs(first: Checkpoint, other: Checkpoint) -> list[str]:
-    for key in ("architectures", "model_type"):
-        ours, theirs = first.config.get(key), other.config.get(key)
-        if ours is not None and theirs is not None and ours != theirs:
-            return [f"{key} must match {first.reference} ({_plain(ours)}), got {_plain(theirs)} in {other.reference}"]
-    if first.n_layers != other.n_layers:
-        where = f"in {other.reference}"
-        return [f"number of layers must match {first.reference} ({first.n_layers}), got {other.n_layers} {where}"]
-    return []
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _compare_tensors(first: Checkpoint, other: Checkpoint, *, rows_may_differ: bool) -> list[str]:
-    problems = []
-    for name in first.names:
-        if name in other:
-            problems += _compare_tensor(name, first, other, rows_may_differ=rows_may_differ)
-        elif not is_buffer(name):
-            problems.append(f"{name}: must be in every model, is in {first.reference} but not in {other.reference}")
-    problems += [
-        f"{name}: must be in every model, is in {other.reference} but not in {first.reference}"
-        for name in other.names
-        if name not in first and not is_buffer(name)
-    ]
-    return problems
-
-
-def _compare_tensor(name: str, first: Checkpoint, other: Checkpoint, *, rows_may_differ: bool) -> list[str]:
-    ours, theirs = first.shape(name), other.shape(name)
-    if ours != theirs:
-        where = f"must match {first.reference} {list(ours)}, got {list(theirs)} in {other.reference}"
-        if not _differ_in_vocabulary(ours, theirs, first, other):
-            return [f"{name}: shape {where}"]
-        return [] if rows_may_differ else [f"{name}: vocabulary rows {where}; set tokenizer_source"]
-    if first.dtype(name).is_floating_point != other.dtype(name).is_floating_point:
-        dtypes = f"must match {first.reference} {first.dtype(name)}, got {other.dtype(name)} in {other.reference}"
-        return [f"{name}: dtype {dtypes}"]
-    return []
-
-
-def _differ_in_vocabulary(ours: tuple[int, ...], theirs: tuple[int, ...], first: Checkpoint, other: Checkpoint) -> bool:
-    sizes = (first.vocab_size, other.vocab_size)
-    return bool(ours and theirs) and ours[1:] == theirs[1:] and (ours[0], theirs[0]) == sizes
-
-
-def _compare_vocabularies(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    known = [(checkpoint, vocabulary) for checkpoint in checkpoints if (vocabulary := checkpoint.vocabulary())]
-    if not known:
-        return []
-    (first, ours), *others = known
-    problems = []
-    for other, theirs in others:
-        different = sorted(
-            (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
-            key=lambda token: (min(ours.get(token, 1 << 62), theirs.get(token, 1 << 62)), token),
-        )
-        if different:
-            shown = ", ".join(f"{t!r} ({ours.get(t, 'none')} and {theirs.get(t, 'none')})" for t in different[:3])
-            problems.append(
-                f"vocabulary of {other.reference} must equal that of {first.reference}, {len(different)} tokens have "
-                f"another id: {shown}{', ...' if len(different) > 3 else ''}; set tokenizer_source"
-            )
-    return problems
 
 
 def _read_vocabulary(path: Path, reference: str) -> dict[str, int] | None:

@@ -67,26 +67,6 @@ def is_buffer(name: str) -> bool:
     return bool(_BUFFER.search(f".{name}"))
 
 
-def layer_groups(n_layers: int, granularity: int) -> list[tuple[int, int]]:
-    """Cut the layers into consecutive groups.
-
-    Args:
-        n_layers: Number of layers, at least 1.
-        granularity: Layers in a group; 0 means all in one. The last group may be short.
-
-    Returns:
-        Half-open ranges that cover [0, ``n_layers``) in order.
-    """
-    step = granularity or n_layers
-    return [(start, min(start + step, n_layers)) for start in range(0, n_layers, step)]
-
-
-def group_name(layers: tuple[int, int], n_layers: int) -> str:
-    """``layers_04_07`` for the half-open range (4, 8): inclusive, padded so that names sort by depth."""
-    width = max(2, len(str(n_layers - 1)))
-    return f"layers_{layers[0]:0{width}d}_{layers[1] - 1:0{width}d}"
-
-
 def _split(name: str) -> tuple[str, int | None]:
     parts: Sequence[str] = name.split(".")
     for position, part in enumerate(parts):

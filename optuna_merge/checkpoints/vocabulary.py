@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optuna_merge.checkpoints.checkpoint import Checkpoint, CheckpointView, check_compatible
+from optuna_merge.checkpoints.checkpoint import Checkpoint, CheckpointView
+from optuna_merge.checkpoints.compare import check_compatible
 from optuna_merge.checkpoints.tensor_names import place_of
 from optuna_merge.errors import CheckpointError
 

@@ -30,7 +30,7 @@ def check(
 
     Example: optuna-merge check studies/quickstart.yaml --card 24GB
     """
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
     from optuna_merge.study.check import check_study
     from optuna_merge.study.memory import parse_size
 

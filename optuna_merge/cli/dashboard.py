@@ -24,7 +24,7 @@ def dashboard(
 
     The pictures are under Analytics, the note under Note, and each trial has its merge file and its documents' scores.
     """
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
     from optuna_merge.report.dashboard import make_dashboard, refresh
 
     config = load_study(file, overrides_of(storage_path, storage))

@@ -34,10 +34,10 @@ def explain(
 
     Example: optuna-merge explain studies/quickstart.yaml --html explain.html
     """
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
     from optuna_merge.report.explain import explain, pictures_of
     from optuna_merge.report.page import pictures_page
-    from optuna_merge.storage.batched import reason
+    from optuna_merge.storage.outages import reason
 
     config = load_study(file, overrides_of(storage_path, storage))
     importances = explain(open_started(config))

@@ -41,15 +41,18 @@ def export(
 
     Example: optuna-merge export studies/quickstart.yaml merged_model
     """
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
     from optuna_merge.merging.export import export
     from optuna_merge.merging.hub import check_name
     from optuna_merge.merging.hub import push as upload
     from optuna_merge.merging.merger import Merger
-    from optuna_merge.report.summary import best_merge, markdown_table, summarize
+    from optuna_merge.report.summary import markdown_table, summarize
     from optuna_merge.search.space import SearchSpace
-    from optuna_merge.storage.open import FAILURE, refuse_differences, score_of
-    from optuna_merge.study.objective import StudyModels, merge_fingerprint, recipe_of
+    from optuna_merge.storage.attributes import FAILURE
+    from optuna_merge.storage.fingerprint import refuse_differences
+    from optuna_merge.storage.trials import best_merge, score_of
+    from optuna_merge.study.fingerprint import merge_fingerprint
+    from optuna_merge.study.models import StudyModels, recipe_of
 
     if push is not None:
         check_name(push)

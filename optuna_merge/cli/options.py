@@ -46,7 +46,7 @@ def overrides_of(
     seed: int | None = None,
 ) -> dict[str, Any]:
     """What the common options replace in the study file; a path given here is relative to the working directory."""
-    from optuna_merge.config.sections import absolute_storage
+    from optuna_merge.config.read import absolute_storage
 
     given = {
         "storage_path": storage_path and storage_path.absolute(),

@@ -22,7 +22,7 @@ def prepare_data(
 
     Example: optuna-merge prepare-data studies/spartqa_alpaca.yaml
     """
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
     from optuna_merge.data import prepare_data
 
     config = load_study(file)

@@ -17,8 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from optuna_merge.report.summary import best_merge
-from optuna_merge.storage import open as store
+from optuna_merge.internals.optuna import known_state
+from optuna_merge.storage import attributes
+from optuna_merge.storage.trials import best_merge, generation, n_finished, score_of
 from optuna_merge.study.watcher import Watcher
 
 PAUSE_S = 2.0
@@ -61,7 +62,7 @@ class TerminalWatcher(Watcher):
 
     def study_opened(self, study: optuna.Study, n_trials: int, requeued: list[int]) -> None:
         """Say where the study stands."""
-        self._n_trials, self._n_before = n_trials, store.n_finished(study)
+        self._n_trials, self._n_before = n_trials, n_finished(study)
         self._since = time.monotonic()
         if requeued:
             self._console.print(f"taken up again: trial {', '.join(map(str, requeued))}", markup=False)
@@ -72,7 +73,7 @@ class TerminalWatcher(Watcher):
 
     def trial_started(self, trial: optuna.Trial) -> None:
         """Name the trial."""
-        self._label = trial.user_attrs.get(store.BASELINE, f"trial {trial.number}")
+        self._label = trial.user_attrs.get(attributes.BASELINE, f"trial {trial.number}")
         self._trial, self._chunks = trial, []
         if self._is_live and self._study is not None:
             best = best_merge(self._study)
@@ -83,18 +84,18 @@ class TerminalWatcher(Watcher):
         self._n_chunks = n_chunks
         if not self._is_live or self._trial is None:
             return
-        own = self._trial._cached_frozen_trial.intermediate_values  # reading them would write what waits to be
+        own = known_state(self._trial).intermediate_values  # reading them would write what waits to be
         self._chunks = [(value, self._beaten.get(step)) for step, value in sorted(own.items())]
 
     def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
         """One line for the trial."""
-        n_finished = store.n_finished(study)
-        left = self._left(n_finished)
-        self._n_finished, self._trial, self._chunks = n_finished, None, []
-        self._n_documents += trial.user_attrs.get(store.DOCUMENTS, 0)
+        n_done = n_finished(study)
+        left = self._left(n_done)
+        self._n_finished, self._trial, self._chunks = n_done, None, []
+        self._n_documents += trial.user_attrs.get(attributes.DOCUMENTS, 0)
         if self._is_live:
             self._standing = standing_of(study)
-        baseline = trial.user_attrs.get(store.BASELINE)
+        baseline = trial.user_attrs.get(attributes.BASELINE)
         name = f"trial {trial.number}" + (f" ({baseline})" if baseline else "")
         if trial.state == TrialState.COMPLETE:
             values = trial.values or []
@@ -105,10 +106,10 @@ class TerminalWatcher(Watcher):
         elif trial.state == TrialState.PRUNED:
             result = f"pruned after {len(trial.intermediate_values)} chunks"
         else:
-            result = f"failed: {trial.user_attrs.get(store.FAILURE, '')}"
+            result = f"failed: {trial.user_attrs.get(attributes.FAILURE, '')}"
         mark = "  best so far" if is_best else ""
         self._console.print(
-            f"[{n_finished}/{self._n_trials}] {name}  {result}  {_seconds(trial)}{self._by}  {left}{mark}", markup=False
+            f"[{n_done}/{self._n_trials}] {name}  {result}  {_seconds(trial)}{self._by}  {left}{mark}", markup=False
         )
 
     def _view(self) -> Group:
@@ -145,8 +146,8 @@ class TerminalWatcher(Watcher):
 
 
 def _seconds(trial: FrozenTrial) -> str:
-    merge = trial.user_attrs.get(store.MERGE_SECONDS, 0.0)
-    return f"merge {merge:.2f} s, scoring {trial.user_attrs.get(store.EVALUATION_SECONDS, 0.0):.2f} s"
+    merge = trial.user_attrs.get(attributes.MERGE_SECONDS, 0.0)
+    return f"merge {merge:.2f} s, scoring {trial.user_attrs.get(attributes.EVALUATION_SECONDS, 0.0):.2f} s"
 
 
 def standing_of(study: optuna.Study) -> list[tuple[str, str]]:
@@ -157,21 +158,21 @@ def standing_of(study: optuna.Study) -> list[tuple[str, str]]:
     rivals = [
         trial
         for trial in trials
-        if trial.user_attrs.get(store.BASELINE_KIND) in ("source", "uniform")
+        if trial.user_attrs.get(attributes.BASELINE_KIND) in ("source", "uniform")
         and trial.state == TrialState.COMPLETE
         and (best is None or trial.number != best.number)
     ]
-    rival = max(rivals, key=lambda trial: store.score_of(trial) or 0.0, default=None)
-    ahead = None if best is None else store.score_of(best)
-    behind = None if rival is None else store.score_of(rival)
+    rival = max(rivals, key=lambda trial: score_of(trial) or 0.0, default=None)
+    ahead = None if best is None else score_of(best)
+    behind = None if rival is None else score_of(rival)
     if best is not None:
         rows.append(("best", f"{ahead:.4f}  trial {best.number}"))
     if rival is not None:
-        words = f"{behind:.4f}  {rival.user_attrs[store.BASELINE]}"
+        words = f"{behind:.4f}  {rival.user_attrs[attributes.BASELINE]}"
         if ahead is not None and behind is not None:
             words += f"  ({ahead - behind:+.4f})"
         rows.append(("to beat", words))
-    generations = [found for trial in trials if (found := store.generation(trial)) is not None]
+    generations = [found for trial in trials if (found := generation(trial)) is not None]
     states = Counter(trial.state for trial in trials)
     words = (
         f"{states[TrialState.PRUNED]} pruned, {states[TrialState.FAIL]} failed, {states[TrialState.RUNNING]} running"
@@ -190,13 +191,13 @@ class StudyView:
     def __init__(self, study: optuna.Study) -> None:
         self._study = study
         self._since = time.monotonic()
-        self._n_before = store.n_finished(study)
+        self._n_before = n_finished(study)
         self._documents_before = self._documents()
         self.is_done = False
 
     def render(self) -> Group:
         """What it looks like now."""
-        wanted, finished = self._study.user_attrs.get(store.WANTED, 0), store.n_finished(self._study)
+        wanted, finished = self._study.user_attrs.get(attributes.WANTED, 0), n_finished(self._study)
         self.is_done = finished >= wanted
         seconds = max(time.monotonic() - self._since, 1e-9)
         bar = Table.grid(padding=(0, 1))
@@ -210,12 +211,12 @@ class StudyView:
         for name, words in standing_of(self._study):
             table.add_row(Text(name, style="bold"), Text(words))
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            name = trial.user_attrs.get(store.BASELINE, f"trial {trial.number}")
+            name = trial.user_attrs.get(attributes.BASELINE, f"trial {trial.number}")
             table.add_row(Text("now", style="bold"), Text(f"{name}  {len(trial.intermediate_values)} chunks"))
         return Group(bar, table)
 
     def _documents(self) -> int:
-        return sum(trial.user_attrs.get(store.DOCUMENTS, 0) for trial in self._study.get_trials(deepcopy=False))
+        return sum(trial.user_attrs.get(attributes.DOCUMENTS, 0) for trial in self._study.get_trials(deepcopy=False))
 
 
 def time_left(seconds: float, n_done: int, n_left: int) -> str:

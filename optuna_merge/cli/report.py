@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import optuna
 
     from optuna_merge.config.sections import StudyConfig
-    from optuna_merge.report.summary import HoldoutRow, Row, Summary
+    from optuna_merge.report.summary import Row, Summary
+    from optuna_merge.study.holdout_file import HoldoutRow
 
 
 def report(
@@ -48,14 +49,15 @@ def report(
 
     Where one of the best merges has not been scored on the holdout yet, this loads the models and does it.
     """
-    from optuna_merge.config.sections import load_study
-    from optuna_merge.report.summary import N_BEST, markdown_table, needs_holdout, summarize
+    from optuna_merge.config.read import load_study
+    from optuna_merge.report.summary import markdown_table, summarize
+    from optuna_merge.study.holdout_file import N_BEST, needs_holdout
 
     best = best or N_BEST
     config = load_study(file, overrides_of(storage_path, storage, task_search_path, seed))
     study = open_started(config)
     if config.holdout is not None and needs_holdout(study, config.storage_path, best):
-        from optuna_merge.storage.open import check_fingerprint
+        from optuna_merge.storage.fingerprint import check_fingerprint
         from optuna_merge.study.holdout import score_holdout
         from optuna_merge.study.objective import MergeObjective
         from optuna_merge.study.run import as_started
@@ -78,7 +80,7 @@ def report(
 def _write_page(out: Path, study: optuna.Study, summary: Summary, config: StudyConfig) -> None:
     from optuna_merge.report.page import page
     from optuna_merge.report.pictures import pictures
-    from optuna_merge.storage.batched import reason
+    from optuna_merge.storage.outages import reason
 
     recipe = config.storage_path / "best_config.yaml"
     try:

@@ -122,15 +122,16 @@ def run_study(
     }
     overrides |= {key: value for key, value in given.items() if value is not None}
 
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
 
     config = load_study(file, overrides)
 
-    from optuna_merge.report.summary import N_BEST, summarize
+    from optuna_merge.report.summary import summarize
     from optuna_merge.report.trackers import WandbTracker, make_tracker
-    from optuna_merge.storage import open as store
+    from optuna_merge.storage.trials import n_finished
     from optuna_merge.study import run as studies
     from optuna_merge.study.holdout import score_holdout
+    from optuna_merge.study.holdout_file import N_BEST
     from optuna_merge.study.workers import parse_devices
 
     trackers = [make_tracker(path) for path in tracker or ()]
@@ -166,16 +167,16 @@ def run_study(
             typer.echo(f"model:  {export_line(file, storage_path, storage, seed)}")
     if objective is not None:
         objective.close()
-    n_finished = store.n_finished(study)
+    n_done = n_finished(study)
     if interrupted:
-        note(f"interrupted after {n_finished} of {config.study.n_trials} trials; the same command continues")
+        note(f"interrupted after {n_done} of {config.study.n_trials} trials; the same command continues")
         raise typer.Exit(INTERRUPTED)
     if summary.best_trial is None:
         raise StudyError(
             f"study {config.study.name!r} must have a merge with a score, got none; see the failures above"
         )
-    if n_finished < config.study.n_trials:
-        note(f"timeout after {n_finished} of {config.study.n_trials} trials; the same command continues")
+    if n_done < config.study.n_trials:
+        note(f"timeout after {n_done} of {config.study.n_trials} trials; the same command continues")
 
 
 def _objective(file: Path, config: StudyConfig) -> MergeObjective:
@@ -225,7 +226,7 @@ def _run_workers(file: Path, overrides: dict[str, Any], devices: list[str | None
 
 def _work(file: Path, number: int, overrides: dict[str, Any]) -> None:
     """What a worker process does; the first one says what the study is."""
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
     from optuna_merge.study.objective import MergeObjective
     from optuna_merge.study.run import as_started
     from optuna_merge.study.workers import CRASHED, stop_with_parent

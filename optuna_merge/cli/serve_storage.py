@@ -26,7 +26,7 @@ def serve_storage(
     """
     from pathlib import Path
 
-    from optuna_merge.config.sections import absolute_storage
+    from optuna_merge.config.read import absolute_storage
     from optuna_merge.errors import StudyError
     from optuna_merge.storage.batched import BatchedStorage
     from optuna_merge.storage.open import open_storage, shown_url

@@ -26,7 +26,7 @@ def status(
 
     Example: optuna-merge status studies/quickstart.yaml --watch
     """
-    from optuna_merge.config.sections import load_study
+    from optuna_merge.config.read import load_study
     from optuna_merge.report.summary import summarize
 
     config = load_study(file, overrides_of(storage_path, storage))

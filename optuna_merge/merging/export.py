@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from optuna_merge.checkpoints.checkpoint import write_checkpoint
+from optuna_merge.checkpoints.write import write_checkpoint
 from optuna_merge.errors import ExportError
 from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.merging.merger import Merger

@@ -12,11 +12,11 @@ from typing import Any, get_args
 
 import yaml
 
-from optuna_merge.checkpoints.tensor_names import find_layer_stack, group_name, is_buffer, place_of
+from optuna_merge.checkpoints.tensor_names import find_layer_stack, is_buffer, place_of
 from optuna_merge.errors import MethodError, RecipeError
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.choice import slerp_choice
-from optuna_merge.recipe import PASSTHROUGH, Dtype, GroupRecipe, ParameterSet, Recipe, Role, split_reference
+from optuna_merge.recipe import PASSTHROUGH, Dtype, GroupRecipe, ParameterSet, Recipe, Role, group_name, split_reference
 
 KNOWN_ENDS = frozenset(
     """

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optuna_merge.checkpoints.checkpoint import Checkpoint, ResolvedReference, common_names
+from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.checkpoints.compare import common_names
+from optuna_merge.checkpoints.reference import ResolvedReference
 from optuna_merge.checkpoints.tensor_names import Place, is_buffer, place_of
 from optuna_merge.checkpoints.vocabulary import unify
 from optuna_merge.errors import MergeError, is_out_of_memory
 from optuna_merge.merging.placement import Placement, free_host_bytes, place_sources, reads_waited_for
+from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
 from optuna_merge.merging.staging import Stage
 from optuna_merge.methods import MergeMethod, find_method
 from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
-from optuna_merge.study.memory import KERNEL_ELEMENTS, PIECE_ELEMENTS
 
 Destination = Callable[[str], Tensor | None]
 """Tensor name to the memory that its merged tensor is written into, or None for a new tensor."""

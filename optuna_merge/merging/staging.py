@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optuna_merge.study.memory import STAGED_BYTES
+from optuna_merge.merging.sizes import STAGED_BYTES
 
 
 class Stage:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optuna_merge.checkpoints.checkpoint import ResolvedReference
+from optuna_merge.checkpoints.reference import ResolvedReference
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import Recipe
 

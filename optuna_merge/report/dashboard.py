@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -26,10 +26,15 @@ from optuna.trial import FrozenTrial
 
 from optuna_merge.config.sections import StudyConfig
 from optuna_merge.errors import StudyError
-from optuna_merge.report.pictures import Bars, Chart, HeatMap, Picture, Role, Series, pictures
-from optuna_merge.report.summary import Summary, markdown_table, summarize
-from optuna_merge.storage import open as store
-from optuna_merge.storage.batched import reason
+from optuna_merge.internals.optuna import known_state, storage_of, study_id, trial_id
+from optuna_merge.report.pictures import pictures
+from optuna_merge.report.plotly import _Figure, plotly
+from optuna_merge.report.summary import Summary, markdown_table, standing, summarize
+from optuna_merge.storage import attributes
+from optuna_merge.storage.documents import DocumentScores
+from optuna_merge.storage.open import open_study, storage_url
+from optuna_merge.storage.outages import reason
+from optuna_merge.storage.trials import score_of
 from optuna_merge.study.watcher import Watcher
 
 ARTIFACTS = "artifacts"
@@ -39,15 +44,6 @@ _NOTE = "optuna_merge:note"
 _SHARE = 100
 """A refresh waits for as many times what the last one took: at most 1 % of the time goes into them."""
 _SECONDS = 20.0
-_COLOURS: dict[Role, str] = {
-    "source": "#7d8ea6",
-    "base": "#a3b0bf",
-    "uniform": "#d9902f",
-    "merge": "#5b8fc9",
-    "pruned": "#b3bcc7",
-    "best": "#1f8a5b",
-    "line": "#1f8a5b",
-}
 
 
 def refresh(study: optuna.Study, config: StudyConfig) -> None:
@@ -60,13 +56,13 @@ def refresh(study: optuna.Study, config: StudyConfig) -> None:
     import optuna_dashboard
 
     summary = summarize(study, config)
-    attributes = study._storage.get_study_system_attrs(study._study_id)
+    noted = storage_of(study).get_study_system_attrs(study_id(study))
     text = study_note(summary, config)
     there = optuna_dashboard.get_note(study)
-    if there != text and (not there or _digest(there) == attributes.get(_NOTE)):
+    if there != text and (not there or _digest(there) == noted.get(_NOTE)):
         optuna_dashboard.save_note(study, text)
-        study._storage.set_study_system_attr(study._study_id, _NOTE, _digest(text))
-    saved = _saved_plots(attributes)
+        storage_of(study).set_study_system_attr(study_id(study), _NOTE, _digest(text))
+    saved = _saved_plots(noted)
     for order, picture in enumerate(pictures(study, summary, config), start=1):
         key, figure = f"{order}-{picture.key}", _Figure(plotly(picture))
         if saved.get(key) != figure.to_json():
@@ -103,62 +99,6 @@ def study_note(summary: Summary, config: StudyConfig) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def standing(summary: Summary) -> str:
-    """One sentence: the best merge so far, and what it beats or has to beat."""
-    rivals = [row for row in summary.rows if row.kind in ("source", "uniform") and row.trial != summary.best_trial]
-    if summary.best_value is None:
-        return "No merge has been scored yet."
-    text = f"Best merge: trial {summary.best_trial}, {summary.best_value:.4f} on the searched documents"
-    if not rivals:
-        return f"{text}."
-    rival = max(rivals, key=lambda row: row.value)
-    ahead = summary.best_value - rival.value
-    return f"{text}, {abs(ahead):.4f} {'above' if ahead >= 0 else 'below'} {rival.name} ({rival.value:.4f})."
-
-
-def plotly(picture: Picture) -> dict[str, Any]:
-    """A picture as plotly's JSON: data and layout, without a template, so that the dashboard's theme applies."""
-    layout: dict[str, Any] = {
-        "title": {"text": picture.title, "x": 0.02, "font": {"size": 14}},
-        "margin": {"l": 80, "r": 20, "t": 60, "b": 60},
-    }
-    if isinstance(picture, HeatMap):
-        layout |= {
-            "xaxis": {"title": {"text": picture.x_title}, "type": "category"},
-            "yaxis": {"autorange": "reversed", "type": "category", "automargin": True},
-        }
-        heat = {
-            "type": "heatmap",
-            "x": list(picture.columns),
-            "y": list(picture.rows),
-            "z": [[None if value is None else round(value, 4) for value in row] for row in picture.values],
-            "zmin": picture.low,
-            "zmax": picture.high,
-            "colorscale": [[0, "#eef3f8"], [1, "#0b5d8f"]],
-        }
-        if len(picture.columns) <= 12 and len(picture.rows) <= 30:
-            heat["texttemplate"] = "%{z:.2f}"
-        return {"data": [heat], "layout": layout}
-    if isinstance(picture, Bars):
-        names, roles, values, errors = zip(*picture.rows, strict=True)
-        layout |= {
-            "xaxis": {"title": {"text": picture.x_title}},
-            "yaxis": {"autorange": "reversed", "automargin": True},
-        }
-        bars = {
-            "type": "bar",
-            "orientation": "h",
-            "y": list(names),
-            "x": [round(value, 5) for value in values],
-            "marker": {"color": [_COLOURS[role] for role in roles]},
-            "error_x": {"type": "data", "array": [round(error or 0, 5) for error in errors], "color": "#808080"},
-        }
-        return {"data": [bars], "layout": layout}
-    layout |= {"xaxis": {"title": {"text": picture.x_title}}, "yaxis": {"title": {"text": picture.y_title}}}
-    layout |= _levels(picture)
-    return {"data": [_trace(series) for series in picture.series], "layout": layout}
-
-
 class DashboardWatcher(Watcher):
     """Keeps the dashboard fresh while a study runs, and gives each trial its artifacts.
 
@@ -191,13 +131,13 @@ class DashboardWatcher(Watcher):
 
     def trial_scored(self, study: optuna.Study, trial: optuna.Trial) -> None:
         """Upload the trial's merge file and the scores of its documents."""
-        frozen = trial._cached_frozen_trial  # reading it would write what waits to be, and take longer than the upload
-        if store.FAILURE in frozen.user_attrs:
+        frozen = known_state(trial)  # reading it would write what waits to be, and take longer than the upload
+        if attributes.FAILURE in frozen.user_attrs:
             return
         there = {
             json.loads(value)["filename"] for key, value in frozen.system_attrs.items() if key.startswith("artifacts:")
         }
-        documents = store.DocumentScores(self._config.storage_path / "documents" / study.study_name)
+        documents = DocumentScores(self._config.storage_path / "documents" / study.study_name)
         try:
             with TemporaryDirectory(prefix="optuna-merge-") as folder:
                 merge, scores = Path(folder, "mergekit.yaml"), Path(folder, "documents.csv")
@@ -239,7 +179,7 @@ class DashboardWatcher(Watcher):
     def _note_best(self, study: optuna.Study, trial: FrozenTrial) -> None:
         import optuna_dashboard
 
-        score = store.score_of(trial)
+        score = score_of(trial)
         assert score is not None
         before = "" if self._best is None else f", {score - self._best:+.4f} on the best before it"
         self._best = score
@@ -248,7 +188,7 @@ class DashboardWatcher(Watcher):
         lines = [f"**New best merge: {score:.4f}{before}.** {standing(summary)}", ""]
         lines += [f"- {name}: {figure.value:.4f}" for name, figure in tasks.items()]
         # save_note reads no more of a trial than this; a FrozenTrial has no storage
-        written_to = SimpleNamespace(storage=study._storage, study=study, _trial_id=trial._trial_id)
+        written_to = SimpleNamespace(storage=storage_of(study), study=study, _trial_id=trial_id(trial))
         optuna_dashboard.save_note(written_to, "\n".join(lines))
 
     def _upload(self, study: optuna.Study, trial: FrozenTrial, file: Path) -> None:
@@ -256,7 +196,7 @@ class DashboardWatcher(Watcher):
             artifact_store=self._artifacts,
             file_path=str(file),
             study_or_trial=trial,
-            storage=study._storage,
+            storage=storage_of(study),
             mimetype="text/csv" if file.suffix == ".csv" else "text/plain",
         )
 
@@ -334,16 +274,16 @@ def make_dashboard(config: StudyConfig, host: str = "127.0.0.1", port: int = 808
     """
     import optuna_dashboard
 
-    study = store.open_study(store.storage_url(config.storage_path, config.study.storage), config.study.name)
-    app = optuna_dashboard.wsgi(study._storage, artifact_store=artifact_store(config))
-    _ask(app, f"/api/studies/{study._study_id}")  # it keeps what is finished: the first page then answers like the next
+    study = open_study(storage_url(config.storage_path, config.study.storage), config.study.name)
+    app = optuna_dashboard.wsgi(storage_of(study), artifact_store=artifact_store(config))
+    _ask(app, f"/api/studies/{study_id(study)}")  # it keeps what is finished: the first page then answers like the next
     try:
         server = make_server(host, port, app, server_class=_ThreadingServer, handler_class=_QuietHandler)
     except (OSError, OverflowError) as exc:
         raise StudyError(
             f"{host}:{port}: must be an address to listen on, got {reason(exc)}; choose another --port"
         ) from exc
-    return Server(f"http://{host}:{server.server_port}/dashboard/studies/{study._study_id}", server)
+    return Server(f"http://{host}:{server.server_port}/dashboard/studies/{study_id(study)}", server)
 
 
 def _ask(app: Any, path: str) -> None:
@@ -361,65 +301,10 @@ class _QuietHandler(WSGIRequestHandler):
         pass
 
 
-class _Figure:
-    """What ``save_plotly_graph_object`` asks of a figure: its JSON. plotly itself is not needed."""
-
-    def __init__(self, figure: Mapping[str, Any]) -> None:
-        self._json = json.dumps(figure, separators=(",", ":"), allow_nan=False)
-
-    def to_json(self) -> str:
-        return self._json
-
-
-def _trace(series: Series) -> dict[str, Any]:
-    trace: dict[str, Any] = {
-        "type": "scatter",
-        "name": series.name,
-        "x": [round(x, 5) for x in series.x],
-        "y": [round(y, 5) for y in series.y],
-        "mode": "lines" if series.is_line else "markers",
-    }
-    if series.is_line:
-        trace["line"] = {"color": _COLOURS[series.role], "width": 2, "shape": "hv" if series.is_step else "linear"}
-    else:
-        size = 13 if series.role == "best" else 8
-        trace |= {"marker": {"color": _COLOURS[series.role], "size": size}, "text": list(series.labels)}
-    return trace
-
-
-def _levels(chart: Chart) -> dict[str, Any]:
-    lines: Sequence[dict[str, Any]] = [
-        {
-            "type": "line",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": round(value, 5),
-            "y1": round(value, 5),
-            "line": {"color": _COLOURS[role], "dash": "dash", "width": 1.5},
-        }
-        for _, role, value in chart.levels
-    ]
-    words = [
-        {
-            "xref": "paper",
-            "x": 1,
-            "y": round(value, 5),
-            "text": f"{name} {value:.4f}",
-            "showarrow": False,
-            "yanchor": "top",
-            "xanchor": "right",
-            "font": {"color": _COLOURS[role]},
-        }
-        for name, role, value in chart.levels
-    ]
-    return {"shapes": lines, "annotations": words}
-
-
-def _saved_plots(attributes: Mapping[str, Any]) -> dict[str, str]:
+def _saved_plots(noted: Mapping[str, Any]) -> dict[str, str]:
     """Plot to its JSON, put together from the pieces that the dashboard cuts it into."""
     pieces: dict[str, dict[int, str]] = {}
-    for key, value in attributes.items():
+    for key, value in noted.items():
         if key.startswith("dashboard:plot_data:"):
             name, _, number = key.removeprefix("dashboard:plot_data:").rpartition(":")
             pieces.setdefault(name, {})[int(number)] = value

@@ -11,9 +11,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import StudyError
-from optuna_merge.report.pictures import Bars, HeatMap, Picture, split_parameter
-from optuna_merge.search.samplers import PAIRED_ESTIMATE
-from optuna_merge.storage import open as store
+from optuna_merge.report.pictures import Bars, HeatMap, Picture
+from optuna_merge.search.space import split_parameter
+from optuna_merge.storage import attributes
+from optuna_merge.storage.attributes import PAIRED_ESTIMATE
+from optuna_merge.storage.trials import score_of
 
 _N_LEAST = 10
 
@@ -71,7 +73,7 @@ def explain(study: optuna.Study) -> Importances:
         evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
         normalize=True,
     )
-    labels = study.user_attrs.get(store.FINGERPRINT, {}).get("genome.models", [])
+    labels = study.user_attrs.get(attributes.FINGERPRINT, {}).get("genome.models", [])
     groups: dict[str, float] = defaultdict(float)
     models: dict[str, float] = defaultdict(float)
     for name in sorted(shares):
@@ -123,7 +125,7 @@ def pictures_of(importances: Importances) -> list[Picture]:
 
 def _scored(trial: FrozenTrial) -> FrozenTrial | None:
     """A complete copy with the trial's value or estimate; None without either."""
-    value = store.score_of(trial) if trial.state == TrialState.COMPLETE else trial.user_attrs.get(PAIRED_ESTIMATE)
+    value = score_of(trial) if trial.state == TrialState.COMPLETE else trial.user_attrs.get(PAIRED_ESTIMATE)
     if value is None or not trial.params or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None
     return optuna.trial.create_trial(value=value, params=trial.params, distributions=trial.distributions)

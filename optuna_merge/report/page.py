@@ -10,9 +10,8 @@ from html import escape
 
 from optuna_merge.config.sections import StudyConfig
 from optuna_merge.report import svg
-from optuna_merge.report.dashboard import standing
 from optuna_merge.report.pictures import Picture
-from optuna_merge.report.summary import Row, Summary, verdict
+from optuna_merge.report.summary import Row, Summary, standing, verdict
 
 _STYLE = """
 * { box-sizing: border-box; }

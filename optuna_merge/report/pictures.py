@@ -16,9 +16,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.sections import StudyConfig
-from optuna_merge.report.summary import Row, SearchedTask, Summary, TaskFigure, best_merge
-from optuna_merge.search.samplers import PAIRED_ESTIMATE
-from optuna_merge.storage import open as store
+from optuna_merge.report.summary import Row, SearchedTask, Summary
+from optuna_merge.search.space import split_parameter
+from optuna_merge.storage import attributes
+from optuna_merge.storage.attributes import PAIRED_ESTIMATE
+from optuna_merge.storage.trials import FINISHED, best_merge, generation, score_of
+from optuna_merge.study.holdout_file import TaskFigure
 
 Role = Literal["source", "base", "uniform", "merge", "pruned", "best", "line"]
 """Which colour something has."""
@@ -100,7 +103,7 @@ def pictures(study: optuna.Study, summary: Summary, config: StudyConfig) -> list
         config: Its study file.
     """
     trials = study.get_trials(deepcopy=False)
-    labels = study.user_attrs.get(store.FINGERPRINT, {}).get("genome.models", [])
+    labels = study.user_attrs.get(attributes.FINGERPRINT, {}).get("genome.models", [])
     best = best_merge(study)
     drawn: list[Picture | None] = [
         score_by_documents(trials, summary),
@@ -118,10 +121,10 @@ def score_by_documents(trials: Sequence[FrozenTrial], summary: Summary) -> Chart
     points: dict[Role, list[tuple[float, float, str]]] = {"merge": [], "pruned": []}
     best: list[tuple[float, float]] = []
     for trial in trials:
-        spent += trial.user_attrs.get(store.DOCUMENTS, 0)
-        if store.BASELINE in trial.user_attrs and trial.user_attrs.get(store.BASELINE_KIND) != "uniform":
+        spent += trial.user_attrs.get(attributes.DOCUMENTS, 0)
+        if attributes.BASELINE in trial.user_attrs and trial.user_attrs.get(attributes.BASELINE_KIND) != "uniform":
             continue
-        score = store.score_of(trial)
+        score = score_of(trial)
         if trial.state == TrialState.COMPLETE and score is not None:
             points["merge"].append((spent, score, _name(trial)))
             if not best or score > best[-1][1]:
@@ -184,7 +187,7 @@ def weights_of(trial: FrozenTrial, labels: Sequence[str], trials: Sequence[Froze
     low, high = _span([trial, *trials], trial.params)
     return HeatMap(
         "weights-best",
-        f"Weights of the best merge (trial {trial.number}, score {store.score_of(trial):.4f})",
+        f"Weights of the best merge (trial {trial.number}, score {score_of(trial):.4f})",
         "model",
         columns,
         list(cells),
@@ -229,7 +232,7 @@ def task_by_task(trials: Sequence[FrozenTrial], summary: Summary) -> list[Chart]
         for trial in trials:
             x, y = (_figure(trial, name, objectives) for name in (one, two))
             if trial.state == TrialState.COMPLETE and x is not None and y is not None:
-                role: Role = trial.user_attrs.get(store.BASELINE_KIND, "merge")
+                role: Role = trial.user_attrs.get(attributes.BASELINE_KIND, "merge")
                 points["best" if trial.number == summary.best_trial else role].append((x, y, _name(trial)))
         merges = [(x, y) for role in ("merge", "best", "uniform") for x, y, _ in points.get(role, [])]
         front = _front(merges)
@@ -254,7 +257,7 @@ def task_by_task(trials: Sequence[FrozenTrial], summary: Summary) -> list[Chart]
 
 def _figure(trial: FrozenTrial, name: str, objectives: Sequence[str]) -> float | None:
     if not objectives:
-        found: float | None = trial.user_attrs.get(f"{store.SCORE} {name}")
+        found: float | None = trial.user_attrs.get(f"{attributes.SCORE} {name}")
         return found
     return None if trial.values is None else trial.values[objectives.index(name)]
 
@@ -263,16 +266,10 @@ def generations(trials: Iterable[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
     """Generation of CMA-ES, from 0 on, to its trials, unfinished ones left out."""
     found: dict[int, list[FrozenTrial]] = defaultdict(list)
     for trial in trials:
-        number = store.generation(trial)
-        if number is not None and trial.params and trial.state in store.FINISHED:
+        number = generation(trial)
+        if number is not None and trial.params and trial.state in FINISHED:
             found[number].append(trial)
     return dict(found)
-
-
-def split_parameter(name: str) -> tuple[str, str]:
-    """A parameter's name as layer group and the rest, model first; ``weight`` goes without saying."""
-    group, _, rest = name.partition(".")
-    return group, rest.removesuffix(".weight")
 
 
 def _rank(column: str, labels: Sequence[str]) -> tuple[int, str]:
@@ -320,5 +317,5 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def _name(trial: FrozenTrial) -> str:
-    baseline = trial.user_attrs.get(store.BASELINE)
+    baseline = trial.user_attrs.get(attributes.BASELINE)
     return f"trial {trial.number}" + (f" ({baseline})" if baseline else "")

@@ -7,54 +7,18 @@ say is best; the holdout chooses nothing, so that its figure is not biased upwar
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.sections import StudyConfig
-from optuna_merge.errors import StudyError
-from optuna_merge.storage import open as store
-
-HOLDOUT_FILE = "holdout.json"
-N_BEST = 5
-"""Merges that a report scores on the holdout, best first on the searched documents."""
-
-
-@dataclass(frozen=True)
-class TaskFigure:
-    """One metric of one model on one task; ``stderr`` is None where lm-eval estimates none."""
-
-    metric: str
-    value: float
-    stderr: float | None
-    n_documents: int
-
-
-@dataclass(frozen=True)
-class HoldoutRow:
-    """One trial on the holdout.
-
-    Attributes:
-        trial: Its number.
-        value: Sum of weight x metric.
-        tasks: Eval task to its figure.
-        difference: The best merge's value minus this one's.
-        difference_stderr: Its standard error, paired by document.
-        p_value: Of a difference at least as large in either direction if there were none (paired z test).
-    """
-
-    trial: int
-    value: float
-    tasks: dict[str, TaskFigure]
-    difference: float
-    difference_stderr: float
-    p_value: float
+from optuna_merge.storage import attributes
+from optuna_merge.storage.trials import best_merges, front_of, score_of
+from optuna_merge.study.holdout_file import HOLDOUT_FILE, HoldoutRow, _read_holdout
 
 
 @dataclass(frozen=True)
@@ -127,42 +91,6 @@ class Summary:
         return asdict(self)
 
 
-def best_merge(study: optuna.Study) -> FrozenTrial | None:
-    """The best trial that is a merge and was scored on every document; a source as it stands is none."""
-    return next(iter(best_merges(study, 1)), None)
-
-
-def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
-    """The best merge, which may be a uniform one, and the next best trials that the search drew.
-
-    With several objectives the best has their largest sum, and the next are those on the front before all others.
-
-    Args:
-        study: The study.
-        n: How many at most.
-    """
-    merges = [
-        trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get(store.BASELINE_KIND) not in ("source", "base")
-    ]
-    merges.sort(key=lambda trial: (_score_or_worst(trial), -trial.number), reverse=True)
-    front = {trial.number for trial in front_of(study)}
-    drawn = [trial for trial in merges[1:] if store.BASELINE not in trial.user_attrs]
-    drawn.sort(key=lambda trial: trial.number not in front)
-    return merges[:1] + drawn[: n - 1]
-
-
-def _score_or_worst(trial: FrozenTrial) -> float:
-    score = store.score_of(trial)
-    return -math.inf if score is None else score
-
-
-def front_of(study: optuna.Study) -> list[FrozenTrial]:
-    """The complete trials that no other beats in every objective; empty if there is one objective only."""
-    return study.best_trials if len(study.directions) > 1 else []
-
-
 def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summary:
     """Read a study, running or not.
 
@@ -177,10 +105,10 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
     holdout = _read_holdout(config.storage_path / HOLDOUT_FILE, study, best)
     order = [task.name for task in config.tasks]
     rows = [
-        _row(trial, trial.user_attrs[store.BASELINE], trial.user_attrs[store.BASELINE_KIND], holdout, order)
+        _row(trial, trial.user_attrs[attributes.BASELINE], trial.user_attrs[attributes.BASELINE_KIND], holdout, order)
         for kind in ("source", "base", "uniform")
         for trial in trials
-        if trial.state == TrialState.COMPLETE and trial.user_attrs.get(store.BASELINE_KIND) == kind
+        if trial.state == TrialState.COMPLETE and trial.user_attrs.get(attributes.BASELINE_KIND) == kind
     ]
     for rank, trial in reversed(list(enumerate(merges[1:], start=2))):
         rows.append(_row(trial, f"best merge, rank {rank}", "runner-up", holdout, order))
@@ -188,21 +116,21 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
         rows.append(_row(best, "best merge", "best", holdout, order))
     return Summary(
         study=study.study_name,
-        n_trials=study.user_attrs.get(store.WANTED, config.study.n_trials),
+        n_trials=study.user_attrs.get(attributes.WANTED, config.study.n_trials),
         states=dict(Counter(trial.state.name.lower() for trial in trials)),
         rows=rows,
         best_trial=None if best is None else best.number,
-        best_value=None if best is None else store.score_of(best),
+        best_value=None if best is None else score_of(best),
         failures={
-            trial.number: trial.user_attrs.get(store.FAILURE, "no reason recorded")
+            trial.number: trial.user_attrs.get(attributes.FAILURE, "no reason recorded")
             for trial in trials
             if trial.state == TrialState.FAIL
         },
-        n_documents=sum(trial.user_attrs.get(store.DOCUMENTS, 0) for trial in trials),
+        n_documents=sum(trial.user_attrs.get(attributes.DOCUMENTS, 0) for trial in trials),
         seconds=sum(
             trial.user_attrs.get(key, 0.0)
             for trial in trials
-            for key in (store.MERGE_SECONDS, store.EVALUATION_SECONDS)
+            for key in (attributes.MERGE_SECONDS, attributes.EVALUATION_SECONDS)
         ),
         front=_front(study, config),
     )
@@ -212,7 +140,7 @@ def _front(study: optuna.Study, config: StudyConfig) -> list[Point]:
     names = study.metric_names or config.objectives
     points = [
         Point(
-            trial.user_attrs.get(store.BASELINE, "merge"),
+            trial.user_attrs.get(attributes.BASELINE, "merge"),
             trial.number,
             dict(zip(names, trial.values, strict=True)),
             math.fsum(trial.values),
@@ -220,13 +148,6 @@ def _front(study: optuna.Study, config: StudyConfig) -> list[Point]:
         for trial in front_of(study)
     ]
     return sorted(points, key=lambda point: ([-value for value in point.values.values()], point.trial))
-
-
-def needs_holdout(study: optuna.Study, storage_path: Path, n_best: int) -> bool:
-    """Whether the figures on the holdout of one of the best merges are not there yet."""
-    best = best_merges(study, n_best)
-    scored = _read_holdout(storage_path / HOLDOUT_FILE, study, next(iter(best), None))
-    return any(trial.number not in scored for trial in best)
 
 
 def verdict(summary: Summary) -> str:
@@ -284,32 +205,27 @@ def markdown_table(summary: Summary) -> str:
 
 
 def _row(trial: FrozenTrial, name: str, kind: str, holdout: dict[int, HoldoutRow], order: list[str]) -> Row:
-    value = store.score_of(trial)
+    value = score_of(trial)
     assert value is not None
-    prefix = f"{store.SCORE} "
+    prefix = f"{attributes.SCORE} "
     scored = [key.removeprefix(prefix) for key in trial.user_attrs if key.startswith(prefix)]
     # A storage does not keep the order of attributes. A task that counts twice is called "name (metric)".
     scored.sort(key=lambda task: (order.index(task.split(" (")[0]) if task.split(" (")[0] in order else 0, task))
     tasks = {
-        task: SearchedTask(trial.user_attrs[f"{prefix}{task}"], trial.user_attrs.get(f"{store.STDERR} {task}"))
+        task: SearchedTask(trial.user_attrs[f"{prefix}{task}"], trial.user_attrs.get(f"{attributes.STDERR} {task}"))
         for task in scored
     }
     return Row(name, kind, trial.number, value, tasks, holdout.get(trial.number))
 
 
-def _read_holdout(file: Path, study: optuna.Study, best: FrozenTrial | None) -> dict[int, HoldoutRow]:
-    """The rows by trial number; empty if there are none, or if they were made for another best merge."""
-    if best is None or not file.exists():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        made_for = (data["study"], data["best_trial"], data["recipe"])
-        if made_for != (study.study_name, best.number, best.user_attrs.get(store.RECIPE_DIGEST)):
-            return {}  # another study may have written there, even one of that name
-        rows = [
-            HoldoutRow(**{**row, "tasks": {name: TaskFigure(**task) for name, task in row["tasks"].items()}})
-            for row in data["rows"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise StudyError(f"{file}: must hold the holdout's figures, got {exc!r}; delete it: report writes it") from exc
-    return {row.trial: row for row in rows}
+def standing(summary: Summary) -> str:
+    """One sentence: the best merge so far, and what it beats or has to beat."""
+    rivals = [row for row in summary.rows if row.kind in ("source", "uniform") and row.trial != summary.best_trial]
+    if summary.best_value is None:
+        return "No merge has been scored yet."
+    text = f"Best merge: trial {summary.best_trial}, {summary.best_value:.4f} on the searched documents"
+    if not rivals:
+        return f"{text}."
+    rival = max(rivals, key=lambda row: row.value)
+    ahead = summary.best_value - rival.value
+    return f"{text}, {abs(ahead):.4f} {'above' if ahead >= 0 else 'below'} {rival.name} ({rival.value:.4f})."

@@ -16,9 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.sections import StudyConfig
 from optuna_merge.errors import StudyError
-from optuna_merge.report.summary import best_merge
-from optuna_merge.search.samplers import PAIRED_ESTIMATE
-from optuna_merge.storage import open as store
+from optuna_merge.storage import attributes
+from optuna_merge.storage.attributes import PAIRED_ESTIMATE
+from optuna_merge.storage.trials import best_merge, generation, score_of
 from optuna_merge.study.watcher import Watcher
 
 
@@ -186,11 +186,11 @@ def figures_of(study: optuna.Study, trial: FrozenTrial) -> dict[str, float]:
     figures: dict[str, float] = {
         "pruned": float(trial.state == TrialState.PRUNED),
         "failed": float(trial.state == TrialState.FAIL),
-        "total_documents": sum(other.user_attrs.get(store.DOCUMENTS, 0) for other in trials),
+        "total_documents": sum(other.user_attrs.get(attributes.DOCUMENTS, 0) for other in trials),
     }
     best = best_merge(study)
     for key, scored in (("best_score", best), ("score", trial)):
-        score = None if scored is None else store.score_of(scored)
+        score = None if scored is None else score_of(scored)
         if score is not None:
             figures[key] = score
     if trial.values is not None and len(trial.values) > 1:
@@ -198,18 +198,18 @@ def figures_of(study: optuna.Study, trial: FrozenTrial) -> dict[str, float]:
         figures |= {f"objective/{name}": value for name, value in zip(names, trial.values, strict=True)}
     if PAIRED_ESTIMATE in trial.user_attrs:
         figures["estimate"] = trial.user_attrs[PAIRED_ESTIMATE]
-    for key in (store.MERGE_SECONDS, store.EVALUATION_SECONDS, store.DOCUMENTS):
+    for key in (attributes.MERGE_SECONDS, attributes.EVALUATION_SECONDS, attributes.DOCUMENTS):
         if key in trial.user_attrs:
             figures[key] = trial.user_attrs[key]
     for key, value in trial.user_attrs.items():
-        if key.startswith(f"{store.SCORE} "):
-            figures[f"score/{key.removeprefix(f'{store.SCORE} ')}"] = value
-    generation = store.generation(trial)
-    if generation is not None:
-        population = [other for other in trials if store.generation(other) == generation]
-        told = [other.user_attrs.get(PAIRED_ESTIMATE, store.score_of(other)) for other in population]
+        if key.startswith(f"{attributes.SCORE} "):
+            figures[f"score/{key.removeprefix(f'{attributes.SCORE} ')}"] = value
+    drawn_in = generation(trial)
+    if drawn_in is not None:
+        population = [other for other in trials if generation(other) == drawn_in]
+        told = [other.user_attrs.get(PAIRED_ESTIMATE, score_of(other)) for other in population]
         values = [value for value in told if value is not None]
-        figures["generation"] = generation
+        figures["generation"] = drawn_in
         if values:
             figures["population_mean"] = statistics.fmean(values)
             figures["population_std"] = statistics.pstdev(values)

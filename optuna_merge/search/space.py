@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from optuna.distributions import FloatDistribution
 
-from optuna_merge.checkpoints.tensor_names import group_name, layer_groups
 from optuna_merge.config.sections import Range, StudyConfig
 from optuna_merge.errors import RecipeError
 from optuna_merge.methods import MethodParameter
-from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe, Role, passthrough
+from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe, Role, group_name, layer_groups, passthrough
 
 if TYPE_CHECKING:
     import optuna
@@ -349,3 +348,9 @@ def _between(left: ParameterSet, right: ParameterSet, fraction: float) -> Parame
             for name, values in left.per_model.items()
         },
     )
+
+
+def split_parameter(name: str) -> tuple[str, str]:
+    """A parameter's name as layer group and the rest, model first; ``weight`` goes without saying."""
+    group, _, rest = name.partition(".")
+    return group, rest.removesuffix(".weight")

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge.config.sections import StudyConfig, load_study
+from optuna_merge.config.read import load_study
+from optuna_merge.config.sections import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.search.space import SearchSpace
-from optuna_merge.storage import open as store
+from optuna_merge.storage import attributes
+from optuna_merge.storage.open import open_study, storage_error, storage_url
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ def record_warm_start(study: optuna.Study, config: StudyConfig, space: SearchSpa
     """
     if config.search.warm_start is None:
         return {}
-    if store.WARM_START not in study.user_attrs:
-        study.set_user_attr(store.WARM_START, asdict(_read(config, space)))
-    params: Mapping[str, float] = study.user_attrs[store.WARM_START]["params"]
+    if attributes.WARM_START not in study.user_attrs:
+        study.set_user_attr(attributes.WARM_START, asdict(_read(config, space)))
+    params: Mapping[str, float] = study.user_attrs[attributes.WARM_START]["params"]
     return params
 
 
@@ -74,8 +76,8 @@ def find_warm_start(config: StudyConfig, space: SearchSpace) -> WarmStart | None
     if config.search.warm_start is None:
         return None
     try:
-        own = store.open_study(store.storage_url(config.storage_path, config.study.storage), config.study.name)
-        recorded = own.user_attrs.get(store.WARM_START)
+        own = open_study(storage_url(config.storage_path, config.study.storage), config.study.name)
+        recorded = own.user_attrs.get(attributes.WARM_START)
     except StudyError:
         recorded = None
     if recorded is None:
@@ -92,17 +94,17 @@ def _read(config: StudyConfig, space: SearchSpace) -> WarmStart:
         url, name = wanted.storage, wanted.study
     else:
         other = load_study(wanted.file)
-        url, name = store.storage_url(other.storage_path, other.study.storage), other.study.name
-    if (url, name) == (store.storage_url(config.storage_path, config.study.storage), config.study.name):
+        url, name = storage_url(other.storage_path, other.study.storage), other.study.name
+    if (url, name) == (storage_url(config.storage_path, config.study.storage), config.study.name):
         raise StudyError(f"{where} must be another study, got {name!r} itself; name one that has ended")
     try:
-        study = store.open_study(url, name)
+        study = open_study(url, name)
     except StudyError as exc:
         raise StudyError(f"{where}: {exc}") from exc
     try:
         directions, trials = study.directions, study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     except Exception as exc:
-        raise store.storage_error(url, exc) from exc
+        raise storage_error(url, exc) from exc
     if directions != [optuna.study.StudyDirection.MAXIMIZE]:
         got = ", ".join(direction.name.lower() for direction in directions)
         raise StudyError(f"{where} must be a study that maximises one value, study {name!r} has {got}; choose another")

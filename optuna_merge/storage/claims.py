@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,8 +27,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import OptunaMergeError, TrialTakenError
-from optuna_merge.storage.batched import BatchedStorage, is_storage_error
-from optuna_merge.storage.lock import Lock
+from optuna_merge.internals.optuna import known_state, set_known_trials, study_id, trial_id
+from optuna_merge.storage.batched import BatchedStorage
+from optuna_merge.storage.lock import Lock, file_lock
+from optuna_merge.storage.open import local_file
+from optuna_merge.storage.outages import is_storage_error
 
 OWNER = "optuna_merge:owner"
 """Trial, system attribute: the process that runs it."""
@@ -121,7 +124,7 @@ class Claim:
         with claims.lock():
             system_attrs = self._refuse_if_taken()
             # what this process has set is known; reading hundreds of parameters back takes longer than all the rest
-            trial = copy.copy(self.trial._cached_frozen_trial)
+            trial = copy.copy(known_state(self.trial))
             trial.system_attrs = system_attrs
             if state == TrialState.PRUNED and trial.last_step is not None:
                 value = trial.intermediate_values[trial.last_step]
@@ -129,8 +132,8 @@ class Claim:
             try:
                 claims.study.sampler.after_trial(claims.study, trial, state, values)
             finally:
-                claims.storage.set_trial_state_values(trial._trial_id, state, values)
-            claims.study._thread_local.cached_all_trials = None
+                claims.storage.set_trial_state_values(trial_id(trial), state, values)
+            set_known_trials(claims.study, None)
             trial.state, trial.values = state, values
             return trial
 
@@ -141,12 +144,12 @@ class Claim:
                 self._refuse_if_taken()
             except TrialTakenError:
                 return
-            _requeue(self._claims.storage, self.trial._trial_id)
+            _requeue(self._claims.storage, trial_id(self.trial))
 
     def _refuse_if_taken(self) -> dict[str, Any]:
         state, system_attrs = TrialState.FAIL, dict[str, Any]()
         with suppress(UpdateFinishedTrialError):  # what was kept of it came too late
-            state, system_attrs = self._claims.storage.read_state(self.trial._trial_id)
+            state, system_attrs = self._claims.storage.read_state(trial_id(self.trial))
         if state != TrialState.RUNNING or system_attrs.get(OWNER) != asdict(self._owner):
             self.is_taken = True
             raise TrialTakenError(
@@ -161,7 +164,7 @@ class Claim:
             count += 1
             try:
                 self._refuse_if_taken()
-                self._claims.storage.write_trial(self.trial._trial_id, [("system_attr", BEAT, count)])
+                self._claims.storage.write_trial(trial_id(self.trial), [("system_attr", BEAT, count)])
             except (OptunaMergeError, UpdateFinishedTrialError):
                 return
             except Exception as exc:
@@ -210,12 +213,12 @@ class Claims:
             if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
                 return None
             owner = Owner.me()
-            trial_id = self._start(trials, lost, {OWNER: asdict(owner)})
-            trial = optuna.Trial(self.study, trial_id)
+            started = self._start(trials, lost, {OWNER: asdict(owner)})
+            trial = optuna.Trial(self.study, started)
             # The sampler and the pruner would read the whole study once more.
-            others = [other for other in trials if other._trial_id != trial_id and other.number not in lost]
-            own = trial._cached_frozen_trial
-            self.study._thread_local.cached_all_trials = sorted([*others, own], key=lambda one: one.number)
+            others = [other for other in trials if trial_id(other) != started and other.number not in lost]
+            own = known_state(trial)
+            set_known_trials(self.study, sorted([*others, own], key=lambda one: one.number))
             return Claim(self, trial, owner)
 
     def _start(self, trials: Sequence[FrozenTrial], lost: Sequence[int], system_attrs: dict[str, Any]) -> int:
@@ -224,11 +227,11 @@ class Claims:
             if trial.state != TrialState.WAITING and trial.number not in lost:
                 continue
             with suppress(UpdateFinishedTrialError):
-                if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                    self.storage.write_trial(trial._trial_id, [("system_attr", *item) for item in system_attrs.items()])
-                    return trial._trial_id
+                if self.storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING):
+                    self.storage.write_trial(trial_id(trial), [("system_attr", *item) for item in system_attrs.items()])
+                    return trial_id(trial)
         new = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=system_attrs)
-        return self.storage.create_new_trial(self.study._study_id, new)
+        return self.storage.create_new_trial(study_id(self.study), new)
 
     def requeue_lost(self, *, alone: bool = False) -> list[int]:
         """Put back the running trials whose process is gone; to be called with the lock held.
@@ -248,7 +251,7 @@ class Claims:
         lost = []
         for trial in trials:
             if trial.state == TrialState.RUNNING and (alone or self._is_lost(trial)):
-                _requeue(self.storage, trial._trial_id)
+                _requeue(self.storage, trial_id(trial))
                 lost.append(trial.number)
         return lost
 
@@ -259,9 +262,9 @@ class Claims:
         if Owner(**owner).is_here:
             return Owner(**owner).is_gone
         signs = json.dumps([owner, trial.system_attrs.get(BEAT), len(trial.intermediate_values)])
-        before, since = self._seen.get(trial._trial_id, ("", 0.0))
+        before, since = self._seen.get(trial_id(trial), ("", 0.0))
         if signs != before:
-            self._seen[trial._trial_id] = (signs, time.monotonic())
+            self._seen[trial_id(trial)] = (signs, time.monotonic())
             return False
         return time.monotonic() - since > self.lease_s
 
@@ -296,3 +299,28 @@ def _answers(pid: int) -> bool:
     except OSError as exc:
         return isinstance(exc, PermissionError)
     return True
+
+
+@contextmanager
+def running(url: str, study_name: str, requeue: Callable[[bool], None]) -> Iterator[None]:
+    """Note, for as long as the context lasts, that this process runs a study of a file.
+
+    Args:
+        url: As in :func:`open_storage`.
+        study_name: The study.
+        requeue: Called once, with whether no other process runs the study; until it returns, none can begin to. Of a
+            database server nobody knows.
+    """
+    file = local_file(url)
+    if file is None:
+        requeue(False)
+        yield
+        return
+    path = file.with_name(f"{file.name}.{study_name}.runners")
+    try:
+        with file_lock(path, wait=False):
+            requeue(True)
+    except BlockingIOError:
+        requeue(False)
+    with file_lock(path, shared=True):
+        yield

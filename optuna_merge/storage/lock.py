@@ -17,11 +17,11 @@ from pathlib import Path
 
 import sqlalchemy
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
-from optuna.storages._cached_storage import _CachedStorage
 
 from optuna_merge.errors import StudyError
+from optuna_merge.internals.optuna import backend_of
 from optuna_merge.storage import proxy
-from optuna_merge.storage.batched import reason
+from optuna_merge.storage.outages import reason
 
 Lock = Callable[[], AbstractContextManager[None]]
 """Makes a context in which this process holds the lock; waits until it does."""
@@ -40,7 +40,7 @@ def make_lock(storage: BaseStorage, name: str, file: Path | None) -> Lock:
     Raises:
         StudyError: If the storage can keep no lock.
     """
-    backend = storage._backend if isinstance(storage, _CachedStorage) else storage
+    backend = backend_of(storage)
     if file is not None:
         return lambda: file_lock(file.with_name(f"{file.name}.{name}.lock"))
     if isinstance(backend, GrpcStorageProxy):

@@ -5,74 +5,21 @@ Knows Optuna's storages; knows nothing of models, tasks or merges.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge.errors import StudyError, StudyMismatchError
-from optuna_merge.search.samplers import PAIRED_ESTIMATE
+from optuna_merge.errors import StudyError
 from optuna_merge.storage import proxy
-from optuna_merge.storage.batched import BatchedStorage, is_storage_error, reason
+from optuna_merge.storage.attributes import DIRECTION
+from optuna_merge.storage.batched import BatchedStorage
 from optuna_merge.storage.journal import WholeLinesBackend
 from optuna_merge.storage.lock import file_lock, has_locks, server_lock
-
-DIRECTION: Literal["maximize"] = "maximize"
-"""Of every objective; a task with a negative weight is minimised."""
-
-FINGERPRINT = "fingerprint"
-"""Study: readable name to value of everything that decides what a score means."""
-REQUESTS = "prompts and documents"
-"""In the fingerprint: digest of every request of the eval tasks."""
-CHUNKS = "study.n_chunks"
-"""In the fingerprint: parts that the documents are cut into."""
-WANTED = "n_trials"
-"""Study: how many trials the latest run was asked for."""
-POPULATION = "population"
-"""Study: trials in a generation of CMA-ES, since it was begun."""
-START = "start"
-"""Study: where the search began, once it has."""
-WARM_START = "warm_start"
-"""Study: what the study that ``search.warm_start`` names said when this one was made."""
-
-BASELINE = "baseline"
-"""Trial: name of the baseline that it scores."""
-BASELINE_KIND = "baseline_kind"
-"""Trial: ``uniform``, ``source`` or ``base``."""
-RECIPE_DIGEST = "recipe_digest"
-"""Trial: digest of the recipe that was merged."""
-MERGE_SECONDS = "merge_s"
-"""Trial: time to merge and to load the merged weights."""
-EVALUATION_SECONDS = "evaluation_s"
-"""Trial: time to score, all starts of the trial together."""
-DOCUMENTS = "n_documents"
-"""Trial: documents that were scored."""
-FAILURE = "failure"
-"""Trial: why it failed."""
-SCORE = "score"
-"""Trial: prefix of each task's metric, ``score <task>``; its standard error is ``stderr <task>``."""
-STDERR = "stderr"
-
-TRIAL_ATTRIBUTES = (
-    BASELINE,
-    BASELINE_KIND,
-    RECIPE_DIGEST,
-    MERGE_SECONDS,
-    EVALUATION_SECONDS,
-    DOCUMENTS,
-    FAILURE,
-    PAIRED_ESTIMATE,
-)
-
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+from optuna_merge.storage.outages import is_storage_error, reason
 
 _LOCK_WAIT_S = 60
 _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
@@ -167,178 +114,6 @@ def shown_url(url: str) -> str:
         return url
 
 
-@contextmanager
-def running(url: str, study_name: str, requeue: Callable[[bool], None]) -> Iterator[None]:
-    """Note, for as long as the context lasts, that this process runs a study of a file.
-
-    Args:
-        url: As in :func:`open_storage`.
-        study_name: The study.
-        requeue: Called once, with whether no other process runs the study; until it returns, none can begin to. Of a
-            database server nobody knows.
-    """
-    file = local_file(url)
-    if file is None:
-        requeue(False)
-        yield
-        return
-    path = file.with_name(f"{file.name}.{study_name}.runners")
-    try:
-        with file_lock(path, wait=False):
-            requeue(True)
-    except BlockingIOError:
-        requeue(False)
-    with file_lock(path, shared=True):
-        yield
-
-
-def generation(trial: FrozenTrial) -> int | None:
-    """The generation in which CMA-ES drew a trial, from 0 on; None if it did not."""
-    found: int | None = next((value for key, value in trial.system_attrs.items() if key.endswith(":generation")), None)
-    return found
-
-
-def score_of(trial: FrozenTrial) -> float | None:
-    """A trial's score: its value, or the sum of its values where there are several objectives; None without any."""
-    return None if trial.values is None else math.fsum(trial.values)
-
-
-def n_finished(study: optuna.Study) -> int:
-    """Trials that count towards ``n_trials``: complete, pruned or failed."""
-    return len(study.get_trials(deepcopy=False, states=FINISHED))
-
-
-def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
-    """The fingerprint that a study was started with; empty if it was not.
-
-    Raises:
-        StudyError: If the storage cannot be opened.
-    """
-    file = local_file(url)
-    if file is not None and not file.exists():
-        return {}
-    storage = open_storage(url)
-    try:
-        if name not in optuna.get_all_study_names(storage):
-            return {}
-        study = optuna.load_study(storage=storage, study_name=name)
-        recorded: Mapping[str, Any] = study.user_attrs.get(FINGERPRINT, {})
-    except Exception as exc:
-        raise storage_error(url, exc) from exc
-    return recorded
-
-
-def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
-    """Record what the study's scores mean, or compare with what was recorded.
-
-    Args:
-        study: The study, new or not.
-        fingerprint: Readable name to a JSON value.
-
-    Raises:
-        StudyMismatchError: If the study was made otherwise; one line for each difference.
-    """
-    if FINGERPRINT not in study.user_attrs:
-        if study.get_trials(deepcopy=False):
-            raise StudyMismatchError(
-                f"study {study.study_name!r} must be made by optuna-merge, its storage holds trials of something else;"
-                " use a new study name or storage_path"
-            )
-        study.set_user_attr(FINGERPRINT, json.loads(json.dumps(fingerprint)))
-    refuse_differences(study, fingerprint)
-
-
-def refuse_differences(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
-    """Compare a fingerprint, or a part of one, with that of a study, if it has one.
-
-    Raises:
-        StudyMismatchError: With one line for each difference.
-    """
-    then, name = study.user_attrs.get(FINGERPRINT), study.study_name
-    if then is None:
-        return
-    now = json.loads(json.dumps(fingerprint))
-    changed = [key for key in now if then.get(key) != now[key]]
-    if len(changed) > 1:  # a digest changes with what it is made of, which has been named
-        changed = [key for key in changed if key != REQUESTS]
-    lines = [
-        f"study {name!r} was created with {key}={_shown(then.get(key))}, now it is {_shown(now[key])};"
-        f" use a new study name or restore {_shown(then.get(key))}"
-        for key in changed
-    ]
-    if lines:
-        raise StudyMismatchError("\n".join(lines))
-
-
-class DocumentScores:
-    """What each chunk of a trial scored, document by document: a file for each trial, a line for each chunk.
-
-    A trial that is taken up again reads back what it scored before. Values of single documents do not go to
-    Optuna's storage: 1,000 of them a trial make a dashboard take 8 s to answer.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def path(self, trial_number: int) -> Path:
-        """The file of a trial."""
-        return self._folder / f"trial_{trial_number:05d}.jsonl"
-
-    def append(self, trial_number: int, line: str) -> None:
-        """Write one chunk's line; it outlives this process at once, and the machine after :meth:`end`.
-
-        Raises:
-            StudyError: If it cannot be written.
-        """
-        path = self.path(trial_number)
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as exc:
-            raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
-
-    def end(self, trial_number: int) -> None:
-        """See the lines of a trial on disk.
-
-        Raises:
-            StudyError: If they cannot be written.
-        """
-        path = self.path(trial_number)
-        try:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        except OSError as exc:
-            raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
-
-    def begin(self, trial_number: int, digest: str, n_reported: int) -> list[str]:
-        """Open the file of a trial for ``append``: keep the lines of the chunks that it reported.
-
-        Args:
-            trial_number: Number of the trial.
-            digest: Digest of its recipe; lines made with another are dropped.
-            n_reported: Chunks that the storage has a value of.
-
-        Returns:
-            The lines that were there, of a trial that reported any: first those that were kept, then those that were
-            written and not reported.
-
-        Raises:
-            StudyError: If the file cannot be written.
-        """
-        path = self.path(trial_number)
-        there: list[str] = []
-        try:
-            if n_reported and path.exists():
-                # A torn last line may end within a character; it is dropped.
-                first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
-                there = lines if first == digest else []
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in [digest, *there[:n_reported]]), encoding="utf-8")
-        except OSError as exc:
-            raise StudyError(f"{path}: scores must be writable, got {reason(exc)}; make room and run again") from exc
-        return there
-
-
 def local_file(url: str) -> Path | None:
     """The file behind an SQLite or journal URL; None for a database server.
 
@@ -388,8 +163,3 @@ def _write_ahead(engine: sqlalchemy.Engine) -> None:
 
     sqlalchemy.event.listen(engine, "connect", on_connect)
     engine.dispose()  # connections from before the listener
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."

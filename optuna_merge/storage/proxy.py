@@ -21,7 +21,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, GrpcStorageProxy
 
 from optuna_merge.errors import StudyError
-from optuna_merge.storage.batched import Write, write_trial
+from optuna_merge.storage.writes import Write, write_trial
 
 if TYPE_CHECKING:
     import grpc

@@ -11,17 +11,12 @@ import torch
 
 from optuna_merge.config.sections import StudyConfig
 from optuna_merge.merging.placement import SourcePlan, free_host_bytes, merge_seconds
+from optuna_merge.search.build import make_sampler, never_prunes
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import find_warm_start
-from optuna_merge.study.objective import (
-    StudyModels,
-    build_scorer,
-    make_describing_engine,
-    make_sampler,
-    never_prunes,
-    plan_memory,
-)
+from optuna_merge.study.engines import build_scorer, make_describing_engine, plan_memory
+from optuna_merge.study.models import StudyModels
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import StudyError
-from optuna_merge.evaluation.scorer import Score
-from optuna_merge.report.summary import HOLDOUT_FILE, N_BEST, HoldoutRow, TaskFigure, best_merges
-from optuna_merge.storage import open as store
-from optuna_merge.storage.batched import reason
+from optuna_merge.evaluation.results import Score
+from optuna_merge.storage import attributes
+from optuna_merge.storage.outages import reason
+from optuna_merge.storage.trials import best_merges
+from optuna_merge.study.holdout_file import HOLDOUT_FILE, N_BEST, HoldoutRow, TaskFigure
 from optuna_merge.study.objective import MergeObjective
 
 
@@ -59,7 +60,7 @@ def score_holdout(
     baselines = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if store.BASELINE in trial.user_attrs and trial.number != best.number
+        if attributes.BASELINE in trial.user_attrs and trial.number != best.number
     ]
     entries = [_Entry(trial, _score(trial, objective, note)) for trial in [*merges, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]
@@ -69,7 +70,7 @@ def score_holdout(
             {
                 "study": study.study_name,
                 "best_trial": best.number,
-                "recipe": best.user_attrs.get(store.RECIPE_DIGEST),
+                "recipe": best.user_attrs.get(attributes.RECIPE_DIGEST),
                 "rows": [asdict(row) for row in rows],
             },
             indent=1,
@@ -84,7 +85,7 @@ def _score(trial: FrozenTrial, objective: MergeObjective, note: Callable[[str], 
     cache = objective.config.storage_path / "holdout" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if cache.exists():
         return Score.from_json(cache.read_text(encoding="utf-8"))
-    what = trial.user_attrs.get(store.BASELINE, "one of the best merges")
+    what = trial.user_attrs.get(attributes.BASELINE, "one of the best merges")
     note(f"scoring trial {trial.number} ({what}) on the holdout")
     objective.load(recipe)
     score = objective.scorer.score_holdout(stderr=True)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optuna_merge.errors import EngineError
+from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS, SCRATCH_PIECES, STAGED_BYTES
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -24,18 +25,6 @@ HIDDEN_IN_NORM, HIDDEN_IN_FEED_FORWARD = 7.5, 4
 
 LOGIT_BYTES = 8
 """Of a logit in float32, once more while its softmax is taken."""
-
-PIECE_ELEMENTS = 1 << 24
-"""Elements of a tensor that are merged at a time on a GPU, in float32."""
-
-KERNEL_ELEMENTS = 1 << 26
-"""The same, by compiled arithmetic, which makes nothing on its way: as stored."""
-
-STAGED_BYTES = 1 << 29
-"""The tensors of all models that have one name are brought to a GPU whole up to this size, and in pieces beyond."""
-
-SCRATCH_PIECES = 6
-"""Pieces in float32 that a method makes which is not compiled, or not whole."""
 
 RUNTIME = 2**30
 """Of a GPU, taken by its driver, its libraries and what they cannot use."""

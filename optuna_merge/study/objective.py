@@ -11,23 +11,17 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import optuna
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from optuna_merge.checkpoints.checkpoint import Checkpoint, ResolvedReference, common_names, resolve
-from optuna_merge.checkpoints.vocabulary import unify
-from optuna_merge.config.sections import StudyConfig, TaskConfig, load_study
+from optuna_merge.config.read import load_study
+from optuna_merge.config.sections import StudyConfig
 from optuna_merge.errors import (
-    CheckpointError,
     EngineDiedError,
     EngineError,
     NonFiniteMergeError,
@@ -36,143 +30,22 @@ from optuna_merge.errors import (
     is_out_of_memory,
 )
 from optuna_merge.evaluation.engine import Engine, MakingEngine
-from optuna_merge.evaluation.scorer import ChunkResult, Description, EvalTask, Score, Scorer
+from optuna_merge.evaluation.results import ChunkResult, Score
+from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.internals.optuna import known_state, trial_id
 from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.merging.merger import Merger
-from optuna_merge.merging.placement import SourcePlan, free_host_bytes, plan_sources
-from optuna_merge.merging.worker import FACTORY, describe_source
-from optuna_merge.recipe import Dtype, Recipe
-from optuna_merge.search.pruner import SignedRankPruner, best_point
-from optuna_merge.search.samplers import (
-    GP_EVERY,
-    PAIRED_ESTIMATE,
-    StableCmaEsSampler,
-    StableRandomSampler,
-    make_gp,
-    make_named_sampler,
-    population_size,
-)
-from optuna_merge.search.space import ModelRefs, SearchSpace
-from optuna_merge.search.warm_start import record_warm_start
-from optuna_merge.storage import open as store
-from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
-
-_PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
-    "wilcoxon": SignedRankPruner,
-    "median": optuna.pruners.MedianPruner,
-    "hyperband": optuna.pruners.HyperbandPruner,
-    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
-    "none": optuna.pruners.NopPruner,
-}
-_DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class StudyModels:
-    """The checkpoints of a study, open, and compared with each other.
-
-    Attributes:
-        refs: Their resolved references, depth and the merged model's dtype.
-        spelling: Resolved reference, model and adapter apart, to what a reader elsewhere should be told: a hub name
-            as it was written, or the absolute path of a folder.
-        checkpoints: Resolved reference to checkpoint, the base first.
-        resolved: Where they were found, in the same order.
-    """
-
-    refs: ModelRefs
-    spelling: Mapping[str, str]
-    checkpoints: Mapping[str, Checkpoint]
-    resolved: tuple[ResolvedReference, ...]
-
-    @classmethod
-    def open(cls, config: StudyConfig) -> StudyModels:
-        """Find and open the checkpoints of a study file; loads no weights.
-
-        Raises:
-            CheckpointError: If one is missing or damaged.
-        """
-        folder = config.path.resolve().parent
-        base = config.genome.base_model
-        resolved = {
-            reference: resolve(reference, folder)
-            for reference in dict.fromkeys([*([base] if base else []), *config.sources])
-        }
-        _refuse_twice(resolved.values())
-        checkpoints = {found.name: Checkpoint.open(found) for found in resolved.values()}
-        first = next(iter(checkpoints.values()))
-        refs = ModelRefs(
-            sources=tuple(resolved[reference].name for reference in config.sources),
-            base=None if base is None else resolved[base].name,
-            n_layers=first.n_layers,
-            dtype=config.dtype or _stored_dtype(first),
-            tokenizer_source=_tokenizer_source(config, resolved, next(iter(checkpoints))),
-        )
-        spelling = {name: written for found in resolved.values() for name, written in found.spellings.items()}
-        return cls(refs, spelling, checkpoints, tuple(resolved.values()))
-
-    @cached_property
-    def contents(self) -> Mapping[str, str]:
-        """Resolved reference to a digest of the checkpoint's content, whatever its folder is called."""
-        return {reference: checkpoint.content_digest() for reference, checkpoint in self.checkpoints.items()}
-
-    def identify(self, recipe: Recipe) -> str:
-        """Digest of a recipe with contents in the place of references: the same wherever the models lie."""
-        return replace(
-            recipe,
-            models=tuple(self.contents[model] for model in recipe.models),
-            base_model=None if recipe.base_model is None else self.contents[recipe.base_model],
-            tokenizer_source=self.contents.get(recipe.tokenizer_source or "", recipe.tokenizer_source),
-        ).digest()
-
-    @cached_property
-    def views(self) -> Mapping[str, Checkpoint]:
-        """Resolved reference to its checkpoint as the merge sees it: in one vocabulary, with the same tensors.
-
-        Raises:
-            CheckpointError: If the models do not go together.
-        """
-        return unify(self.checkpoints, self.refs.tokenizer_source)
-
-    @property
-    def template(self) -> Checkpoint:
-        """The checkpoint whose configuration and tokenizer the merged model has."""
-        first = next(iter(self.views))
-        return self.views.get(self.refs.tokenizer_source or first, self.views[first])
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the merged model's tensors."""
-        return common_names(list(self.views.values()))
-
-    def plan_sources(self, config: StudyConfig, device: torch.device, memory: MemoryPlan) -> SourcePlan:
-        """Where the models to merge will live.
-
-        Args:
-            config: Whose ``engine.sources`` is wanted.
-            device: Where they are merged.
-            memory: What else the device holds.
-
-        Raises:
-            EngineError: If they do not fit where they are wanted.
-        """
-        return plan_sources(
-            config.engine.sources,
-            self.views.values(),
-            self.names,
-            device,
-            gpu_free=max(0, memory.left),
-            host_free=free_host_bytes(),
-        )
-
-    @contextmanager
-    def described(self) -> Iterator[Path]:
-        """A folder with the merged model's configuration and tokenizer, for as long as it is needed."""
-        if self.template.is_as_stored:
-            yield self.template.path
-            return
-        with TemporaryDirectory(prefix="optuna-merge-") as folder:
-            self.template.write_description(Path(folder), self.refs.dtype, copy_code=True)
-            yield Path(folder)
+from optuna_merge.recipe import Recipe
+from optuna_merge.search.build import make_pruner, make_sampler, never_prunes
+from optuna_merge.search.pruner import paired_estimate
+from optuna_merge.search.samplers import StableCmaEsSampler, population_size
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.storage import attributes
+from optuna_merge.storage.attributes import PAIRED_ESTIMATE
+from optuna_merge.storage.documents import DocumentScores
+from optuna_merge.study.engines import _merge_device, build_scorer, make_engine, make_vllm_engine, plan_memory
+from optuna_merge.study.fingerprint import _first_generation, merge_fingerprint
+from optuna_merge.study.models import StudyModels, recipe_of
 
 
 class MergeObjective:
@@ -205,14 +78,14 @@ class MergeObjective:
             scorer: Its eval tasks, prepared for the engine.
         """
         self.config = config
-        self.directions = [store.DIRECTION] * len(config.objectives)
+        self.directions = [attributes.DIRECTION] * len(config.objectives)
         self.models = models
         self.space = SearchSpace(config, models.refs)
         self.scorer = scorer
         self.on_chunk: Callable[[int], None] = lambda _: None
         self._merger = merger
         self._engine = engine
-        self._documents = store.DocumentScores(config.storage_path / "documents" / config.study.name)
+        self._documents = DocumentScores(config.storage_path / "documents" / config.study.name)
         self._loaded: str | None = None
         self._alone = threading.Lock()
 
@@ -265,25 +138,25 @@ class MergeObjective:
             return self._evaluate(trial)
 
     def _evaluate(self, trial: optuna.Trial) -> float | tuple[float, ...]:
-        baseline = trial.user_attrs.get(store.BASELINE)
+        baseline = trial.user_attrs.get(attributes.BASELINE)
         recipe = self.space.suggest(trial) if baseline is None else self._baseline_recipe(trial, baseline)
         digest = self.models.identify(recipe)
-        trial.set_user_attr(store.RECIPE_DIGEST, digest)
+        trial.set_user_attr(attributes.RECIPE_DIGEST, digest)
         try:
             merge_s = self.load(recipe)
-            trial.set_user_attr(store.MERGE_SECONDS, round(merge_s, 4))
+            trial.set_user_attr(attributes.MERGE_SECONDS, round(merge_s, 4))
             score = self._score(trial, digest, prunable=baseline is None and len(self.directions) == 1)
         except (NonFiniteMergeError, EngineDiedError) as exc:
             self._loaded = None
-            trial.set_user_attr(store.FAILURE, str(exc))
+            trial.set_user_attr(attributes.FAILURE, str(exc))
             return self._nothing
         for name, task in score.tasks.items():
-            trial.set_user_attr(f"{store.SCORE} {name}", task.value)
+            trial.set_user_attr(f"{attributes.SCORE} {name}", task.value)
             if task.stderr is not None:
-                trial.set_user_attr(f"{store.STDERR} {name}", task.stderr)
+                trial.set_user_attr(f"{attributes.STDERR} {name}", task.stderr)
         if not math.isfinite(score.value):
             bad = [f"{name} {task.metric} = {task.value}" for name, task in score.tasks.items()]
-            trial.set_user_attr(store.FAILURE, f"score must be finite, got {', '.join(bad)}")
+            trial.set_user_attr(attributes.FAILURE, f"score must be finite, got {', '.join(bad)}")
             return self._nothing
         return score.value if len(self.directions) == 1 else self._values(score)
 
@@ -375,8 +248,8 @@ class MergeObjective:
         if study.get_trials(deepcopy=False):
             return
         for baseline in self.space.baselines:
-            attributes = {store.BASELINE: baseline.name, store.BASELINE_KIND: baseline.kind}
-            study.enqueue_trial(dict(baseline.params), user_attrs=attributes)
+            labels = {attributes.BASELINE: baseline.name, attributes.BASELINE_KIND: baseline.kind}
+            study.enqueue_trial(dict(baseline.params), user_attrs=labels)
 
     def fingerprint(self) -> dict[str, Any]:
         """Readable name to value of everything that decides what a score of this study means, and where it began."""
@@ -394,8 +267,8 @@ class MergeObjective:
             "holdout": None if config.holdout is None else config.holdout.model_dump(mode="json"),
             **_first_generation(config),
             "engine.backend": config.engine.backend,
-            store.CHUNKS: self.scorer.n_chunks,
-            store.REQUESTS: self.scorer.fingerprint()[:16],
+            attributes.CHUNKS: self.scorer.n_chunks,
+            attributes.REQUESTS: self.scorer.fingerprint()[:16],
             **({"engine.vllm": config.engine.vllm.deciding} if config.engine.backend == "vllm" else {}),
         }
 
@@ -441,12 +314,12 @@ class MergeObjective:
 
     def _baseline_recipe(self, trial: optuna.Trial, name: str) -> Recipe:
         recipe = self.space.baseline_recipe(name)
-        if trial.user_attrs.get(store.BASELINE_KIND) == "uniform":
+        if trial.user_attrs.get(attributes.BASELINE_KIND) == "uniform":
             self.space.suggest(trial)  # records the enqueued values as the trial's parameters
         return recipe
 
     def _score(self, trial: optuna.Trial, digest: str, *, prunable: bool) -> Score:
-        frozen = trial._cached_frozen_trial  # as it was when the trial began, or was taken up again
+        frozen = known_state(trial)  # as it was when the trial began, or was taken up again
         reported = sorted(frozen.intermediate_values)
         lines = self._documents.begin(trial.number, digest, len(reported))
         try:
@@ -456,12 +329,12 @@ class MergeObjective:
             raise StudyError(
                 f"{path}: scores must be readable, got {exc}; delete it: the trial is scored anew"
             ) from exc
-        spent = frozen.user_attrs.get(store.EVALUATION_SECONDS, 0.0)
+        spent = frozen.user_attrs.get(attributes.EVALUATION_SECONDS, 0.0)
         results = scored[: len(reported)]
         for chunk in range(len(results), self.scorer.n_chunks):
             if prunable and results and trial.should_prune():  # also what a killed process had no time to ask
                 self._note_spent(trial, spent, results)
-                estimate = paired_estimate(trial.study, results)
+                estimate = paired_estimate(trial.study, [result.score for result in results])
                 if estimate is not None:
                     trial.set_user_attr(PAIRED_ESTIMATE, estimate)
                 raise optuna.TrialPruned
@@ -479,358 +352,11 @@ class MergeObjective:
         if len(self.directions) == 1:
             trial.report(score, chunk)
         else:  # which Optuna refuses, though its storages keep them: what was scored is not scored again
-            trial.storage.set_trial_intermediate_value(trial._trial_id, chunk, score)
-            trial._cached_frozen_trial.intermediate_values[chunk] = score
+            trial.storage.set_trial_intermediate_value(trial_id(trial), chunk, score)
+            known_state(trial).intermediate_values[chunk] = score
 
     def _note_spent(self, trial: optuna.Trial, spent: float, results: list[ChunkResult]) -> None:
         self._documents.end(trial.number)
-        trial.set_user_attr(store.EVALUATION_SECONDS, round(spent, 4))
+        trial.set_user_attr(attributes.EVALUATION_SECONDS, round(spent, 4))
         columns = [columns for result in results for columns in result.documents.values()]
-        trial.set_user_attr(store.DOCUMENTS, sum(len(column["doc_id"]) for column in columns))
-
-
-def paired_estimate(study: optuna.Study, results: list[ChunkResult]) -> float | None:
-    """What a pruned trial's value would probably have been.
-
-    The best merge's full value plus the mean difference over the chunks that both were scored on. In a synthetic study
-    of 12 dimensions with equal document budgets, CMA-ES told so ended at 0.55 of the loss of no pruning; not told of
-    pruned trials at all, at 3.5 times it.
-
-    Args:
-        study: Its best trial that is a point of the search space is what is compared with.
-        results: The pruned trial's chunks, from the first on.
-
-    Returns:
-        None if no such trial is complete, or the best one reported none of the chunks.
-    """
-    best = best_point(study)
-    if best is None:
-        return None
-    pairs = [
-        (result.score, best.intermediate_values[chunk])
-        for chunk, result in enumerate(results)
-        if chunk in best.intermediate_values
-    ]
-    if not pairs or best.value is None:
-        return None
-    return best.value + math.fsum(ours - theirs for ours, theirs in pairs) / len(pairs)
-
-
-def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpace) -> dict[str, Any]:
-    """The part of a study's fingerprint that decides what a trial's parameters are merged to."""
-    genome, refs, contents = config.genome, models.refs, models.contents
-    return {
-        "genome.models": list(space.labels),
-        "genome.merge_method": genome.merge_method,
-        "genome.layer_granularity": genome.layer_granularity,
-        "genome.filters": list(genome.filters),
-        "genome.normalize": genome.normalize,
-        "genome.rescale": genome.rescale,
-        "genome.smooth": genome.smooth,
-        "genome.tokenizer_source": genome.tokenizer_source,
-        "search.embed_group": config.search.embed_group,
-        "search constants": {name: r.low for name, r in config.search.ranges.items() if r.is_constant},
-        "search space": {name: [d.low, d.high] for name, d in space.distributions.items()},
-        "study.seed": config.study.seed,
-        "dtype": refs.dtype,
-        "content of base_model": None if refs.base is None else contents[refs.base][:16],
-        **{
-            f"content of {label}": contents[source][:16]
-            for label, source in zip(space.labels, refs.sources, strict=True)
-        },
-    }
-
-
-def _first_generation(config: StudyConfig) -> dict[str, Any]:
-    """What CMA-ES reads once, when it begins: a study that goes on would not notice that it has changed."""
-    sampler, prior = config.study.sampler, config.search.prior
-    warm_start = config.search.warm_start
-    starts = {name: found.start for name, found in config.search.ranges.items() if found.start is not None}
-    return {
-        "study.sampler.popsize": sampler.popsize,
-        "study.sampler.sigma0": sampler.sigma0,
-        "search.prior": prior.name if prior.name == "isotropic" else prior.model_dump(mode="json", exclude={"name"}),
-        "search starts": starts,
-        "search.warm_start": warm_start and {"study": warm_start.label, "n_best": warm_start.n_best},
-        "random_init": config.random_init,
-    }
-
-
-def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
-    """The resident engine of a study, its weights not yet loaded."""
-    from optuna_merge.evaluation.engines.hf import HFEngine
-
-    size = config.engine.batch_size
-    with models.described() as folder:
-        return HFEngine(
-            folder,
-            dtype=models.refs.dtype,
-            device=config.engine.device,
-            batch_tokens="auto" if size == "auto" else make_describing_engine(config, models).batch_tokens,
-            names=models.names,
-            trust_remote_code=config.engine.trust_remote_code,
-        )
-
-
-def make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
-    """The vLLM engine of a study, its workers told where the models are; vLLM itself starts with the first merge.
-
-    Raises:
-        EngineError: If vLLM is not installed, or lacks what is needed.
-    """
-    from optuna_merge.evaluation.engines.vllm import require_vllm
-
-    require_vllm()
-    plan = plan_memory(config, models, _vllm_engine(config, models))
-    plan.check()
-    share = {"gpu_memory_utilization": plan.utilization} if plan.card else {"kv_cache_memory_bytes": plan.kv_cache}
-    return _vllm_engine(config, models, share)
-
-
-def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str, Any] | None = None) -> MakingEngine:
-    from optuna_merge.evaluation.engines.vllm import VLLMEngine
-
-    source = describe_source(models.resolved, models.refs.tokenizer_source, config.engine.merge_device)
-    engine = VLLMEngine(
-        models.described,
-        shapes={name: models.template.shape(name) for name in models.names},
-        dtype=models.refs.dtype,
-        source=(FACTORY, source),
-        options={**(defaults or {}), **config.engine.vllm.options},
-        trust_remote_code=config.engine.trust_remote_code,
-    )
-    if config.engine.device not in ("auto", engine.device, engine.device.partition(":")[0]):
-        raise EngineError(
-            f"engine.device must be auto for vllm, which runs on {engine.device}, got {config.engine.device};"
-            " choose GPUs by CUDA_VISIBLE_DEVICES"
-        )
-    return engine
-
-
-def make_describing_engine(config: StudyConfig, models: StudyModels, card: int | None = None) -> Engine:
-    """An engine that renders and tokenizes requests, in batches as on the study's device, and holds no weights.
-
-    Args:
-        config: The study file.
-        models: Its checkpoints.
-        card: As of :func:`plan_memory`.
-    """
-    if config.engine.backend == "vllm":
-        return _vllm_engine(config, models)
-    from optuna_merge.evaluation.engines.hf import CUDA_BATCH_TOKENS, HFEngine
-
-    size = config.engine.batch_size
-    with models.described() as folder:
-        engine = HFEngine.tokenizer_only(
-            folder,
-            dtype=models.refs.dtype,
-            batch_tokens=CUDA_BATCH_TOKENS if _card(config, card) else "auto",
-            trust_remote_code=config.engine.trust_remote_code,
-        )
-    if size != "auto":
-        engine.batch_tokens = size * build_scorer(config, engine).describe().longest
-    return engine
-
-
-def _card(config: StudyConfig, card: int | None) -> int:
-    """Bytes of the GPU that a study runs on; 0 if it runs on none."""
-    if card is not None:
-        return card
-    on_card = torch.cuda.is_available() and config.engine.device != "cpu"
-    return torch.cuda.get_device_properties(0).total_memory if on_card else 0
-
-
-def plan_memory(
-    config: StudyConfig,
-    models: StudyModels,
-    engine: Engine,
-    card: int | None = None,
-    tasks: Description | None = None,
-) -> MemoryPlan:
-    """What a study takes of a card's memory.
-
-    Args:
-        config: The study file.
-        models: Its checkpoints.
-        engine: Its engine; one without weights will do.
-        card: Bytes of the card; None: of the one that is found, 0 if there is none.
-        tasks: What is scored; need not be known for vLLM, which plans what that takes itself.
-    """
-    card = _card(config, card)
-    shapes = {name: models.template.shape(name) for name in models.names}
-    itemsize = getattr(torch, models.refs.dtype).itemsize
-    n_models, described = len(models.checkpoints), models.template.config
-    if config.engine.backend == "hf":
-        assert tasks is not None
-        return plan_hf(
-            shapes,
-            described,
-            itemsize=itemsize,
-            n_models=n_models,
-            n_padded=tasks.n_padded,
-            n_scored=tasks.n_scored,
-            n_cached=tasks.n_cached,
-            card=card,
-        )
-    options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if card == 0 else {}
-    options |= {"max_num_batched_tokens": engine.batch_tokens, **config.engine.vllm.options}
-    return plan_vllm(shapes, described, itemsize=itemsize, n_models=n_models, card=card, options=options)
-
-
-def _merge_device(wanted: str, engine: Engine) -> str:
-    if wanted == "auto":
-        return engine.device
-    if wanted == "cpu":
-        return wanted
-    index, n_devices = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
-    if index >= n_devices:
-        raise EngineError(
-            f"engine.merge_device must be there, got {wanted} ({n_devices} CUDA devices found); use cpu or auto"
-        )
-    return f"cuda:{index}"
-
-
-def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
-    """The eval tasks of a study file, their requests prepared for an engine."""
-    holdout = config.holdout
-    return Scorer.build(
-        engine,
-        [_eval_task(task) for task in config.tasks],
-        task_search_path=config.task_search_path,
-        limit=config.limit,
-        num_fewshot=config.num_fewshot,
-        shuffle=config.shuffle,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-        holdout=None if holdout is None else holdout.fraction or [_eval_task(task) for task in holdout.tasks],
-        seed=config.study.seed,
-        n_chunks=config.study.n_chunks,
-        allow_unsafe_code=config.allow_unsafe_code,
-    )
-
-
-def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None = None) -> optuna.samplers.BaseSampler:
-    """The sampler that a study file asks for; see :meth:`MergeObjective.sampler`.
-
-    Raises:
-        StudyError: If there is none, or it does not take its options.
-    """
-    import numpy as np
-
-    options, seed = config.study.sampler, config.study.seed
-    if options.name == "random":
-        return StableRandomSampler(seed=seed)
-    if options.name != "cmaes":
-        return make_named_sampler(options.name, options.options, list(space.distributions), seed)
-
-    def start(study: optuna.Study) -> Mapping[str, float]:
-        recorded: dict[str, float] | None = study.user_attrs.get(store.START)
-        if recorded is None:
-            recorded = space.start(best_uniform(study, space), np.random.default_rng(seed))
-            recorded |= record_warm_start(study, config, space)
-            study.set_user_attr(store.START, recorded)
-        return recorded
-
-    every = GP_EVERY if options.gp_every is None else options.gp_every
-    return StableCmaEsSampler(
-        space.distributions,
-        seed=seed,
-        start=start,
-        covariance=space.covariance(),
-        popsize=population or options.popsize or population_size(len(space.distributions), config.study.n_workers),
-        injected=make_gp(list(space.distributions), seed) if every else None,
-        inject_every=every or 1,
-    )
-
-
-def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner:
-    """The pruner that a study file asks for.
-
-    Args:
-        config: The study file.
-        n_chunks: Chunks that the documents are cut into.
-
-    Raises:
-        StudyError: If its first comparison comes when all documents have been scored.
-    """
-    name, options = config.study.pruner.name, config.study.pruner.options
-    for option in ("min_resource", "n_startup_steps", "n_warmup_steps"):
-        if options.get(option, 0) >= max(2, n_chunks):
-            raise StudyError(
-                f"{config.path}: study.pruner.{option} must be below the number of chunks, {n_chunks}, got"
-                f" {options[option]}; lower it or raise study.n_chunks"
-            )
-    return _PRUNERS[name](**options)
-
-
-def never_prunes(config: StudyConfig, n_chunks: int) -> str:
-    """A line that says so where the documents make too few chunks for the default pruner; "" where they do not."""
-    pruner = make_pruner(config, n_chunks)
-    if not isinstance(pruner, SignedRankPruner) or pruner.n_least < n_chunks:
-        return ""
-    return (
-        f"pruning: never, the documents make {n_chunks} chunks and it takes more than {pruner.n_least}; raise limit or"
-        " study.n_chunks"
-    )
-
-
-def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]:
-    """Parameters of the best uniform merge that the study has scored; of the plain one if it has scored none."""
-    scored = [
-        trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get(store.BASELINE_KIND) == "uniform" and trial.params.keys() == space.distributions.keys()
-    ]
-    if not scored:
-        return space.uniform()
-    return max(scored, key=lambda trial: store.score_of(trial) or -math.inf).params
-
-
-def recipe_of(space: SearchSpace, models: StudyModels, trial: FrozenTrial) -> Recipe:
-    """The recipe of a trial; see :meth:`MergeObjective.recipe`."""
-    recorded = trial.user_attrs.get(store.RECIPE_DIGEST)
-    if recorded is None:
-        raise StudyError(f"trial {trial.number}: must have been merged, it is {trial.state.name.lower()}; see status")
-    baseline = trial.user_attrs.get(store.BASELINE)
-    recipe = space.decode(trial.params) if baseline is None else space.baseline_recipe(baseline)
-    if recorded != models.identify(recipe):
-        raise StudyError(
-            f"trial {trial.number}: recipe must be the one that was scored ({recorded[:12]}), the study file and its"
-            f" models now give {models.identify(recipe)[:12]}; restore them"
-        )
-    return recipe
-
-
-def _eval_task(task: TaskConfig) -> EvalTask:
-    return EvalTask(task.name, task.weight, task.metric, task.metadata or None)
-
-
-def _refuse_twice(models: Iterable[ResolvedReference]) -> None:
-    seen: dict[str, str] = {}
-    for model in models:
-        if model.name in seen:
-            raise CheckpointError(
-                f"genome: {model.reference!r} and {seen[model.name]!r} must be different models, both are {model.name};"
-                " drop one or spell them alike"
-            )
-        seen[model.name] = model.reference
-
-
-def _tokenizer_source(config: StudyConfig, resolved: Mapping[str, ResolvedReference], first: str) -> str | None:
-    wanted = config.genome.tokenizer_source
-    if wanted is None or wanted == "base":
-        return first if wanted else None
-    return resolved[wanted].name if wanted in resolved else wanted
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> Dtype:
-    """The dtype that most of a checkpoint's weights are stored in."""
-    counts: dict[str, int] = {}
-    for name in checkpoint.names:
-        dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
-        counts[dtype] = counts.get(dtype, 0) + math.prod(checkpoint.shape(name))
-    most = max(counts, key=lambda dtype: counts[dtype])
-    for dtype in _DTYPES:
-        if dtype == most:
-            return dtype
-    raise CheckpointError(f"{checkpoint.reference}: dtype must be one of {', '.join(_DTYPES)}, got {most}")
+        trial.set_user_attr(attributes.DOCUMENTS, sum(len(column["doc_id"]) for column in columns))

@@ -23,13 +23,15 @@ from optuna.trial import TrialState
 
 from optuna_merge.config.sections import StudyConfig
 from optuna_merge.errors import OptunaMergeError, StudyError, TrialTakenError
-from optuna_merge.report.summary import best_merge
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.warm_start import record_warm_start
-from optuna_merge.storage import open as store
-from optuna_merge.storage.batched import is_storage_error, reason
-from optuna_merge.storage.claims import Claim, Claims
+from optuna_merge.storage import attributes
+from optuna_merge.storage.claims import Claim, Claims, running
+from optuna_merge.storage.fingerprint import check_fingerprint, recorded_fingerprint
 from optuna_merge.storage.lock import make_lock
+from optuna_merge.storage.open import create_study, local_file, storage_error, storage_url
+from optuna_merge.storage.outages import is_storage_error, reason
+from optuna_merge.storage.trials import best_merge, n_finished, score_of
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.watcher import Watcher
 
@@ -61,11 +63,11 @@ def as_started(config: StudyConfig) -> StudyConfig:
     Raises:
         StudyError: If the storage cannot be opened.
     """
-    url = store.storage_url(config.storage_path, config.study.storage)
-    recorded = store.recorded_fingerprint(url, config.study.name)
-    if config.study.n_chunks is not None or store.CHUNKS not in recorded:
+    url = storage_url(config.storage_path, config.study.storage)
+    recorded = recorded_fingerprint(url, config.study.name)
+    if config.study.n_chunks is not None or attributes.CHUNKS not in recorded:
         return config
-    options = config.study.model_copy(update={"n_chunks": recorded[store.CHUNKS]})
+    options = config.study.model_copy(update={"n_chunks": recorded[attributes.CHUNKS]})
     return config.model_copy(update={"study": options})
 
 
@@ -85,23 +87,23 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
         StudyError: If the storage fails.
     """
     watcher = watcher or Watcher()
-    name, url = config.study.name, store.storage_url(config.storage_path, config.study.storage)
+    name, url = config.study.name, storage_url(config.storage_path, config.study.storage)
     deadline = math.inf if config.study.timeout is None else time.monotonic() + config.study.timeout
     with _quiet_optuna(), terminable():
         try:
-            study, storage = store.create_study(url, name, len(config.objectives))
-            claims = Claims(study, storage, make_lock(storage.backend, name, store.local_file(url)))
+            study, storage = create_study(url, name, len(config.objectives))
+            claims = Claims(study, storage, make_lock(storage.backend, name, local_file(url)))
             requeued: list[int] = []
 
             def requeue(alone: bool) -> None:
                 with claims.lock():
                     requeued.extend(claims.requeue_lost(alone=alone))
 
-            with store.running(url, name, requeue):
+            with running(url, name, requeue):
                 with claims.lock():
-                    store.check_fingerprint(study, objective.fingerprint())
-                    if study.user_attrs.get(store.WANTED) != config.study.n_trials:
-                        study.set_user_attr(store.WANTED, config.study.n_trials)
+                    check_fingerprint(study, objective.fingerprint())
+                    if study.user_attrs.get(attributes.WANTED) != config.study.n_trials:
+                        study.set_user_attr(attributes.WANTED, config.study.n_trials)
                     study.set_metric_names(list(config.objectives))
                     record_warm_start(study, config, objective.space)
                     objective.enqueue_baselines(study)
@@ -112,7 +114,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
                 watcher.study_closed(study)
                 return outcome
         except Exception as exc:
-            raise store.storage_error(url, exc) from exc
+            raise storage_error(url, exc) from exc
 
 
 def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | None:
@@ -130,7 +132,7 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
     if best is None:
         return None
     partial = path.with_name(f"{path.name}.partial")
-    comment = [f"study {study.study_name}, trial {best.number}, score {store.score_of(best):.6g}"]
+    comment = [f"study {study.study_name}, trial {best.number}, score {score_of(best):.6g}"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(objective.merge_file(best, comment), encoding="utf-8")
@@ -157,9 +159,9 @@ def _refuse_another(path: Path, study_name: str) -> None:
 
 def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:
     """The sampler, with the population that the study was begun with."""
-    sampler = objective.sampler(study.user_attrs.get(store.POPULATION))
-    if store.POPULATION not in study.user_attrs and isinstance(sampler, StableCmaEsSampler):
-        study.set_user_attr(store.POPULATION, sampler.population_size)
+    sampler = objective.sampler(study.user_attrs.get(attributes.POPULATION))
+    if attributes.POPULATION not in study.user_attrs and isinstance(sampler, StableCmaEsSampler):
+        study.set_user_attr(attributes.POPULATION, sampler.population_size)
     return sampler
 
 
@@ -167,19 +169,19 @@ def _run_trials(claims: Claims, objective: MergeObjective, watcher: Watcher, dea
     n_trials, pause = objective.config.study.n_trials, _FIRST_PAUSE_S
     try:
         while True:
-            if time.monotonic() >= deadline and store.n_finished(claims.study) < n_trials:
-                return Outcome(store.n_finished(claims.study), timed_out=True)
+            if time.monotonic() >= deadline and n_finished(claims.study) < n_trials:
+                return Outcome(n_finished(claims.study), timed_out=True)
             claim = claims.next(n_trials)
             if claim is not None:
                 _run_trial(claims, claim, objective, watcher)
                 pause = _FIRST_PAUSE_S
-            elif store.n_finished(claims.study) >= n_trials:
-                return Outcome(store.n_finished(claims.study))
+            elif n_finished(claims.study) >= n_trials:
+                return Outcome(n_finished(claims.study))
             else:  # the rest is run by others; it comes back if they die
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
     except KeyboardInterrupt:
-        return Outcome(store.n_finished(claims.study), interrupted=True)
+        return Outcome(n_finished(claims.study), interrupted=True)
 
 
 def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher: Watcher) -> None:

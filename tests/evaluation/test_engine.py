@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from optuna_merge.errors import EngineError
-from optuna_merge.testing.conformance import EngineConformance, FakeEngine, TextRequest
+from optuna_merge.testing.conformance import EngineConformance, TextRequest
+from optuna_merge.testing.engine import FakeEngine
 
 
 class TestFakeEngine(EngineConformance):

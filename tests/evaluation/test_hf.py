@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.engines.hf import HFEngine
-from optuna_merge.testing.conformance import EngineConformance, TextRequest, TinyArchitecture, write_tiny_models
+from optuna_merge.testing.conformance import EngineConformance, TextRequest
+from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
 
 ARCHITECTURES: list[TinyArchitecture] = ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "mistral", "mixtral"]
 WINDOW = 64  # of the tiny models, in tokens

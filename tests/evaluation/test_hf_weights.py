@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from optuna_merge.errors import EngineError, NonFiniteMergeError
 from optuna_merge.evaluation.engines.hf_weights import ResidentModel, _FiniteCheck
-from optuna_merge.testing.conformance import TinyArchitecture, write_tiny_models
+from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
 
 TOKENS = torch.arange(40).reshape(2, 20)
 

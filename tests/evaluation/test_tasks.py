@@ -20,8 +20,11 @@ from safetensors.torch import load_file
 
 from optuna_merge.errors import TaskError
 from optuna_merge.evaluation.engines.hf import HFEngine
-from optuna_merge.evaluation.scorer import ChunkResult, EvalTask, Score, Scorer
-from optuna_merge.testing.conformance import FakeEngine, write_tiny_models
+from optuna_merge.evaluation.results import ChunkResult, Score
+from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.evaluation.term import EvalTask
+from optuna_merge.testing.engine import FakeEngine
+from optuna_merge.testing.models import write_tiny_models
 
 N_DOCUMENTS = 24
 WORDS = ["cat", "dog", "mat", "sat", "one", "two", "three", "four", "letter", "next"]

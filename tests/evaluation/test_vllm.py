@@ -21,7 +21,8 @@ from torch import Tensor
 from optuna_merge.errors import EngineDiedError, EngineError, NonFiniteMergeError
 from optuna_merge.evaluation.engines.hf import HFEngine
 from optuna_merge.evaluation.engines.vllm import VLLMEngine, require_vllm
-from optuna_merge.testing.conformance import EngineConformance, TextRequest, TinyArchitecture, write_tiny_models
+from optuna_merge.testing.conformance import EngineConformance, TextRequest
+from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
 
 # The head sizes that the CPU build's attention knows begin at 32.
 HEAD_DIM = 32

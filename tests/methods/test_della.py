@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from optuna_merge.errors import MethodError
-from optuna_merge.testing.conformance import MethodConformance, merge_tensors
+from optuna_merge.testing.conformance import MethodConformance
+from optuna_merge.testing.methods import merge_tensors
 
 
 class TestDella(MethodConformance):

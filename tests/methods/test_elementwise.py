@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optuna_merge.methods import elementwise
 from optuna_merge.methods.function import MergeInput
-from optuna_merge.testing.conformance import merge_tensors
+from optuna_merge.testing.methods import merge_tensors
 
 
 @pytest.fixture(scope="module")

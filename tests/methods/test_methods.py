@@ -10,7 +10,7 @@ from optuna_merge.errors import MethodError, RecipeError
 from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.methods import METHODS, find_method
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
-from optuna_merge.testing.conformance import merge_tensors
+from optuna_merge.testing.methods import merge_tensors
 
 OWN = """
 from optuna_merge.methods import MergeMethod, MethodParameter

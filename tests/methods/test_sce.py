@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optuna_merge.testing.conformance import MethodConformance, merge_tensors
+from optuna_merge.testing.conformance import MethodConformance
+from optuna_merge.testing.methods import merge_tensors
 
 from .reference import assert_same, mergekit_result
 

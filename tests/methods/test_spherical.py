@@ -8,7 +8,8 @@ import torch
 
 from optuna_merge.errors import MethodError
 from optuna_merge.methods.choice import slerp_choice
-from optuna_merge.testing.conformance import MethodConformance, merge_tensors
+from optuna_merge.testing.conformance import MethodConformance
+from optuna_merge.testing.methods import merge_tensors
 
 from .reference import assert_same, mergekit_result
 

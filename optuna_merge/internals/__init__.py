@@ -1,0 +1,1 @@
+"""What we use of a library beyond its public interface: one module for each library, and a contract test for each."""

@@ -1,0 +1,105 @@
+"""Sampler and pruner of a study file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import optuna
+from optuna.trial import TrialState
+
+from optuna_merge.config.sections import StudyConfig
+from optuna_merge.errors import StudyError
+from optuna_merge.search.named import GP_EVERY, make_gp, make_named_sampler
+from optuna_merge.search.pruner import SignedRankPruner
+from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler, population_size
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.search.warm_start import record_warm_start
+from optuna_merge.storage import attributes
+from optuna_merge.storage.trials import score_of
+
+_PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
+    "wilcoxon": SignedRankPruner,
+    "median": optuna.pruners.MedianPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+    "none": optuna.pruners.NopPruner,
+}
+
+
+def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None = None) -> optuna.samplers.BaseSampler:
+    """The sampler that a study file asks for; see :meth:`MergeObjective.sampler`.
+
+    Raises:
+        StudyError: If there is none, or it does not take its options.
+    """
+    import numpy as np
+
+    options, seed = config.study.sampler, config.study.seed
+    if options.name == "random":
+        return StableRandomSampler(seed=seed)
+    if options.name != "cmaes":
+        return make_named_sampler(options.name, options.options, list(space.distributions), seed)
+
+    def start(study: optuna.Study) -> Mapping[str, float]:
+        recorded: dict[str, float] | None = study.user_attrs.get(attributes.START)
+        if recorded is None:
+            recorded = space.start(best_uniform(study, space), np.random.default_rng(seed))
+            recorded |= record_warm_start(study, config, space)
+            study.set_user_attr(attributes.START, recorded)
+        return recorded
+
+    every = GP_EVERY if options.gp_every is None else options.gp_every
+    return StableCmaEsSampler(
+        space.distributions,
+        seed=seed,
+        start=start,
+        covariance=space.covariance(),
+        popsize=population or options.popsize or population_size(len(space.distributions), config.study.n_workers),
+        injected=make_gp(list(space.distributions), seed) if every else None,
+        inject_every=every or 1,
+    )
+
+
+def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner:
+    """The pruner that a study file asks for.
+
+    Args:
+        config: The study file.
+        n_chunks: Chunks that the documents are cut into.
+
+    Raises:
+        StudyError: If its first comparison comes when all documents have been scored.
+    """
+    name, options = config.study.pruner.name, config.study.pruner.options
+    for option in ("min_resource", "n_startup_steps", "n_warmup_steps"):
+        if options.get(option, 0) >= max(2, n_chunks):
+            raise StudyError(
+                f"{config.path}: study.pruner.{option} must be below the number of chunks, {n_chunks}, got"
+                f" {options[option]}; lower it or raise study.n_chunks"
+            )
+    return _PRUNERS[name](**options)
+
+
+def never_prunes(config: StudyConfig, n_chunks: int) -> str:
+    """A line that says so where the documents make too few chunks for the default pruner; "" where they do not."""
+    pruner = make_pruner(config, n_chunks)
+    if not isinstance(pruner, SignedRankPruner) or pruner.n_least < n_chunks:
+        return ""
+    return (
+        f"pruning: never, the documents make {n_chunks} chunks and it takes more than {pruner.n_least}; raise limit or"
+        " study.n_chunks"
+    )
+
+
+def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]:
+    """Parameters of the best uniform merge that the study has scored; of the plain one if it has scored none."""
+    scored = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.user_attrs.get(attributes.BASELINE_KIND) == "uniform"
+        and trial.params.keys() == space.distributions.keys()
+    ]
+    if not scored:
+        return space.uniform()
+    return max(scored, key=lambda trial: score_of(trial) or -math.inf).params

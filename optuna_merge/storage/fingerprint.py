@@ -1,0 +1,80 @@
+"""What the scores of a study mean, recorded and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+
+from optuna_merge.errors import StudyMismatchError
+from optuna_merge.storage.attributes import FINGERPRINT, REQUESTS
+from optuna_merge.storage.open import local_file, open_storage, storage_error
+
+
+def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
+    """The fingerprint that a study was started with; empty if it was not.
+
+    Raises:
+        StudyError: If the storage cannot be opened.
+    """
+    file = local_file(url)
+    if file is not None and not file.exists():
+        return {}
+    storage = open_storage(url)
+    try:
+        if name not in optuna.get_all_study_names(storage):
+            return {}
+        study = optuna.load_study(storage=storage, study_name=name)
+        recorded: Mapping[str, Any] = study.user_attrs.get(FINGERPRINT, {})
+    except Exception as exc:
+        raise storage_error(url, exc) from exc
+    return recorded
+
+
+def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
+    """Record what the study's scores mean, or compare with what was recorded.
+
+    Args:
+        study: The study, new or not.
+        fingerprint: Readable name to a JSON value.
+
+    Raises:
+        StudyMismatchError: If the study was made otherwise; one line for each difference.
+    """
+    if FINGERPRINT not in study.user_attrs:
+        if study.get_trials(deepcopy=False):
+            raise StudyMismatchError(
+                f"study {study.study_name!r} must be made by optuna-merge, its storage holds trials of something else;"
+                " use a new study name or storage_path"
+            )
+        study.set_user_attr(FINGERPRINT, json.loads(json.dumps(fingerprint)))
+    refuse_differences(study, fingerprint)
+
+
+def refuse_differences(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
+    """Compare a fingerprint, or a part of one, with that of a study, if it has one.
+
+    Raises:
+        StudyMismatchError: With one line for each difference.
+    """
+    then, name = study.user_attrs.get(FINGERPRINT), study.study_name
+    if then is None:
+        return
+    now = json.loads(json.dumps(fingerprint))
+    changed = [key for key in now if then.get(key) != now[key]]
+    if len(changed) > 1:  # a digest changes with what it is made of, which has been named
+        changed = [key for key in changed if key != REQUESTS]
+    lines = [
+        f"study {name!r} was created with {key}={_shown(then.get(key))}, now it is {_shown(now[key])};"
+        f" use a new study name or restore {_shown(then.get(key))}"
+        for key in changed
+    ]
+    if lines:
+        raise StudyMismatchError("\n".join(lines))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,175 @@
+"""Engine, memory plan and scorer of a study file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from optuna_merge.config.sections import StudyConfig, TaskConfig
+from optuna_merge.errors import EngineError
+from optuna_merge.evaluation.engine import Engine, MakingEngine
+from optuna_merge.evaluation.results import Description
+from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.evaluation.term import EvalTask
+from optuna_merge.merging.worker import FACTORY, describe_source
+from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
+from optuna_merge.study.models import StudyModels
+
+
+def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
+    """The resident engine of a study, its weights not yet loaded."""
+    from optuna_merge.evaluation.engines.hf import HFEngine
+
+    size = config.engine.batch_size
+    with models.described() as folder:
+        return HFEngine(
+            folder,
+            dtype=models.refs.dtype,
+            device=config.engine.device,
+            batch_tokens="auto" if size == "auto" else make_describing_engine(config, models).batch_tokens,
+            names=models.names,
+            trust_remote_code=config.engine.trust_remote_code,
+        )
+
+
+def make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
+    """The vLLM engine of a study, its workers told where the models are; vLLM itself starts with the first merge.
+
+    Raises:
+        EngineError: If vLLM is not installed, or lacks what is needed.
+    """
+    from optuna_merge.evaluation.engines.vllm import require_vllm
+
+    require_vllm()
+    plan = plan_memory(config, models, _vllm_engine(config, models))
+    plan.check()
+    share = {"gpu_memory_utilization": plan.utilization} if plan.card else {"kv_cache_memory_bytes": plan.kv_cache}
+    return _vllm_engine(config, models, share)
+
+
+def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str, Any] | None = None) -> MakingEngine:
+    from optuna_merge.evaluation.engines.vllm import VLLMEngine
+
+    source = describe_source(models.resolved, models.refs.tokenizer_source, config.engine.merge_device)
+    engine = VLLMEngine(
+        models.described,
+        shapes={name: models.template.shape(name) for name in models.names},
+        dtype=models.refs.dtype,
+        source=(FACTORY, source),
+        options={**(defaults or {}), **config.engine.vllm.options},
+        trust_remote_code=config.engine.trust_remote_code,
+    )
+    if config.engine.device not in ("auto", engine.device, engine.device.partition(":")[0]):
+        raise EngineError(
+            f"engine.device must be auto for vllm, which runs on {engine.device}, got {config.engine.device};"
+            " choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    return engine
+
+
+def make_describing_engine(config: StudyConfig, models: StudyModels, card: int | None = None) -> Engine:
+    """An engine that renders and tokenizes requests, in batches as on the study's device, and holds no weights.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        card: As of :func:`plan_memory`.
+    """
+    if config.engine.backend == "vllm":
+        return _vllm_engine(config, models)
+    from optuna_merge.evaluation.engines.hf import CUDA_BATCH_TOKENS, HFEngine
+
+    size = config.engine.batch_size
+    with models.described() as folder:
+        engine = HFEngine.tokenizer_only(
+            folder,
+            dtype=models.refs.dtype,
+            batch_tokens=CUDA_BATCH_TOKENS if _card(config, card) else "auto",
+            trust_remote_code=config.engine.trust_remote_code,
+        )
+    if size != "auto":
+        engine.batch_tokens = size * build_scorer(config, engine).describe().longest
+    return engine
+
+
+def _card(config: StudyConfig, card: int | None) -> int:
+    """Bytes of the GPU that a study runs on; 0 if it runs on none."""
+    if card is not None:
+        return card
+    on_card = torch.cuda.is_available() and config.engine.device != "cpu"
+    return torch.cuda.get_device_properties(0).total_memory if on_card else 0
+
+
+def plan_memory(
+    config: StudyConfig,
+    models: StudyModels,
+    engine: Engine,
+    card: int | None = None,
+    tasks: Description | None = None,
+) -> MemoryPlan:
+    """What a study takes of a card's memory.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        engine: Its engine; one without weights will do.
+        card: Bytes of the card; None: of the one that is found, 0 if there is none.
+        tasks: What is scored; need not be known for vLLM, which plans what that takes itself.
+    """
+    card = _card(config, card)
+    shapes = {name: models.template.shape(name) for name in models.names}
+    itemsize = getattr(torch, models.refs.dtype).itemsize
+    n_models, described = len(models.checkpoints), models.template.config
+    if config.engine.backend == "hf":
+        assert tasks is not None
+        return plan_hf(
+            shapes,
+            described,
+            itemsize=itemsize,
+            n_models=n_models,
+            n_padded=tasks.n_padded,
+            n_scored=tasks.n_scored,
+            n_cached=tasks.n_cached,
+            card=card,
+        )
+    options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if card == 0 else {}
+    options |= {"max_num_batched_tokens": engine.batch_tokens, **config.engine.vllm.options}
+    return plan_vllm(shapes, described, itemsize=itemsize, n_models=n_models, card=card, options=options)
+
+
+def _merge_device(wanted: str, engine: Engine) -> str:
+    if wanted == "auto":
+        return engine.device
+    if wanted == "cpu":
+        return wanted
+    index, n_devices = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= n_devices:
+        raise EngineError(
+            f"engine.merge_device must be there, got {wanted} ({n_devices} CUDA devices found); use cpu or auto"
+        )
+    return f"cuda:{index}"
+
+
+def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
+    """The eval tasks of a study file, their requests prepared for an engine."""
+    holdout = config.holdout
+    return Scorer.build(
+        engine,
+        [_eval_task(task) for task in config.tasks],
+        task_search_path=config.task_search_path,
+        limit=config.limit,
+        num_fewshot=config.num_fewshot,
+        shuffle=config.shuffle,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
+        holdout=None if holdout is None else holdout.fraction or [_eval_task(task) for task in holdout.tasks],
+        seed=config.study.seed,
+        n_chunks=config.study.n_chunks,
+        allow_unsafe_code=config.allow_unsafe_code,
+    )
+
+
+def _eval_task(task: TaskConfig) -> EvalTask:
+    return EvalTask(task.name, task.weight, task.metric, task.metadata or None)

@@ -1,0 +1,182 @@
+"""The checkpoints of a study, opened together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from optuna.trial import FrozenTrial
+
+from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.checkpoints.compare import common_names
+from optuna_merge.checkpoints.reference import ResolvedReference, resolve
+from optuna_merge.checkpoints.vocabulary import unify
+from optuna_merge.config.sections import StudyConfig
+from optuna_merge.errors import CheckpointError, StudyError
+from optuna_merge.merging.placement import SourcePlan, free_host_bytes, plan_sources
+from optuna_merge.recipe import Dtype, Recipe
+from optuna_merge.search.space import ModelRefs, SearchSpace
+from optuna_merge.storage import attributes
+from optuna_merge.study.memory import MemoryPlan
+
+_DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class StudyModels:
+    """The checkpoints of a study, open, and compared with each other.
+
+    Attributes:
+        refs: Their resolved references, depth and the merged model's dtype.
+        spelling: Resolved reference, model and adapter apart, to what a reader elsewhere should be told: a hub name
+            as it was written, or the absolute path of a folder.
+        checkpoints: Resolved reference to checkpoint, the base first.
+        resolved: Where they were found, in the same order.
+    """
+
+    refs: ModelRefs
+    spelling: Mapping[str, str]
+    checkpoints: Mapping[str, Checkpoint]
+    resolved: tuple[ResolvedReference, ...]
+
+    @classmethod
+    def open(cls, config: StudyConfig) -> StudyModels:
+        """Find and open the checkpoints of a study file; loads no weights.
+
+        Raises:
+            CheckpointError: If one is missing or damaged.
+        """
+        folder = config.path.resolve().parent
+        base = config.genome.base_model
+        resolved = {
+            reference: resolve(reference, folder)
+            for reference in dict.fromkeys([*([base] if base else []), *config.sources])
+        }
+        _refuse_twice(resolved.values())
+        checkpoints = {found.name: Checkpoint.open(found) for found in resolved.values()}
+        first = next(iter(checkpoints.values()))
+        refs = ModelRefs(
+            sources=tuple(resolved[reference].name for reference in config.sources),
+            base=None if base is None else resolved[base].name,
+            n_layers=first.n_layers,
+            dtype=config.dtype or _stored_dtype(first),
+            tokenizer_source=_tokenizer_source(config, resolved, next(iter(checkpoints))),
+        )
+        spelling = {name: written for found in resolved.values() for name, written in found.spellings.items()}
+        return cls(refs, spelling, checkpoints, tuple(resolved.values()))
+
+    @cached_property
+    def contents(self) -> Mapping[str, str]:
+        """Resolved reference to a digest of the checkpoint's content, whatever its folder is called."""
+        return {reference: checkpoint.content_digest() for reference, checkpoint in self.checkpoints.items()}
+
+    def identify(self, recipe: Recipe) -> str:
+        """Digest of a recipe with contents in the place of references: the same wherever the models lie."""
+        return replace(
+            recipe,
+            models=tuple(self.contents[model] for model in recipe.models),
+            base_model=None if recipe.base_model is None else self.contents[recipe.base_model],
+            tokenizer_source=self.contents.get(recipe.tokenizer_source or "", recipe.tokenizer_source),
+        ).digest()
+
+    @cached_property
+    def views(self) -> Mapping[str, Checkpoint]:
+        """Resolved reference to its checkpoint as the merge sees it: in one vocabulary, with the same tensors.
+
+        Raises:
+            CheckpointError: If the models do not go together.
+        """
+        return unify(self.checkpoints, self.refs.tokenizer_source)
+
+    @property
+    def template(self) -> Checkpoint:
+        """The checkpoint whose configuration and tokenizer the merged model has."""
+        first = next(iter(self.views))
+        return self.views.get(self.refs.tokenizer_source or first, self.views[first])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the merged model's tensors."""
+        return common_names(list(self.views.values()))
+
+    def plan_sources(self, config: StudyConfig, device: torch.device, memory: MemoryPlan) -> SourcePlan:
+        """Where the models to merge will live.
+
+        Args:
+            config: Whose ``engine.sources`` is wanted.
+            device: Where they are merged.
+            memory: What else the device holds.
+
+        Raises:
+            EngineError: If they do not fit where they are wanted.
+        """
+        return plan_sources(
+            config.engine.sources,
+            self.views.values(),
+            self.names,
+            device,
+            gpu_free=max(0, memory.left),
+            host_free=free_host_bytes(),
+        )
+
+    @contextmanager
+    def described(self) -> Iterator[Path]:
+        """A folder with the merged model's configuration and tokenizer, for as long as it is needed."""
+        if self.template.is_as_stored:
+            yield self.template.path
+            return
+        with TemporaryDirectory(prefix="optuna-merge-") as folder:
+            self.template.write_description(Path(folder), self.refs.dtype, copy_code=True)
+            yield Path(folder)
+
+
+def recipe_of(space: SearchSpace, models: StudyModels, trial: FrozenTrial) -> Recipe:
+    """The recipe of a trial; see :meth:`MergeObjective.recipe`."""
+    recorded = trial.user_attrs.get(attributes.RECIPE_DIGEST)
+    if recorded is None:
+        raise StudyError(f"trial {trial.number}: must have been merged, it is {trial.state.name.lower()}; see status")
+    baseline = trial.user_attrs.get(attributes.BASELINE)
+    recipe = space.decode(trial.params) if baseline is None else space.baseline_recipe(baseline)
+    if recorded != models.identify(recipe):
+        raise StudyError(
+            f"trial {trial.number}: recipe must be the one that was scored ({recorded[:12]}), the study file and its"
+            f" models now give {models.identify(recipe)[:12]}; restore them"
+        )
+    return recipe
+
+
+def _refuse_twice(models: Iterable[ResolvedReference]) -> None:
+    seen: dict[str, str] = {}
+    for model in models:
+        if model.name in seen:
+            raise CheckpointError(
+                f"genome: {model.reference!r} and {seen[model.name]!r} must be different models, both are {model.name};"
+                " drop one or spell them alike"
+            )
+        seen[model.name] = model.reference
+
+
+def _tokenizer_source(config: StudyConfig, resolved: Mapping[str, ResolvedReference], first: str) -> str | None:
+    wanted = config.genome.tokenizer_source
+    if wanted is None or wanted == "base":
+        return first if wanted else None
+    return resolved[wanted].name if wanted in resolved else wanted
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> Dtype:
+    """The dtype that most of a checkpoint's weights are stored in."""
+    counts: dict[str, int] = {}
+    for name in checkpoint.names:
+        dtype = str(checkpoint.dtype(name)).removeprefix("torch.")
+        counts[dtype] = counts.get(dtype, 0) + math.prod(checkpoint.shape(name))
+    most = max(counts, key=lambda dtype: counts[dtype])
+    for dtype in _DTYPES:
+        if dtype == most:
+            return dtype
+    raise CheckpointError(f"{checkpoint.reference}: dtype must be one of {', '.join(_DTYPES)}, got {most}")

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from optuna_merge.cli.options import open_started
+from optuna_merge.report.summary import summarize
+from optuna_merge.storage import attributes
+from optuna_merge.storage.trials import best_merges
+from optuna_merge.study.holdout import score_holdout, two_sided_p
+from optuna_merge.study.holdout_file import HOLDOUT_FILE
+from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.run import run_study
+from tests.study.test_objective import fake_objective
+
+
+@pytest.fixture
+def objective(study_file: Callable[..., Path]) -> MergeObjective:
+    options = {"name": "tiny", "n_trials": 16, "seed": 3, "n_chunks": 5, "pruner": "none"}
+    objective = fake_objective(study_file(gold="0", study=options))
+    run_study(objective.config, objective)
+    return objective
+
+
+def test_the_best_merges_and_the_baselines_are_scored_once(objective: MergeObjective) -> None:
+    study = open_started(objective.config)
+    notes: list[str] = []
+    rows = score_holdout(study, objective, notes.append, 3)
+    merges = [trial.number for trial in best_merges(study, 3)]
+    baselines = [t.number for t in study.trials if attributes.BASELINE in t.user_attrs and t.number != merges[0]]
+    assert [row.trial for row in rows] == [*merges, *baselines]
+    assert len(notes) == len(rows)
+    assert score_holdout(study, objective, notes.append, 3) == rows
+    assert len(notes) == len(rows)
+    assert len(score_holdout(study, objective, notes.append, 4)) == len(rows) + 1
+    assert len(notes) == len(rows) + 1  # only the fourth merge is new
+
+
+def test_what_is_written_is_what_the_report_shows(objective: MergeObjective) -> None:
+    study = open_started(objective.config)
+    rows = {row.trial: row for row in score_holdout(study, objective)}
+    assert (
+        json.loads((objective.config.storage_path / HOLDOUT_FILE).read_text())["best_trial"]
+        == best_merges(study, 1)[0].number
+    )
+    shown = {row.trial: row.holdout for row in summarize(study, objective.config, 5).rows}
+    assert {number: row for number, row in shown.items() if row is not None} == rows
+    assert all(row is not None for row in shown.values())
+
+
+def test_differences_are_from_the_merge_that_the_searched_documents_chose(objective: MergeObjective) -> None:
+    study = open_started(objective.config)
+    best, *others = score_holdout(study, objective)
+    assert (best.trial, best.difference, best.p_value) == (best_merges(study, 1)[0].number, 0, 1)
+    for row in others:
+        assert row.difference == pytest.approx(best.value - row.value)
+        assert row.p_value == two_sided_p(row.difference, row.difference_stderr)
+    objective.load(objective.recipe(best_merges(study, 1)[0]))
+    assert objective.scorer.score_holdout().value == best.value
+
+
+def test_p_by_hand() -> None:
+    assert two_sided_p(0.196, 0.1) == pytest.approx(0.05, abs=1e-4)
+    assert two_sided_p(-0.196, 0.1) == two_sided_p(0.196, 0.1)
+    assert two_sided_p(0.0, 0.0) == 1
+    assert two_sided_p(0.1, 0.0) == 0
+    assert two_sided_p(0.1, math.inf) == 1

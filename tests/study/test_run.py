@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.connection
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import yaml
+from optuna.trial import TrialState
+from safetensors.torch import load_file, save_file
+
+from optuna_merge.cli.options import open_started
+from optuna_merge.config.read import load_study
+from optuna_merge.errors import MergeError, StudyError, StudyMismatchError
+from optuna_merge.report.summary import summarize
+from optuna_merge.storage import attributes
+from optuna_merge.storage.documents import DocumentScores
+from optuna_merge.storage.open import open_storage, open_study, storage_url
+from optuna_merge.storage.trials import FINISHED, best_merge, score_of
+from optuna_merge.study import run as study
+from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.run import BEST_CONFIG, run_study
+from optuna_merge.study.watcher import Watcher
+from tests import processes
+from tests.study.test_objective import fake_objective
+
+RUN = [sys.executable, "-m", "optuna_merge"]
+
+
+def table(url: str) -> list[tuple]:
+    """Everything of a study's trials that must not depend on interruptions."""
+    trials = open_study(url, "tiny").trials
+    return [
+        (t.number, t.state, t.value, t.params, t.intermediate_values, t.user_attrs.get(attributes.BASELINE))
+        for t in trials
+    ]
+
+
+@pytest.fixture
+def objective(study_file: Callable[..., Path]) -> MergeObjective:
+    return fake_objective(study_file(gold="0", study={"name": "tiny", "n_trials": 25, "seed": 3, "n_chunks": 5}))
+
+
+def test_a_study_runs_to_its_end_and_finds_the_optimum(objective: MergeObjective) -> None:
+    outcome = run_study(objective.config, objective)
+    found = open_started(objective.config)
+    assert outcome == study.Outcome(25)
+    assert len(found.trials) == 25
+    best = best_merge(found)
+    uniform = found.trials[0].value
+    assert best.number > 5
+    assert best.value > uniform + 0.02
+    written = yaml.safe_load((objective.config.storage_path / BEST_CONFIG).read_text())
+    assert written["merge_method"] == "task_arithmetic"
+    assert written["base_model"].endswith("/base")
+
+
+def test_n_trials_is_the_total_and_a_second_run_only_adds(objective: MergeObjective) -> None:
+    few = objective.config.model_copy(update={"study": objective.config.study.model_copy(update={"n_trials": 8})})
+    objective.config = few
+    assert run_study(few, objective).n_finished == 8
+    n_responses = objective._engine.n_responses
+    assert run_study(few, objective).n_finished == 8
+    assert objective._engine.n_responses == n_responses
+    assert len(open_started(few).trials) == 8
+
+
+def test_an_interrupted_study_continues_as_if_nothing_had_happened(study_file: Callable[..., Path]) -> None:
+    options = {"n_trials": 20, "seed": 3, "n_chunks": 5}
+    through = fake_objective(study_file(gold="0", study={"name": "tiny", **options}, storage_path="through"))
+    run_study(through.config, through)
+    stopped = fake_objective(study_file(gold="0", study={"name": "tiny", **options}, storage_path="stopped"))
+
+    class Impatient(Watcher):
+        def __init__(self, chunks: int) -> None:
+            self.left = chunks
+
+        def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    for chunks in (3, 1, 7, 12, 5):
+        outcome = run_study(stopped.config, stopped, Impatient(chunks))
+        assert outcome.interrupted
+    scored = stopped._engine.n_responses
+    assert run_study(stopped.config, stopped) == study.Outcome(20)
+    assert table(f"sqlite:///{stopped.config.storage_path}/study.db") == table(
+        f"sqlite:///{through.config.storage_path}/study.db"
+    )
+    assert (stopped.config.storage_path / BEST_CONFIG).read_text() == (
+        through.config.storage_path / BEST_CONFIG
+    ).read_text()
+    # No chunk was scored twice: interruptions cost no answer.
+    assert stopped._engine.n_responses == through._engine.n_responses > scored
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_several_objectives_interrupted_and_gone_on_with(study_file: Callable[..., Path], sampler: str) -> None:
+    options = {"name": "tiny", "n_trials": 22, "seed": 3, "n_chunks": 5, "goal": "pareto", "sampler": sampler}
+    tasks = [{"name": "one"}, {"name": "two", "weight": -0.5}]
+
+    class Impatient(Watcher):
+        left = 33
+
+        def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    ends, answers = [], []
+    for folder, watcher in (("through", Watcher()), ("stopped", Impatient())):
+        one = fake_objective(study_file(gold="0", study=options, tasks=tasks, storage_path=folder))
+        if run_study(one.config, one, watcher).interrupted:
+            run_study(one.config, one)
+        found = open_started(one.config)
+        ends.append([(t.number, t.state, t.values, t.params, t.intermediate_values) for t in found.trials])
+        answers.append(one._engine.n_responses)
+    assert ends[0] == ends[1]
+    assert answers[0] == answers[1]  # no chunk was scored twice
+    assert found.metric_names == ["one", "two"]
+    best = best_merge(found)
+    assert score_of(best) == max(
+        sum(t.values) for t in found.trials if t.user_attrs.get(attributes.BASELINE_KIND) not in ("source", "base")
+    )
+    summary = summarize(found, one.config, 3)
+    assert {point.trial for point in summary.front} == {trial.number for trial in found.best_trials}
+    assert all(set(point.values) == {"one", "two"} for point in summary.front)
+    assert f"trial {best.number}, score" in (one.config.storage_path / BEST_CONFIG).read_text()
+    single = load_study(study_file(gold="0", study={**options, "goal": "sum"}, tasks=tasks, storage_path="stopped"))
+    with pytest.raises(StudyMismatchError, match="tasks="):
+        run_study(single, fake_objective(single.path))
+
+
+def test_sigterm_is_a_clean_stop_too(objective: MergeObjective) -> None:
+    class Scheduler(Watcher):
+        def trial_started(self, trial: optuna.Trial) -> None:
+            if trial.number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run_study(objective.config, objective, Scheduler()).interrupted
+    states = [trial.state for trial in open_started(objective.config).trials]
+    assert states[:4] == [TrialState.COMPLETE] * 3 + [TrialState.WAITING]
+
+
+def test_the_timeout_ends_between_trials(objective: MergeObjective, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+
+    class Slow(Watcher):
+        def trial_started(self, trial: optuna.Trial) -> None:
+            now[0] += 30.0
+
+    options = objective.config.study.model_copy(update={"timeout": 50.0})
+    config = objective.config.model_copy(update={"study": options})
+    assert run_study(config, objective, Slow()) == study.Outcome(2, timed_out=True)
+    assert run_study(config, objective, Slow()) == study.Outcome(4, timed_out=True)
+
+
+def test_a_changed_study_file_is_refused_by_name(objective: MergeObjective, study_file: Callable[..., Path]) -> None:
+    run_study(objective.config.model_copy(), objective)
+    changed = fake_objective(
+        study_file(gold="0", search={"weight": [0.0, 1.0]}, limit=30, study={"name": "tiny", "seed": 3, "n_chunks": 5})
+    )
+    with pytest.raises(StudyMismatchError) as caught:
+        run_study(changed.config, changed)
+    lines = str(caught.value).splitlines()
+    assert "study 'tiny' was created with limit=null, now it is 30.0; use a new study name or restore null" in lines
+    assert any("created with search space=" in line for line in lines)
+
+
+def test_a_study_of_something_else_is_refused(objective: MergeObjective) -> None:
+    url = storage_url(objective.config.storage_path, None)
+    other = optuna.create_study(storage=open_storage(url), study_name="tiny", direction="maximize")
+    other.add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(StudyMismatchError, match=r"study 'tiny' must be made by optuna-merge"):
+        run_study(objective.config, objective)
+
+
+def test_a_study_that_is_not_there_is_named(objective: MergeObjective) -> None:
+    with pytest.raises(
+        StudyError, match=r"study 'tiny' must have been started, sqlite:///.* holds none of that name; start it"
+    ):
+        open_started(objective.config)
+    assert not objective.config.storage_path.exists()
+
+
+def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective) -> None:
+    run_study(objective.config, objective)
+    file = objective.config.storage_path / BEST_CONFIG
+    before = file.read_text()
+    file.with_name(f"{BEST_CONFIG}.partial").symlink_to("/dev/full")
+    with pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*No space left"):
+        study.write_best_config(open_started(objective.config), objective)
+    with (
+        processes.files_up_to(100),
+        pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*File too large"),
+    ):
+        study.write_best_config(open_started(objective.config), objective)
+    assert file.read_text() == before
+    assert not list(objective.config.storage_path.glob("*.partial"))
+
+
+def test_a_full_disk_stops_the_study_and_room_lets_it_go_on(objective: MergeObjective) -> None:
+    scores = DocumentScores(objective.config.storage_path / "documents" / "tiny").path(7)
+
+    class Full(Watcher):
+        def trial_started(self, trial: optuna.Trial) -> None:
+            if trial.number == 7:
+                scores.symlink_to("/dev/full")
+
+    message = r"trial_00007.jsonl: scores must be writable, got .*No space left on device; make room and run"
+    with pytest.raises(StudyError, match=message):
+        run_study(objective.config, objective, Full())
+    scores.unlink()
+    assert run_study(objective.config, objective) == study.Outcome(25)
+
+
+def test_memory_that_is_out_while_merging_stops_the_study_and_more_lets_it_go_on(
+    study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path
+) -> None:
+    """One tensor is larger than what the kernel grants; the trial comes back with its parameters."""
+    name = "model.layers.0.mlp.large_proj.weight"
+    for model in ("base", "model_0", "model_1"):
+        shutil.copytree(tiny_models / model, tmp_path / model)
+        file = tmp_path / model / "model.safetensors"
+        save_file({**load_file(file), name: torch.zeros(24 << 20)}, file)
+    genome = {"models": ["model_0", "model_1"], "base_model": "base", "merge_method": "linear", "layer_granularity": 1}
+    options = {"name": "tiny", "n_trials": 6, "seed": 3, "n_chunks": 5}
+    path = study_file(gold="0", study=options, genome=genome)
+    through, stopped = (fake_objective(path, storage_path=tmp_path / folder) for folder in ("through", "stopped"))
+    run_study(through.config, through)
+    limit = contextlib.ExitStack()
+
+    class Scarce(Watcher):
+        def trial_started(self, trial: optuna.Trial) -> None:
+            if trial.number == 5:
+                limit.enter_context(processes.memory_up_to(16 << 20))
+
+    message = rf"^{name}: merging must fit into the memory of cpu, got .*; use .*, and run the same command again$"
+    with limit, pytest.raises(MergeError, match=message):
+        run_study(stopped.config, stopped, Scarce())
+    urls = [storage_url(one.config.storage_path, None) for one in (through, stopped)]
+    assert [row[1] for row in table(urls[1])] == [*[row[1] for row in table(urls[0])][:5], TrialState.WAITING]
+    n_responses = stopped._engine.n_responses
+    assert run_study(stopped.config, stopped) == study.Outcome(6)
+    assert table(urls[0]) == table(urls[1])
+    assert stopped._engine.n_responses == through._engine.n_responses > n_responses
+
+
+def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:
+    run_study(objective.config, objective)
+    before = (objective.config.storage_path / BEST_CONFIG).read_text()
+    options = objective.config.study.model_copy(update={"name": "tiny, too"})
+    objective.config = objective.config.model_copy(update={"study": options})
+    message = r"best_config.yaml: must be of study 'tiny, too', got that of study 'tiny'; choose another storage_path"
+    with pytest.raises(StudyError, match=message):
+        run_study(objective.config, objective)
+    assert (objective.config.storage_path / BEST_CONFIG).read_text() == before
+
+
+class Doomed(Watcher):
+    """Kills its process by SIGKILL some milliseconds after a chunk, whatever it does then."""
+
+    def __init__(self, n_chunks: int, delay_s: float) -> None:
+        self.left = n_chunks
+        self.delay_s = delay_s
+
+    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            threading.Timer(self.delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def small(write: Callable[..., Path], folder: Path, url: str | None = None, n_trials: int = 60) -> MergeObjective:
+    pruner = {"name": "wilcoxon", "p_threshold": 0.3, "n_startup_steps": 3}
+    options = {"name": "tiny", "n_trials": n_trials, "seed": 3, "n_chunks": 10, "pruner": pruner}
+    path = write(30, "0", study=options, holdout=None)
+    return fake_objective(path, **{"storage_path": folder, **({"study.storage": url} if url else {})})
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
+def test_killed_twenty_times_it_ends_as_if_it_had_run_through(
+    study_file: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    through = small(study_file, tmp_path / "through")
+    run_study(through.config, through)
+    url = f"{kind}{tmp_path}/killed/study.db"
+    killed = small(study_file, tmp_path / "killed", url)
+    chance = random.Random(5)
+    for _ in range(22):
+        watcher = Doomed(chance.randint(1, 20), chance.uniform(0, 0.03))
+        process = processes.start(partial(run_study, killed.config, killed, watcher))
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    assert run_study(killed.config, killed) == study.Outcome(60)
+    assert table(url) == table(f"sqlite:///{tmp_path}/through/study.db")
+    assert [row[1] for row in table(url)].count(TrialState.PRUNED) >= 5
+    best = [yaml.safe_load((tmp_path / folder / BEST_CONFIG).read_text()) for folder in ("through", "killed")]
+    assert best[0] == best[1]
+
+
+def share_and_kill(objective: MergeObjective, n_workers: int, n_kills: int) -> list[int]:
+    """Let some workers run a study, of which so many are killed, whatever they do; each is replaced.
+
+    Returns:
+        Number of each trial that is finished.
+    """
+    chance = random.Random(7)
+
+    def start() -> BaseProcess:
+        nonlocal n_kills
+        n_kills -= 1
+        doomed = Doomed(chance.randint(1, 20), chance.uniform(0, 0.03)) if n_kills >= 0 else None
+        return processes.start(partial(run_study, objective.config, objective, doomed))
+
+    workers = [start() for _ in range(n_workers)]
+    try:
+        deadline = time.monotonic() + 300
+        while workers:
+            assert time.monotonic() < deadline
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                workers.remove(worker)
+                if worker.exitcode:
+                    assert worker.exitcode == -signal.SIGKILL
+                    workers.append(start())
+        assert n_kills < 0
+    finally:
+        for worker in workers:
+            processes.kill(worker)
+    trials = open_started(objective.config).trials
+    assert all(len(t.intermediate_values) == 10 for t in trials if t.state == TrialState.COMPLETE)
+    return [trial.number for trial in trials if trial.state in FINISHED]
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
+def test_workers_share_a_study_while_they_are_killed(
+    study_file: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    objective = small(study_file, tmp_path / "out", f"{kind}{tmp_path}/study.db", n_trials=40)
+    assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(40))
+
+
+def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    """The real command line, the real engine, SIGKILL."""
+    file = study_file(study={"name": "tiny", "n_trials": 40, "seed": 3, "n_chunks": 10}, n_documents=200)
+    through = subprocess.run(
+        [*RUN, "run-study", str(file), "--storage-path", str(tmp_path / "through")], capture_output=True, check=False
+    )
+    assert through.returncode == 0, through.stderr.decode()
+    killed = tmp_path / "killed"
+    for kill in range(3):
+        process = subprocess.Popen(
+            [*RUN, "run-study", str(file), "--storage-path", str(killed)], stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 600
+        while _n_rows(killed / "study.db") < 40 * (kill + 1) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = subprocess.run(
+        [*RUN, "run-study", str(file), "--storage-path", str(killed)], capture_output=True, check=False
+    )
+    assert last.returncode == 0, last.stderr.decode()
+    assert table(f"sqlite:///{killed}/study.db") == table(f"sqlite:///{tmp_path}/through/study.db")
+
+
+def _n_rows(database: Path) -> int:
+    """Reported chunks, read without disturbing the writer."""
+    if not database.exists():
+        return 0
+    try:
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=1) as connection:
+            return connection.execute("SELECT count(*) FROM trial_intermediate_values").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0

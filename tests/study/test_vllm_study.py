@@ -1,0 +1,135 @@
+"""A study with the vLLM engine through the command line, killed and gone on with; needs vLLM's CPU build."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from optuna_merge.testing.models import write_tiny_models
+
+SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+N_TRIALS = 10
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(file: Path, storage: Path, n_trials: int) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "optuna_merge",
+        "run-study",
+        str(file),
+        "--vllm",
+        "--storage-path",
+        str(storage),
+        "--n-trials",
+        str(n_trials),
+        "--json",
+    ]
+
+
+def trials(name: str, storage: Path) -> list[tuple[Any, ...]]:
+    import optuna
+
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{storage}/study.db")
+    return [(t.state.name, t.value, t.params, t.intermediate_values) for t in study.trials]
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found += [int(folder.name), *children(int(folder.name))]
+    return found
+
+
+def runs(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.vllm
+def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, study_file: Callable[..., Path]) -> None:
+    base, models = write_tiny_models(tmp_path / "wide", 2, head_dim=32, n_layers=2, spread=0.3)
+    genome = {
+        "models": [str(model) for model in models],
+        "base_model": str(base),
+        "merge_method": "task_arithmetic",
+        "layer_granularity": 1,
+    }
+    study = {
+        "name": "tiny",
+        "n_trials": N_TRIALS,
+        "seed": 3,
+        "n_chunks": 8,
+        "pruner": {"name": "wilcoxon", "p_threshold": 0.4},
+    }
+    file = study_file(genome=genome, study=study, engine={"dtype": "float32", "vllm": {"kv_cache_memory_bytes": 2**25}})
+    check_kill(file, tmp_path, N_TRIALS)
+
+
+@pytest.mark.vllm
+def test_the_quickstart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its models with two heads instead of four, of the size that the CPU build knows, trained for a while only."""
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    script = importlib.import_module("quickstart_models")
+    script.make_models(tmp_path / "quickstart_models", script.Settings(n_heads=2, base_steps=60, skill_steps=30))
+    study = yaml.safe_load((ROOT / "studies" / "quickstart.yaml").read_text())
+    study["task_search_path"] = str(ROOT / "eval_tasks")
+    study["limit"] = 80
+    study["study"] |= {"n_chunks": 8, "pruner": {"name": "wilcoxon", "p_threshold": 0.4}}
+    file = tmp_path / "quickstart.yaml"
+    file.write_text(yaml.safe_dump(study))
+    check_kill(file, tmp_path, 14)
+
+
+def check_kill(file: Path, tmp_path: Path, n_trials: int) -> None:
+    """Kill a study after a few chunks, go on with it, and compare it with one that was left alone."""
+    name = yaml.safe_load(file.read_text())["study"]["name"]
+    environment = {**os.environ, **SETTINGS}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        command(file, killed, n_trials), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 900
+    documents = killed / "documents" / name
+    while len(list(documents.glob("*.jsonl"))) < 6:
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = children(process.pid)
+    assert workers
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while any(runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "vLLM outlives the study"
+        time.sleep(0.2)
+    summaries = []
+    for storage in (killed, whole):
+        done = subprocess.run(
+            command(file, storage, n_trials), env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        summaries.append(json.loads(done.stdout))  # vLLM prints nothing among the results
+    ours, theirs = trials(name, killed), trials(name, whole)
+    assert len(ours) == n_trials
+    assert ours == theirs
+    assert {state for state, *_ in ours} <= {"COMPLETE", "PRUNED"}
+    assert "PRUNED" in {state for state, *_ in ours}
