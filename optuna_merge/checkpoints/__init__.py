@@ -1,1 +1,1 @@
-"""Models on disk: found, opened lazily, compared and written."""
+"""Models on disk: finds, opens, compares and writes them."""

@@ -1,7 +1,7 @@
-"""LoRA adapters in PEFT's layout: what they make of a model's tensors, one at a time.
+"""LoRA adapters in PEFT's layout, applied to a model's tensors one at a time.
 
-Knows ``adapter_config.json``, PEFT's names of tensors and its arithmetic; peft itself is not needed. Does not know the
-model: who has one asks for each of its tensors.
+Knows ``adapter_config.json``, PEFT's tensor names and its arithmetic, without needing peft. Does not know the model:
+the caller passes in each of its tensors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _USED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
-_WITHOUT_EFFECT = (  # what was trained and how; or stated again by the tensors themselves
+_WITHOUT_EFFECT = (  # say what was trained and how, or repeat what the tensors tell
     "alora_invocation_tokens auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
     "exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout "
     "lora_ga_config megatron_config megatron_core modules_to_save peft_version qalora_group_size revision "
     "runtime_config target_modules task_type"
 ).split()
-_STARTS_FROM_THE_MODEL = (True, False, None, "gaussian", "eva", "orthogonal")  # other ways change the model first
+_STARTS_FROM_THE_MODEL = (True, False, None, "gaussian", "eva", "orthogonal")  # other values change the model first
+_MERGE_IT = "merge such an adapter with peft's merge_and_unload and name the result"
 _FACTORS = {
     "lora_A.weight": ("A", False),
     "lora_B.weight": ("B", False),
@@ -40,13 +41,13 @@ _FACTORS = {
 
 @dataclass(frozen=True)
 class _Update:
-    """What happens to one tensor of the model: it is replaced, ``scaling * B @ A`` is added, or both.
+    """What the adapter does to one tensor of the model: replaces it, adds ``scaling * B @ A``, or both.
 
     Attributes:
-        replacement: Name of the adapter's tensor that takes its place.
+        replacement: Name of the adapter's tensor that replaces it.
         a, b: Names of the factors.
-        scaling: Of their product.
-        transposed: Whether the model's tensor is the product transposed.
+        scaling: Factor of their product.
+        transposed: Whether the product is transposed before it is added.
     """
 
     replacement: str | None = None
@@ -57,28 +58,30 @@ class _Update:
 
 
 class Adapter:
-    """A LoRA adapter on disk, fitted to the tensor names of a model.
+    """A LoRA adapter on disk, matched with the tensor names of a model.
 
     Attributes:
-        path: Its folder.
-        reference: What messages call it.
-        files: Its tensors.
+        path: The adapter's folder.
+        reference: The adapter's name in messages.
+        files: The adapter's tensors.
     """
 
     def __init__(self, path: Path, reference: str, names: Collection[str]) -> None:
-        """Open an adapter; loads nothing.
+        """Open an adapter; reads headers, not weights.
 
         Args:
-            path: Its folder.
-            reference: What messages call it.
-            names: The tensor names of the model that it belongs to.
+            path: The adapter's folder.
+            reference: The adapter's name in messages.
+            names: Tensor names of the model that it belongs to.
 
         Raises:
-            CheckpointError: If it is no LoRA adapter of this kind of model, or one that does more than add
+            CheckpointError: If it is not a LoRA adapter of such a model, or if it does more than add
                 ``scaling * B @ A`` to weights and replace whole tensors.
         """
         self.path = path
         self.reference = reference
+        if not (path / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{reference}: adapter must hold {CONFIG_FILE}, found none in {path}")
         config = read_json(path / CONFIG_FILE)
         _check_kind(config, reference)
         if not (path / WEIGHTS_FILE).is_file():
@@ -90,23 +93,23 @@ class Adapter:
         return name in self._updates
 
     def replaced_shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of the tensor that takes the place of the model's tensor ``name``; None: it is not replaced."""
+        """Shape of the tensor that replaces the model's tensor ``name``; None if it is not replaced."""
         update = self._updates.get(name)
         return None if update is None or update.replacement is None else self.files.shape(update.replacement)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The model's tensor ``name`` with the adapter in it.
+        """Apply the adapter to the model's tensor ``name``.
 
         Args:
-            name: Its name.
-            tensor: As the model stores it; left unmodified.
+            name: The tensor's name.
+            tensor: The tensor as the model stores it; left unmodified.
 
         Returns:
-            ``tensor`` itself if the adapter leaves it alone; otherwise a tensor of its dtype, computed in float32 and
-            rounded once.
+            ``tensor`` itself if the adapter does not change it; otherwise a new tensor of its dtype, computed in
+            float32 and rounded once.
 
         Raises:
-            CheckpointError: If the shapes do not go together.
+            CheckpointError: If the shapes do not match.
 
         References:
             LoRA, arXiv:2106.09685, section 4.1; rank-stabilized scaling: arXiv:2312.03732. Departure: PEFT rounds
@@ -145,9 +148,6 @@ def _check_kind(config: Mapping[str, Any], reference: str) -> None:
         raise CheckpointError(f"{reference}: {unknown[0]} must be off, got {config[unknown[0]]}; {_MERGE_IT}")
 
 
-_MERGE_IT = "merge such an adapter with peft's merge_and_unload and name the result"
-
-
 def _fit(files: TensorFiles, config: Mapping[str, Any], reference: str, names: Collection[str]) -> dict[str, _Update]:
     replaced: dict[str, str] = {}
     factors: dict[str, dict[str, str]] = {}
@@ -183,7 +183,7 @@ def _fit(files: TensorFiles, config: Mapping[str, Any], reference: str, names: C
 
 
 def _find(path: str, reference: str, names: Collection[str]) -> str:
-    """The model's name of a tensor; either side may lack what stands before, such as ``transformer.`` in GPT-2's."""
+    """The model's name of a tensor. Either name may lack a prefix of the other, such as GPT-2's ``transformer.``."""
     if path in names:
         return path
     found = [name for name in names if name.endswith(f".{path}") or path.endswith(f".{name}")]
@@ -196,15 +196,15 @@ def _find(path: str, reference: str, names: Collection[str]) -> str:
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int, reference: str) -> float:
-    stated = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
+    stated = _lookup(config.get("rank_pattern"), module, config.get("r"))
     if stated != rank:
         raise CheckpointError(f"{reference}: rank of {module} must be {stated} as in {CONFIG_FILE}, got {rank}")
-    alpha = float(_of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    alpha = float(_lookup(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first key that matches the end of a module's name, as a regular expression."""
+def _lookup(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Value of the first key that, as a regular expression, matches the end of a module's name."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

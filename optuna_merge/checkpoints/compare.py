@@ -1,4 +1,4 @@
-"""Whether checkpoints can be merged, and what differs."""
+"""Whether checkpoints can be merged tensor by tensor, and what differs. Reads headers and vocabularies, no weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _N_SHOWN = 10
 
 
 def compare(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = None) -> list[str]:
-    """Everything that keeps checkpoints from being merged tensor by tensor. Reads headers only.
+    """Find everything that keeps checkpoints from being merged tensor by tensor.
 
     Args:
-        checkpoints: The first is what the others are compared with: the base, if there is one.
-        tokenizer_source: If None, every model must have the same vocabulary.
+        checkpoints: The others are compared with the first: the base, if there is one.
+        tokenizer_source: If None, all models must have the same vocabulary.
 
     Returns:
-        One line for each difference; empty: they can be merged.
+        One line for each difference; none if they can be merged.
     """
     first, *others = checkpoints
     problems = [problem for checkpoint in checkpoints for problem in _quantized(checkpoint)]
     for other in others:
         if found := _compare_configs(first, other):
-            problems += found  # their tensors would all differ too, which says nothing more
+            problems += found  # then all tensors differ too, which tells nothing new
         else:
             problems += _compare_tensors(first, other, rows_may_differ=tokenizer_source is not None)
     if tokenizer_source is None:
@@ -35,10 +35,10 @@ def compare(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = No
 
 
 def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = None) -> None:
-    """Raise what :func:`compare` finds.
+    """Raise an error if :func:`compare` finds a difference.
 
     Raises:
-        CheckpointError: With one line for each of the first ten problems, and the number of the others.
+        CheckpointError: With one line for each of the first ten, and the number of the others.
     """
     problems = compare(checkpoints, tokenizer_source)
     if problems:
@@ -47,7 +47,7 @@ def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | 
 
 
 def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """The names of the tensors that all checkpoints have, in the order of the first."""
+    """Names of the tensors that all checkpoints have, in the order of the first."""
     return tuple(name for name in checkpoints[0].names if all(name in checkpoint for checkpoint in checkpoints))
 
 

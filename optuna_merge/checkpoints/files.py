@@ -1,4 +1,4 @@
-"""The files of a model folder: JSON, and tensors in safetensors. Opens and maps them, and knows no names in them."""
+"""Files of two formats: JSON objects, and tensors in safetensors. Does not know what a model's files are called."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _BLOCK_BYTES = 4096
-_READ_AHEAD_BYTES = 1 << 20  # Linux reads a device's longest request for one call, and no more
+_READ_AHEAD_BYTES = 1 << 20  # for one call Linux reads at most a device's longest request
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_WILLNEED") else None
 if _MADVISE is not None:
     _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class TensorFiles:
-    """The tensors of some safetensors files, read when they are asked for.
+    """The tensors of one or more safetensors files, read when they are asked for.
 
     Attributes:
-        reference: What messages call them.
-        files: As given.
+        reference: The model's name in messages.
+        files: The files.
         names: Tensor names in the order of the files.
     """
 
@@ -70,7 +70,7 @@ class TensorFiles:
         """Dtype of a tensor, from the file's header.
 
         Raises:
-            CheckpointError: If it is one that merging does not know, such as a quantized one.
+            CheckpointError: If merging does not support it, as with quantized weights.
         """
         code = self._slice(name).get_dtype()
         if code not in _DTYPES:
@@ -81,13 +81,13 @@ class TensorFiles:
         return _DTYPES[code]
 
     def get(self, name: str) -> Tensor:
-        """A tensor, as a live map of the file: it costs no memory of its own and must never be written to."""
+        """A tensor as a live map of the file; it costs no memory of its own and must never be written to."""
         self._slice(name)
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
 
     def prefetch(self, name: str) -> None:
-        """Ask the operating system to read a tensor ahead; returns at once."""
+        """Ask the operating system to read a tensor ahead, and return at once."""
         stored = self.get(name)
         start = stored.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         if _MADVISE is not None and stored.numel():
@@ -104,7 +104,7 @@ class TensorFiles:
     def digest(self) -> str:
         """Hex SHA-256 over each tensor's name, dtype, shape and three blocks of 4 KiB: its ends and its middle.
 
-        Cheap, and of small tensors complete. A change elsewhere in large tensors alone goes unseen; training changes
+        This is cheap, and complete for small tensors. A change that spares these blocks goes unseen; training changes
         nearly every element.
         """
         digest = hashlib.sha256()
@@ -122,10 +122,10 @@ class TensorFiles:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        CheckpointError: If it cannot be read, or holds something else.
+        CheckpointError: If the file cannot be read or holds something else.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -143,6 +143,6 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, framework="pt")  # compares the header with the size of the file
+        return safe_open(file, framework="pt")  # checks the header against the size of the file
     except (SafetensorError, OSError) as exc:
         raise CheckpointError(f"{file}: must be a whole safetensors file, got: {exc}; fetch it again") from exc

@@ -1,11 +1,11 @@
-"""A model reference in a study file to the folder it means."""
+"""From a model reference, as in a study file, to the folder of the model. Does not read what is in the folder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from optuna_merge.errors import CheckpointError
+from optuna_merge.errors import CheckpointError, first_line
 from optuna_merge.recipe import split_reference
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken")
@@ -16,12 +16,12 @@ class ResolvedReference:
     """A model reference and the folder that it led to.
 
     Attributes:
-        reference: As somebody wrote it.
-        name: The same model for any reader: an absolute path, or ``org/name@commit`` for a model of the hub; two of
-            them, joined with ``+``, for a model with an adapter.
+        reference: As it was written.
+        name: A spelling that means the same model everywhere: an absolute path, or ``org/name@commit`` for a model of
+            the hub. A model with an adapter has two of them, joined with ``+``.
         path: The folder.
-        is_local: Whether it was a folder from the start, and not fetched from the hub.
-        adapter: Of the model, if it has one.
+        is_local: Whether the reference is a folder, so that nothing was fetched from the hub.
+        adapter: The model's adapter, if it has one.
     """
 
     reference: str
@@ -32,9 +32,9 @@ class ResolvedReference:
 
     @property
     def spellings(self) -> dict[str, str]:
-        """``name``, or the names of model and adapter, to what a reader elsewhere should be told.
+        """Maps ``name``, or the names of model and adapter, to the spelling to show to others.
 
-        That is a hub name as it was written, or the absolute path of a folder.
+        That is the hub name as it was written, or the absolute path of a folder.
         """
         if self.adapter is None:
             return {self.name: self.name if self.is_local else self.reference}
@@ -44,16 +44,16 @@ class ResolvedReference:
 
 
 def resolve(reference: str, relative_to: Path | None = None) -> ResolvedReference:
-    """Find the folder that a model reference means; fetch it from the hub if it is no folder.
+    """Find the folder of a model reference; fetch the model from the hub if the reference is not a folder.
 
     Args:
         reference: A folder (absolute, or relative to ``relative_to``), or ``org/name`` or ``org/name@revision`` on
-            the model hub. What starts with ``.``, ``/`` or ``~`` is always a folder. Two of them joined with ``+``
-            are a model and its adapter, unless there is a folder of that name.
-        relative_to: Folder of the file that holds the reference; None: the working directory.
+            the model hub. A reference that starts with ``.``, ``/`` or ``~`` is always a folder. Two references joined
+            with ``+`` are a model and its adapter, unless a folder has that name.
+        relative_to: Folder of the file that holds the reference; None means the working directory.
 
     Raises:
-        CheckpointError: If it is neither; the message names both readings.
+        CheckpointError: If neither is found; the message names both.
     """
     start = relative_to or Path.cwd()
     folder = start / Path(reference).expanduser()
@@ -80,9 +80,8 @@ def _fetch(reference: str, looked_at: Path) -> ResolvedReference:
     try:
         path = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as exc:
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise CheckpointError(
             f"model {reference!r} must be a folder or a model of the hub, but there is no folder {looked_at}, "
-            f"and the hub gave none: {reason}"
+            f"and the hub gave none: {first_line(exc)}"
         ) from exc
     return ResolvedReference(reference, f"{name}@{path.name}", path, is_local=False)

@@ -1,9 +1,8 @@
-"""Tensor names: which layer a tensor belongs to, or which end of the model. Strings only, no architecture table.
+"""What tensor names tell: which layer a tensor belongs to, or which end of the model. Has no table of architectures.
 
-A decoder's tensor names hold the index of the layer as a path component of its own (``model.layers.3.mlp...``,
-``transformer.h.3.attn...``, ``gpt_neox.layers.3...``). What stands before the index is the layer stack. A tensor
-outside the stack is an embedding if its name says so, and otherwise belongs to the head (final norm, output
-projection).
+In a decoder, the index of the layer is a component of the tensor name (``model.layers.3.mlp...``,
+``transformer.h.3.attn...``, ``gpt_neox.layers.3...``). The part before the index is the layer stack. A tensor outside
+the stack is an embedding if its name says so; otherwise it belongs to the head (final norm, output projection).
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ _BUFFER = re.compile(r"\.rotary_emb\.|\.(attn|attention|self_attn)\.(masked_)?bi
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a model a tensor is: its role, and its layer if the role is ``"layer"``."""
+    """Where a tensor is in a model: its role, and its layer if the role is ``"layer"``."""
 
     role: Role
     layer: int | None = None
 
 
 def find_layer_stack(names: Iterable[str], n_layers: int | None = None) -> str:
-    """The prefix of the tensor names of the layers, such as ``"model.layers."``.
+    """Find the prefix of the layers' tensor names, such as ``"model.layers."``.
 
     Args:
-        names: Every tensor name of a checkpoint, in any order.
-        n_layers: Number of layers if known; tells a decoder from an encoder beside it.
+        names: All tensor names of a checkpoint, in any order.
+        n_layers: Number of layers, if known; tells a decoder from an encoder in the same checkpoint.
 
     Raises:
         CheckpointError: If no prefix, or more than one, is followed by the indices 0 to n - 1.
@@ -55,7 +54,7 @@ def find_layer_stack(names: Iterable[str], n_layers: int | None = None) -> str:
 
 
 def place_of(name: str, stack: str) -> Place:
-    """Where the tensor ``name`` is in a model whose layers are named ``stack`` + index."""
+    """Find the place of the tensor ``name`` in a model whose layers are named ``stack`` + index."""
     prefix, index = _split(name)
     if index is not None and prefix == stack:
         return Place("layer", index)
@@ -63,7 +62,7 @@ def place_of(name: str, stack: str) -> Place:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether the tensor is a constant that some checkpoints store: rotary frequencies, masks, position numbers."""
+    """Whether a tensor is a constant that only some checkpoints store: rotary frequencies, masks, position numbers."""
     return bool(_BUFFER.search(f".{name}"))
 
 

@@ -1,8 +1,8 @@
 """The merge: a recipe and checkpoints in, a stream of merged tensors out.
 
-Reads each source byte once, holds one merged tensor and a few float32 buffers of bounded size, and rounds each element
-once. Results depend on the recipe and the checkpoints alone: not on chunk size, threads or shards. Whether a
-result is finite is the business of whoever scores it.
+Reads each byte of a checkpoint once, holds one merged tensor and a few float32 buffers of bounded size, and rounds each
+element once. Results depend only on the recipe and the checkpoints, not on chunk size, threads or shards. Does not
+check whether a result is finite; whoever scores it does.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import common_names
 from optuna_merge.checkpoints.reference import ResolvedReference
 from optuna_merge.checkpoints.tensor_names import Place, is_buffer, place_of
-from optuna_merge.checkpoints.vocabulary import unify
-from optuna_merge.errors import MergeError, is_out_of_memory
-from optuna_merge.merging.placement import Placement, free_host_bytes, place_sources, reads_waited_for
+from optuna_merge.checkpoints.unify import unify
+from optuna_merge.errors import MergeError, first_line, is_out_of_memory
+from optuna_merge.merging.placement import Placement, count_disk_waits, free_host_bytes, place_checkpoints
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
 from optuna_merge.merging.staging import Stage
 from optuna_merge.methods import MergeMethod, find_method
@@ -31,25 +31,23 @@ from optuna_merge.methods.function import MergeFunction, MergeInput
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
 
 Destination = Callable[[str], Tensor | None]
-"""Tensor name to the memory that its merged tensor is written into, or None for a new tensor."""
+"""Maps a tensor name to the memory that its merged tensor is written into, or to None for a new tensor."""
 
 _COMPILED_FROM = 1 << 27
-"""Elements of a model from which on a study saves more time than a compiler takes, which is up to a minute."""
+"""From this many elements of a model on, a study saves more time than compiling takes, which is up to a minute."""
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": PIECE_ELEMENTS}  # the CPU's buffers stay in its cache
-_KERNEL_ELEMENTS = {
-    "cpu": 1 << 24,
-    "cuda": KERNEL_ELEMENTS,
-}  # a call costs as much as some 100,000, or 10 million, elements
+# One call costs as much as some 100,000 elements on a CPU, and 10 million on a GPU.
+_KERNEL_ELEMENTS = {"cpu": 1 << 24, "cuda": KERNEL_ELEMENTS}
 _LEAST_CHUNK_ELEMENTS = 1 << 18
 
 
 class Merger:
-    """Open checkpoints, ready to be merged by any number of recipes.
+    """Merges open checkpoints by any number of recipes.
 
     Attributes:
         checkpoints: Model reference, as recipes spell it, to its checkpoint.
-        device: Where merged tensors are computed and live.
+        device: Device that computes and holds merged tensors.
     """
 
     def __init__(
@@ -60,27 +58,27 @@ class Merger:
         tokenizer_source: str | None = None,
         chunk_elements: int | None = None,
         is_compiled: bool | None = None,
-        sources: Placement = "disk",
+        placement: Placement = "disk",
     ) -> None:
-        """Check that the checkpoints go together.
+        """Check that the checkpoints fit together.
 
         Args:
-            checkpoints: Reference to checkpoint; the first is the one that the others are compared with, and whose
-                tensor order the stream has: the base, if there is one.
+            checkpoints: Reference to checkpoint. The others are compared with the first, whose tensor order the
+                stream has: the base, if there is one.
             device: ``cpu``, ``cuda`` or ``cuda:<i>``.
-            tokenizer_source: ``base`` (the first), ``union``, or a key of ``checkpoints``; None: they agree already.
-            chunk_elements: Elements merged at a time; None: by device.
-            is_compiled: Compile elementwise arithmetic with torch.compile; None: if the models are large. It
-                changes no result; where it fails, a warning says so and merging goes on without.
-            sources: Where the checkpoints' tensors are kept from when they are first read.
+            tokenizer_source: ``base`` (the first), ``union``, or a key of ``checkpoints``; None if they agree already.
+            chunk_elements: Elements merged at a time; None to choose by device.
+            is_compiled: Compile elementwise arithmetic with torch.compile; None to compile if the models are large.
+                It changes no result; if it fails, merging warns and continues without it.
+            placement: Where the checkpoints' tensors are kept once they have been read.
 
         Raises:
             CheckpointError: If they differ in names, shapes, architecture or vocabulary.
         """
         self.device = _with_index(torch.device(device))
-        self.checkpoints = place_sources(unify(checkpoints, tokenizer_source), sources, self.device)
-        self._are_mapped = self._reads_ahead = sources == "disk"
-        self._sources = sources
+        self.checkpoints = place_checkpoints(unify(checkpoints, tokenizer_source), placement, self.device)
+        self._placement = placement
+        self._reads_ahead = placement == "disk"
         self._chunk_elements = chunk_elements or _CHUNK_ELEMENTS[self.device.type]
         self._kernel_elements = _KERNEL_ELEMENTS[self.device.type]
         self._stage = Stage(self.device)
@@ -98,9 +96,9 @@ class Merger:
         device: str | torch.device = "cpu",
         tokenizer_source: str | None = None,
     ) -> Merger:
-        """Open checkpoints by reference: the base, if there is one, first.
+        """Open checkpoints by reference; the base comes first, if there is one.
 
-        Recipes call them as they are called here; a :class:`ResolvedReference` by its ``name``.
+        Recipes must spell the references as they are spelled here; a :class:`ResolvedReference` by its ``name``.
         """
         checkpoints = {
             reference if isinstance(reference, str) else reference.name: Checkpoint.open(reference, relative_to)
@@ -110,7 +108,7 @@ class Merger:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the merged tensors, in the order of the stream."""
+        """Names of the merged tensors, in the order of the stream."""
         return common_names(list(self.checkpoints.values()))
 
     def merge(self, recipe: Recipe, out: Destination | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -118,14 +116,14 @@ class Merger:
 
         Args:
             recipe: Its references must be among ``checkpoints``.
-            out: Where results are written, for instance into a resident model. A destination must be contiguous, on
-                ``device``, of the tensor's shape and of ``recipe.dtype``, and nobody else may write into it: a
-                tensor that would be merged from the same numbers as last time is left as it is.
+            out: Destinations of the results, for instance in a resident model. A destination must be contiguous, on
+                ``device``, of the tensor's shape and of ``recipe.dtype``. Nobody else may write into it: it is left as
+                it is if the same numbers were merged into it last time.
 
         Yields:
-            Name and merged tensor, each once: the destination of ``out``, or a new tensor that nothing else
-            refers to. Tensors that are not of a floating dtype, and constants such as rotary frequencies, are
-            copied from the base or the first model. Stopping early leaves nothing open.
+            Name and merged tensor, each once: the destination of ``out``, or a new tensor that nothing else refers
+            to. Tensors of other than floating dtypes, and constants such as rotary frequencies, are copied from the
+            base or the first model. Stopping early leaves nothing open.
 
         Raises:
             MergeError: If the recipe does not fit the checkpoints, a method fails, or a tensor does not fit into memory
@@ -133,19 +131,22 @@ class Merger:
         """
         plan = _Plan.make(recipe, self.checkpoints)
         steps = [_Step.of(plan, name, None if out is None else out(name)) for name in self.names]
-        n_reads = reads_waited_for()
+        n_reads = count_disk_waits()
         try:
             for step, following in zip(steps, [*steps[1:], None], strict=True):
                 yield step.name, self._merge_that_fits(plan, step, following)
         finally:
             self._stage.drop()
-        if self._are_mapped:
-            # what is in memory already is not asked for again: to ask takes as long as a fifth of a linear merge
+        if self._placement == "disk":
+            # Once everything is in memory, reading ahead is left out: it takes as long as a fifth of a linear merge.
             fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
-            self._reads_ahead = not fits if self._reads_ahead else reads_waited_for() > n_reads
+            self._reads_ahead = not fits if self._reads_ahead else count_disk_waits() > n_reads
 
     def template(self, recipe: Recipe) -> Checkpoint:
-        """The checkpoint whose configuration and tokenizer the merged model has: its source, the base or the first."""
+        """The checkpoint that gives the merged model its configuration and tokenizer.
+
+        It is the one that ``recipe.tokenizer_source`` names, else the base, else the first model.
+        """
         if recipe.tokenizer_source in self.checkpoints:
             return self.checkpoints[recipe.tokenizer_source]
         return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]
@@ -155,7 +156,7 @@ class Merger:
         return sum(math.prod(first.shape(name)) for name in self.names) >= _COMPILED_FROM
 
     def _merge_that_fits(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
-        """Merge a tensor; where memory is out, in smaller pieces from then on, which change no result."""
+        """Merge a tensor. If memory runs out, continue in smaller pieces from then on, which change no result."""
         while True:
             try:
                 return self._merge_tensor(plan, step, following)
@@ -173,12 +174,11 @@ class Merger:
         if max(sizes) > _LEAST_CHUNK_ELEMENTS:
             self._chunk_elements, self._kernel_elements = (max(_LEAST_CHUNK_ELEMENTS, n // 4) for n in sizes)
             return
-        ways = {"gpu": "engine.sources: host or disk, ", "host": "engine.sources: disk, ", "disk": ""}[self._sources]
+        ways = {"gpu": "engine.sources: host or disk, ", "host": "engine.sources: disk, ", "disk": ""}[self._placement]
         ways += "engine.merge_device: cpu, " if self.device.type == "cuda" else ""
-        got = str(exc).strip().partition("\n")[0][:200] or type(exc).__name__
         raise MergeError(
-            f"{name}: merging must fit into the memory of {self.device}, got {got}; use {ways}a smaller"
-            " engine.batch_size or fewer workers, and run the same command again"
+            f"{name}: merging must fit into the memory of {self.device}, got {first_line(exc)[:200]}; use {ways}a"
+            " smaller engine.batch_size or fewer workers, and run the same command again"
         ) from exc
 
     def _merge_tensor(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
@@ -190,14 +190,14 @@ class Merger:
             if self._is_written(step):
                 return result
             self._written.pop(result.data_ptr(), None)
-        sources = [] if step.numbers is None else self._stage.take(name, lambda: plan.tensors(name))
+        tensors = [] if step.numbers is None else self._stage.take(name, lambda: plan.tensors(name))
         if following is not None and following.numbers is not None and not self._is_written(following):
             self._begin(plan, following.name)
         if step.numbers is None:
             result.copy_(plan.template.get(name))
         else:
             try:
-                plan.function(self._inputs(plan, name, step.numbers, sources), result)
+                plan.function(self._inputs(plan, name, step.numbers, tensors), result)
             except Exception as exc:  # a user's method may raise anything
                 if is_out_of_memory(exc):
                     raise
@@ -207,21 +207,21 @@ class Merger:
         return result
 
     def _is_written(self, step: _Step) -> bool:
-        """Whether the destination holds what would be merged."""
+        """Whether the destination already holds the result."""
         return step.destination is not None and self._written.get(step.destination.data_ptr()) == step.record
 
     def _begin(self, plan: _Plan, name: str) -> None:
-        """Read a tensor that is merged next, or have it read."""
+        """Start to read and copy the tensor that is merged next."""
         if self._reads_ahead:
             for checkpoint in plan.read:
                 checkpoint.prefetch(name)
         if self._stage.is_ahead:
             self._stage.start(name, plan.tensors(name))
 
-    def _inputs(self, plan: _Plan, name: str, numbers: _Numbers, sources: list[Tensor]) -> MergeInput:
+    def _inputs(self, plan: _Plan, name: str, numbers: _Numbers, tensors: list[Tensor]) -> MergeInput:
         assert plan.method is not None
         recipe = plan.recipe
-        base, models = (None, sources) if plan.base is None else (sources[0], sources[1:])
+        base, models = (None, tensors) if plan.base is None else (tensors[0], tensors[1:])
         return MergeInput(
             name=name,
             base=base,
@@ -242,7 +242,7 @@ class Merger:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """The numbers that apply to one tensor: those of all models, and those of each that is used."""
+    """Method parameters of one tensor, shared ones and those with a value for each model that is used."""
 
     shared: dict[str, float]
     per_model: dict[str, tuple[float, ...]]
@@ -250,14 +250,14 @@ class _Numbers:
 
 @dataclass(frozen=True)
 class _Step:
-    """One tensor's part of a merge.
+    """The merge of one tensor.
 
     Attributes:
-        name: The tensor's.
-        destination: Where it is written, if that is given.
-        dtype: What it becomes.
-        numbers: What applies to it; None: it is copied.
-        record: What it is made from: destinations of equal records hold equal tensors.
+        name: The tensor's name.
+        destination: Memory to write it into; None for a new tensor.
+        dtype: Dtype of the result.
+        numbers: Its method parameters; None if it is copied.
+        record: Everything that it is made from; destinations with equal records hold equal tensors.
     """
 
     name: str
@@ -268,7 +268,7 @@ class _Step:
 
     @classmethod
     def of(cls, plan: _Plan, name: str, destination: Tensor | None) -> _Step:
-        """The step of a plan that merges a tensor."""
+        """The step that merges the tensor ``name``."""
         recipe, stored = plan.recipe, plan.template.dtype(name)
         dtype = getattr(torch, recipe.dtype) if stored.is_floating_point else stored
         if plan.method is None or not dtype.is_floating_point or is_buffer(name):
@@ -280,11 +280,11 @@ class _Step:
 
 
 class _Plan:
-    """A recipe whose names have become objects.
+    """A recipe whose names are resolved to objects.
 
     Attributes:
-        used: Which of the recipe's models enter the merge: all but the base, if the method has one.
-        read: The base, if the method has one, and the models that enter.
+        used: Indices of the recipe's models that enter the merge: all but the base, if the method has one.
+        read: The checkpoints to read: the base, if the method has one, and the models that enter the merge.
     """
 
     def __init__(self, recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None) -> None:
@@ -300,19 +300,19 @@ class _Plan:
         self.function: MergeFunction = _no_function if self.method is None else self.method.load()
 
     def tensors(self, name: str) -> list[Tensor]:
-        """Of all that are read."""
+        """The tensor ``name`` of every checkpoint that is read."""
         return [checkpoint.get(name) for checkpoint in self.read]
 
     @cached_property
     def settings(self) -> tuple[Any, ...]:
-        """What each tensor is made from, besides its numbers."""
+        """What every tensor is made from, besides its method parameters."""
         recipe = self.recipe
         options = tuple(sorted(recipe.options.items()))
         return (recipe.method, recipe.dtype, recipe.seed, options, *(id(checkpoint) for checkpoint in self.read))
 
     @cached_property
     def identities(self) -> tuple[str, ...]:
-        """What tells the models apart: their content, so that a random mask moves with its model."""
+        """A text for each model that stands for its content, so that a random mask moves with its model."""
         return tuple(model.weights_digest for model in self.models)
 
     @classmethod
@@ -331,7 +331,7 @@ class _Plan:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """``cuda:<i>`` for ``cuda``: as the device of tensors is called there."""
+    """``cuda:<i>`` instead of ``cuda``, as tensors name their device."""
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 

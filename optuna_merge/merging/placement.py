@@ -1,4 +1,4 @@
-"""Where the models that are merged live between merges: on the GPU, in host memory, or in their files.
+"""Where the checkpoints of a merge are kept between merges: on the GPU, in host memory, or in their files.
 
 Knows sizes and devices; knows nothing of recipes.
 """
@@ -11,27 +11,30 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from optuna_merge.checkpoints.checkpoint import Checkpoint, CheckpointView
+from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.checkpoints.view import CheckpointView
 from optuna_merge.errors import EngineError
 
 Placement = Literal["gpu", "host", "disk"]
+"""``host`` is page-locked memory if a GPU merges; ``disk`` means files that are mapped into memory."""
 
-_HOST_SHARE = 0.8  # of the free host memory, that sources may take
+_HOST_SHARE = 0.8  # of the free host memory may be taken
 _SAMPLE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
-class SourcePlan:
-    """Where sources live, and why.
+class PlacementPlan:
+    """Where the checkpoints will be kept, and why.
 
     Attributes:
-        placement: ``gpu``, ``host`` (page-locked if they are merged on a GPU) or ``disk``, which means mapped files.
-        n_bytes: What they take there.
+        placement: The place.
+        n_bytes: Bytes that they take there.
         reason: One line for people.
     """
 
@@ -40,7 +43,7 @@ class SourcePlan:
     reason: str
 
 
-def plan_sources(
+def plan_placement(
     wanted: Literal["auto", "gpu", "host", "disk"],
     checkpoints: Iterable[Checkpoint],
     names: Iterable[str],
@@ -48,21 +51,22 @@ def plan_sources(
     *,
     gpu_free: int,
     host_free: int,
-) -> SourcePlan:
-    """Decide where sources live: on the GPU if they fit, else in host memory if they fit, else in their files.
+) -> PlacementPlan:
+    """Choose where to keep the checkpoints.
 
-    Merged on the CPU, ``auto`` leaves them in their files: the page cache holds what it can, and processes share it.
+    ``auto`` takes the GPU if they fit there, else host memory if they fit there, else their files. When the CPU merges,
+    it always leaves them in their files: the page cache holds as much as it can, and processes share it.
 
     Args:
-        wanted: ``auto`` decides.
-        checkpoints: Of all models that are merged.
-        names: Of the tensors that are merged.
-        device: Where they are merged.
-        gpu_free: Bytes that sources may take on the GPU.
-        host_free: Bytes of host memory that are free.
+        wanted: A place, or ``auto`` to choose one.
+        checkpoints: Every model of the merge, the base included.
+        names: Tensors that are merged.
+        device: Device that merges.
+        gpu_free: Bytes of GPU memory that may be taken.
+        host_free: Bytes of free host memory.
 
     Raises:
-        EngineError: If they do not fit where they are wanted.
+        EngineError: If they do not fit in the place that is wanted.
     """
     sizes = _sizes(checkpoints, list(names))
     n_bytes = sum(sizes)
@@ -70,27 +74,27 @@ def plan_sources(
     # The allocator of page-locked memory rounds up to powers of two.
     host_bytes = sum(1 << (size - 1).bit_length() for size in sizes if size) if is_gpu else n_bytes
     fits_gpu, fits_host = is_gpu and n_bytes <= gpu_free, host_bytes <= _HOST_SHARE * host_free
-    gpu_numbers = f"{_gib(n_bytes)} of sources, {_gib(gpu_free)} free on the GPU"
-    host_numbers = f"{_gib(host_bytes)} of sources, {_gib(_HOST_SHARE * host_free)} of host memory to spare"
+    gpu_numbers = f"{_gib(n_bytes)} of models, {_gib(gpu_free)} free on the GPU"
+    host_numbers = f"{_gib(host_bytes)} of models, {_gib(_HOST_SHARE * host_free)} of host memory to spare"
     if wanted == "gpu" and not is_gpu:
-        raise EngineError(f"engine.sources must be auto, host or disk where {device.type} merges, got gpu")
+        raise EngineError(f"engine.sources must be auto, host or disk when {device.type} merges, got gpu")
     if wanted == "gpu" and not fits_gpu:
         raise EngineError(f"engine.sources must fit: {gpu_numbers}; use auto, host or disk")
     if wanted == "host" and not fits_host:
         raise EngineError(f"engine.sources must fit: {host_numbers}; use auto or disk")
     if wanted == "gpu" or (wanted == "auto" and fits_gpu):
-        return SourcePlan("gpu", n_bytes, gpu_numbers)
+        return PlacementPlan("gpu", n_bytes, gpu_numbers)
     if wanted == "host" or (wanted == "auto" and is_gpu and fits_host):
-        return SourcePlan("host", host_bytes, host_numbers)
+        return PlacementPlan("host", host_bytes, host_numbers)
     if wanted == "auto" and is_gpu:
-        return SourcePlan("disk", n_bytes, f"{gpu_numbers}; {host_numbers}")
-    return SourcePlan("disk", n_bytes, "mapped, held by the page cache and shared between processes")
+        return PlacementPlan("disk", n_bytes, f"{gpu_numbers}; {host_numbers}")
+    return PlacementPlan("disk", n_bytes, "mapped files, held by the page cache and shared by processes")
 
 
-def place_sources(
+def place_checkpoints(
     checkpoints: Mapping[str, Checkpoint], placement: Placement, device: torch.device
 ) -> dict[str, Checkpoint]:
-    """The same checkpoints, with tensors that are kept at ``placement`` from when they are first asked for."""
+    """The same checkpoints; each tensor is kept at ``placement`` once it has been read."""
     keep: Callable[[Tensor], Tensor]
     if placement == "disk":
         return dict(checkpoints)
@@ -103,8 +107,8 @@ def place_sources(
     return {reference: _Kept(checkpoint, keep) for reference, checkpoint in checkpoints.items()}
 
 
-def merge_seconds(plan: SourcePlan, checkpoints: Iterable[Checkpoint], device: torch.device) -> float:
-    """What reading all sources once would take, by reading a sample of up to 64 MiB of them as they lie now."""
+def merge_seconds(plan: PlacementPlan, checkpoints: Iterable[Checkpoint], device: torch.device) -> float:
+    """Estimate how long reading all checkpoints once takes, by reading up to 64 MiB from where they are to be kept."""
     seconds, n_read = 0.0, 0
     for checkpoint in checkpoints:
         for name in checkpoint.names:
@@ -127,22 +131,22 @@ def merge_seconds(plan: SourcePlan, checkpoints: Iterable[Checkpoint], device: t
 
 
 def free_host_bytes() -> int:
-    """Host memory that is free or holds nothing but cached files."""
+    """Bytes of host memory that are free or hold only cached files."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-            (line,) = (line for line in file if line.startswith("MemAvailable"))
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (line,) = (line for line in lines if line.startswith("MemAvailable"))
         return int(line.split()[1]) * 1024
     except (OSError, ValueError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def reads_waited_for() -> int:
-    """How often this process has waited for the disk because a page was not in memory."""
+def count_disk_waits() -> int:
+    """How often this process has waited for the disk because a page was not in memory (major page faults)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 class _Kept(CheckpointView):
-    """A checkpoint whose tensors stay in memory."""
+    """A checkpoint whose tensors stay in memory once they are read."""
 
     def __init__(self, checkpoint: Checkpoint, keep: Callable[[Tensor], Tensor]) -> None:
         super().__init__(checkpoint)
@@ -150,7 +154,6 @@ class _Kept(CheckpointView):
         self._tensors_kept: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
-        """A tensor; must never be written to."""
         if name not in self._tensors_kept:
             self._tensors_kept[name] = self._keep(super().get(name))
         return self._tensors_kept[name]

@@ -1,76 +1,62 @@
-"""Merged tensors for whoever is told by text: what a worker process of an engine imports and calls.
+"""Opens a merger from plain text: what an engine's worker process imports and calls.
 
-The text of a source says which models are open, the text of a request is a recipe.
+One text describes the models to open, and each request is a recipe as JSON. This file knows nothing of the engine.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from optuna_merge.checkpoints.reference import ResolvedReference
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import Recipe
 
-FACTORY = "optuna_merge.merging.worker:open_source"
-"""Import path of :func:`open_source`."""
+FACTORY = "optuna_merge.merging.worker:open_merger"
+"""Import path of :func:`open_merger`."""
 
 
-def describe_source(models: Iterable[ResolvedReference], tokenizer_source: str | None, device: str) -> str:
-    """The text that :func:`open_source` opens models from, in whatever process of this machine.
+def describe_merger(models: Iterable[ResolvedReference], tokenizer_source: str | None, device: str) -> str:
+    """Describe the models of a merge as text, for :func:`open_merger` in any process of this machine.
 
     Args:
         models: The first is the one that the others are compared with: the base, if there is one.
-        tokenizer_source: As of ``Merger``.
-        device: Where to merge; ``auto``: where the asking worker is.
+        tokenizer_source: As for ``Merger``.
+        device: Device to merge on; ``auto`` means the device of the worker that opens the models.
     """
-    return json.dumps(
-        {"models": [_to_plain(model) for model in models], "tokenizer_source": tokenizer_source, "device": device}
-    )
+    return _DESCRIPTION.dump_json(_Description(tuple(models), tokenizer_source, device)).decode()
 
 
-def open_source(argument: str, device: str) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
+def open_merger(description: str, device: str) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
     """Open the models of a description.
 
     Args:
-        argument: What :func:`describe_source` returned.
-        device: Of the worker.
+        description: What :func:`describe_merger` returned.
+        device: The worker's device.
 
     Returns:
-        From the JSON of a recipe to its merged tensors, each a new one.
+        A function that turns the JSON of a recipe into its merged tensors, each a new tensor.
 
     Raises:
         CheckpointError: If a model cannot be opened.
     """
-    data = json.loads(argument)
+    described = _DESCRIPTION.validate_json(description)
     merger = Merger.open(
-        [_from_plain(model) for model in data["models"]],
-        device=device if data["device"] == "auto" else data["device"],
-        tokenizer_source=data["tokenizer_source"],
+        described.models,
+        device=device if described.device == "auto" else described.device,
+        tokenizer_source=described.tokenizer_source,
     )
     return lambda recipe: merger.merge(Recipe.from_json(recipe))
 
 
-def _to_plain(model: ResolvedReference) -> dict[str, Any]:
-    return {
-        "reference": model.reference,
-        "name": model.name,
-        "path": str(model.path),
-        "is_local": model.is_local,
-        "adapter": None if model.adapter is None else _to_plain(model.adapter),
-    }
+@dataclass(frozen=True)
+class _Description:
+    models: tuple[ResolvedReference, ...]
+    tokenizer_source: str | None
+    device: str
 
 
-def _from_plain(data: dict[str, Any]) -> ResolvedReference:
-    adapter = data["adapter"]
-    return ResolvedReference(
-        data["reference"],
-        data["name"],
-        Path(data["path"]),
-        data["is_local"],
-        None if adapter is None else _from_plain(adapter),
-    )
+_DESCRIPTION = TypeAdapter(_Description)

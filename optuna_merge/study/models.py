@@ -1,4 +1,7 @@
-"""The checkpoints of a study, opened together."""
+"""The checkpoints of a study: resolved, opened, and compared with each other.
+
+Knows the study file and the checkpoints; reads no weights and knows nothing of trials.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from optuna.trial import FrozenTrial
 
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import common_names
 from optuna_merge.checkpoints.reference import ResolvedReference, resolve
-from optuna_merge.checkpoints.vocabulary import unify
+from optuna_merge.checkpoints.unify import unify
 from optuna_merge.config.sections import StudyConfig
-from optuna_merge.errors import CheckpointError, StudyError
-from optuna_merge.merging.placement import SourcePlan, free_host_bytes, plan_sources
+from optuna_merge.errors import CheckpointError
+from optuna_merge.merging.placement import PlacementPlan, free_host_bytes, plan_placement
 from optuna_merge.recipe import Dtype, Recipe
-from optuna_merge.search.space import ModelRefs, SearchSpace
-from optuna_merge.storage import attributes
+from optuna_merge.search.space import ModelRefs
 from optuna_merge.study.memory import MemoryPlan
 
 _DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
@@ -33,11 +34,11 @@ class StudyModels:
     """The checkpoints of a study, open, and compared with each other.
 
     Attributes:
-        refs: Their resolved references, depth and the merged model's dtype.
-        spelling: Resolved reference, model and adapter apart, to what a reader elsewhere should be told: a hub name
-            as it was written, or the absolute path of a folder.
+        refs: Their resolved references and depth, and the merged model's dtype.
+        spelling: Resolved reference to the name that works on other machines: a hub name as the study file writes
+            it, or the absolute path of a folder. Models and their adapters have an entry each.
         checkpoints: Resolved reference to checkpoint, the base first.
-        resolved: Where they were found, in the same order.
+        resolved: Where each checkpoint was found, in the same order.
     """
 
     refs: ModelRefs
@@ -47,10 +48,10 @@ class StudyModels:
 
     @classmethod
     def open(cls, config: StudyConfig) -> StudyModels:
-        """Find and open the checkpoints of a study file; loads no weights.
+        """Find and open the checkpoints of a study file, without loading weights.
 
         Raises:
-            CheckpointError: If one is missing or damaged.
+            CheckpointError: If a checkpoint is missing or damaged, or two references lead to the same one.
         """
         folder = config.path.resolve().parent
         base = config.genome.base_model
@@ -73,11 +74,11 @@ class StudyModels:
 
     @cached_property
     def contents(self) -> Mapping[str, str]:
-        """Resolved reference to a digest of the checkpoint's content, whatever its folder is called."""
+        """Resolved reference to a digest of the checkpoint's content; the folder's name does not enter it."""
         return {reference: checkpoint.content_digest() for reference, checkpoint in self.checkpoints.items()}
 
     def identify(self, recipe: Recipe) -> str:
-        """Digest of a recipe with contents in the place of references: the same wherever the models lie."""
+        """Digest of a recipe with content digests in place of references: the same wherever the models lie."""
         return replace(
             recipe,
             models=tuple(self.contents[model] for model in recipe.models),
@@ -87,36 +88,36 @@ class StudyModels:
 
     @cached_property
     def views(self) -> Mapping[str, Checkpoint]:
-        """Resolved reference to its checkpoint as the merge sees it: in one vocabulary, with the same tensors.
+        """Resolved reference to the checkpoint as the merge sees it: all in one vocabulary, with the same tensors.
 
         Raises:
-            CheckpointError: If the models do not go together.
+            CheckpointError: If the models differ in architecture, tensors or vocabulary.
         """
         return unify(self.checkpoints, self.refs.tokenizer_source)
 
     @property
     def template(self) -> Checkpoint:
-        """The checkpoint whose configuration and tokenizer the merged model has."""
+        """The checkpoint whose configuration and tokenizer the merged model takes over."""
         first = next(iter(self.views))
         return self.views.get(self.refs.tokenizer_source or first, self.views[first])
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the merged model's tensors."""
+        """The names of the merged model's tensors."""
         return common_names(list(self.views.values()))
 
-    def plan_sources(self, config: StudyConfig, device: torch.device, memory: MemoryPlan) -> SourcePlan:
-        """Where the models to merge will live.
+    def plan_placement(self, config: StudyConfig, device: torch.device, memory: MemoryPlan) -> PlacementPlan:
+        """Decide where the models that are merged live between merges.
 
         Args:
-            config: Whose ``engine.sources`` is wanted.
+            config: The study file; ``engine.sources`` may name the place.
             device: Where they are merged.
             memory: What else the device holds.
 
         Raises:
-            EngineError: If they do not fit where they are wanted.
+            EngineError: If they do not fit in the place that the study file names.
         """
-        return plan_sources(
+        return plan_placement(
             config.engine.sources,
             self.views.values(),
             self.names,
@@ -127,28 +128,13 @@ class StudyModels:
 
     @contextmanager
     def described(self) -> Iterator[Path]:
-        """A folder with the merged model's configuration and tokenizer, for as long as it is needed."""
+        """A folder with the merged model's configuration and tokenizer; it may be temporary."""
         if self.template.is_as_stored:
             yield self.template.path
             return
         with TemporaryDirectory(prefix="optuna-merge-") as folder:
             self.template.write_description(Path(folder), self.refs.dtype, copy_code=True)
             yield Path(folder)
-
-
-def recipe_of(space: SearchSpace, models: StudyModels, trial: FrozenTrial) -> Recipe:
-    """The recipe of a trial; see :meth:`MergeObjective.recipe`."""
-    recorded = trial.user_attrs.get(attributes.RECIPE_DIGEST)
-    if recorded is None:
-        raise StudyError(f"trial {trial.number}: must have been merged, it is {trial.state.name.lower()}; see status")
-    baseline = trial.user_attrs.get(attributes.BASELINE)
-    recipe = space.decode(trial.params) if baseline is None else space.baseline_recipe(baseline)
-    if recorded != models.identify(recipe):
-        raise StudyError(
-            f"trial {trial.number}: recipe must be the one that was scored ({recorded[:12]}), the study file and its"
-            f" models now give {models.identify(recipe)[:12]}; restore them"
-        )
-    return recipe
 
 
 def _refuse_twice(models: Iterable[ResolvedReference]) -> None:
@@ -170,7 +156,7 @@ def _tokenizer_source(config: StudyConfig, resolved: Mapping[str, ResolvedRefere
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> Dtype:
-    """The dtype that most of a checkpoint's weights are stored in."""
+    """The dtype in which a checkpoint stores most of its weights."""
     counts: dict[str, int] = {}
     for name in checkpoint.names:
         dtype = str(checkpoint.dtype(name)).removeprefix("torch.")

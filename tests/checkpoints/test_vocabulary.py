@@ -11,7 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from optuna_merge.checkpoints.checkpoint import Checkpoint
-from optuna_merge.checkpoints.vocabulary import AlignedCheckpoint, align, unify, untie
+from optuna_merge.checkpoints.output_heads import untie
+from optuna_merge.checkpoints.unify import unify
+from optuna_merge.checkpoints.vocabulary import AlignedCheckpoint, align
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import CheckpointError
 from optuna_merge.merging.export import export
@@ -254,9 +256,9 @@ def test_a_study_scores_what_it_exports(
         objective = study(study_file, half_tied)
     last = open_started(objective.config).trials[-1]
     objective.load(objective.recipe(last))
-    folder = export(objective.recipe(last), tmp_path / "merged", merger=objective._merger)
+    folder = export(objective.recipe(last), tmp_path / "merged", merger=objective.loader.merger)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        assert torch.equal(objective._engine.resident(name), tensor)
+        assert torch.equal(objective.loader.engine.resident(name), tensor)
     tasks = {"one": list(range(40)), "two": list(range(40))}
     accuracies = plain_lm_eval(folder, tmp_path / "tasks", tasks)
     assert accuracies == {task: last.user_attrs[f"score {task}"] for task in tasks}

@@ -271,7 +271,7 @@ def test_sources_on_disk_take_none_of_the_process_s_own_memory(large: tuple[str,
         return 1024 * sum(int(row.split()[1]) for row in rows if row.startswith(("Anonymous:", "Private_Dirty:")))
 
     checkpoints = {reference: Checkpoint.open(reference) for reference in large}
-    merger, recipe = Merger(checkpoints, sources="disk"), recipe_of(large)
+    merger, recipe = Merger(checkpoints, placement="disk"), recipe_of(large)
     resident = {name: torch.zeros(checkpoints[large[0]].shape(name)) for name in merger.names}
     before = own_bytes()
     for _ in merger.merge(recipe, out=resident.get):
@@ -295,7 +295,7 @@ def test_memory_that_is_out_is_said_and_the_merger_can_go_on(large: tuple[str, .
 
 
 def test_where_sources_do_not_fit_the_message_says_where_they_may_live(large: tuple[str, ...]) -> None:
-    merger = Merger({reference: Checkpoint.open(reference) for reference in large}, sources="host")
+    merger = Merger({reference: Checkpoint.open(reference) for reference in large}, placement="host")
     with processes.memory_up_to(16 << 20), pytest.raises(MergeError, match=r"; use engine.sources: disk, a smaller"):
         dict(merger.merge(recipe_of(large)))
 

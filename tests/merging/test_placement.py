@@ -14,7 +14,7 @@ from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.files import TensorFiles
 from optuna_merge.errors import EngineError
 from optuna_merge.merging.merger import Merger
-from optuna_merge.merging.placement import free_host_bytes, merge_seconds, place_sources, plan_sources
+from optuna_merge.merging.placement import free_host_bytes, merge_seconds, place_checkpoints, plan_placement
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
 from optuna_merge.testing.models import write_tiny_models
 
@@ -54,7 +54,7 @@ class _Large:
 def test_sources_live_where_they_fit(
     wanted: str, device: torch.device, gpu_free: int, host_free: int, placement: str, n_gib: int
 ) -> None:
-    plan = plan_sources(
+    plan = plan_placement(
         wanted,  # type: ignore[arg-type]
         [_Large(), _Large()],  # type: ignore[list-item]
         ["t"],
@@ -68,14 +68,14 @@ def test_sources_live_where_they_fit(
 @pytest.mark.parametrize(
     ("wanted", "device", "message"),
     [
-        ("gpu", CPU, r"engine\.sources must be auto, host or disk where cpu merges, got gpu"),
-        ("gpu", CUDA, r"engine\.sources must fit: 10\.00 GiB of sources, 9\.00 GiB free on the GPU; use auto, host or"),
-        ("host", CUDA, r"engine\.sources must fit: 16\.00 GiB of sources, 8\.00 GiB of host memory to spare; use auto"),
+        ("gpu", CPU, r"engine\.sources must be auto, host or disk when cpu merges, got gpu"),
+        ("gpu", CUDA, r"engine\.sources must fit: 10\.00 GiB of models, 9\.00 GiB free on the GPU; use auto, host or"),
+        ("host", CUDA, r"engine\.sources must fit: 16\.00 GiB of models, 8\.00 GiB of host memory to spare; use auto"),
     ],
 )
 def test_where_they_do_not_fit_is_refused(wanted: str, device: torch.device, message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        plan_sources(
+        plan_placement(
             wanted,  # type: ignore[arg-type]
             [_Large(), _Large()],  # type: ignore[list-item]
             ["t"],
@@ -86,7 +86,7 @@ def test_where_they_do_not_fit_is_refused(wanted: str, device: torch.device, mes
 
 
 def test_sources_in_host_memory_are_read_once(models: dict[str, Checkpoint]) -> None:
-    placed = place_sources(models, "host", CPU)
+    placed = place_checkpoints(models, "host", CPU)
     for reference, checkpoint in models.items():
         for name in checkpoint.names:
             kept = placed[reference].get(name)
@@ -99,12 +99,12 @@ def test_sources_in_host_memory_are_read_once(models: dict[str, Checkpoint]) -> 
 def test_a_merge_is_the_same_from_anywhere(models: dict[str, Checkpoint]) -> None:
     recipe = make_recipe(models, [0.3, 0.9])
     from_disk = dict(Merger(models).merge(recipe))
-    from_host = dict(Merger(models, sources="host").merge(recipe))
+    from_host = dict(Merger(models, placement="host").merge(recipe))
     assert all(torch.equal(from_disk[name], from_host[name]) for name in from_disk)
 
 
 def test_the_expected_seconds_come_from_a_sample(models: dict[str, Checkpoint]) -> None:
-    plan = plan_sources("auto", models.values(), models["base"].names, CPU, gpu_free=0, host_free=free_host_bytes())
+    plan = plan_placement("auto", models.values(), models["base"].names, CPU, gpu_free=0, host_free=free_host_bytes())
     seconds = merge_seconds(plan, models.values(), CPU)
     assert 0 < seconds < 60
     assert plan.n_bytes == sum(c.get(name).nbytes for c in models.values() for name in c.names)
@@ -207,7 +207,7 @@ def test_what_the_page_cache_holds_is_not_read_ahead(
     asked: list[str] = []
     n_reads = iter([0, 0, 0, 0, 5, 5])  # before each merge, and after those that did not read ahead
     monkeypatch.setattr(Checkpoint, "prefetch", lambda self, name: asked.append(name))
-    monkeypatch.setattr("optuna_merge.merging.merger.reads_waited_for", lambda: next(n_reads))
+    monkeypatch.setattr("optuna_merge.merging.merger.count_disk_waits", lambda: next(n_reads))
     merger = Merger(models)
     group = GroupRecipe("all", (0, 3), ("embedding", "head"), (ParameterSet(None, {}, {"weight": (0.5, 0.5)}),))
     recipe = Recipe("task_arithmetic", ("math", "code"), "base", 3, (group,))
@@ -219,7 +219,7 @@ def test_what_the_page_cache_holds_is_not_read_ahead(
 
     everything = len(models) * (len(merger.names) - 1)
     assert [n_asked() for _ in range(4)] == [everything, 0, 0, everything]
-    monkeypatch.setattr("optuna_merge.merging.merger.reads_waited_for", lambda: 0)
+    monkeypatch.setattr("optuna_merge.merging.merger.count_disk_waits", lambda: 0)
     monkeypatch.setattr("optuna_merge.merging.merger.free_host_bytes", lambda: 0)
     merger = Merger(models)
     assert [n_asked() for _ in range(3)] == [everything] * 3
