@@ -370,7 +370,7 @@ class TestBadInput:
         model = broken(lambda _: None)
         (model / "tokenizer.json").write_text('{"version": "1.0"}')
         error = error_of(invoke("check", study_file(genome=with_model(genome, model))))
-        assert f"{model}/tokenizer.json: must hold a tokenizer, got none under its key 'model'" in error
+        assert f"{model}/tokenizer.json: must hold a tokenizer, got: Model missing" in error
 
     def test_an_unknown_task_says_where_it_looked(self, study_file: Callable[..., Path]) -> None:
         error = error_of(invoke("check", study_file(tasks=["xyzzy_plugh"])))

@@ -181,7 +181,7 @@ def test_a_merge_takes_what_is_planned(tmp_path: Path, monkeypatch: pytest.Monke
         for piece in ("PIECE_ELEMENTS", "KERNEL_ELEMENTS"):
             monkeypatch.setattr(memory, piece, 1 << 6)
         plan = plan_hf(shapes, {}, itemsize=4, n_models=3, n_padded=1, n_scored=1, card=24 * GB)
-        merger = Merger({r: Checkpoint.open(r) for r in references}, chunk_elements=1 << 6, sources="host")
+        merger = Merger({r: Checkpoint.open(r) for r in references}, chunk_elements=1 << 6, placement="host")
         dict(merger.merge(recipe_of(references)))  # reads the sources
         merger._stage = Stage(torch.device("cpu"), is_ahead=True)
         merger._buffers.clear()
