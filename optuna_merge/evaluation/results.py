@@ -1,27 +1,35 @@
-"""What scoring returns: scores, chunk results and descriptions, as plain data."""
+"""What scoring returns, as plain data: the score of a model, of a term and of a chunk, and the documents behind it.
+
+The text of :meth:`Score.to_json` and :meth:`ChunkResult.to_json` lies in the files of studies: it must stay readable.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from optuna_merge.errors import TaskError
 
+_Read = TypeVar("_Read")
+
 Documents = dict[str, dict[str, list[Any]]]
-"""Leaf task to ``doc_id`` and to each metric (``acc,none``): parallel lists of plain JSON values, in document order."""
+"""Leaf to its columns, parallel lists of plain JSON values in document order: ``doc_id`` and each ``metric,filter``."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What one eval task scored.
+    """What one term scored.
 
     Attributes:
         metric: ``metric,filter``.
         value: The metric as lm-eval aggregates it.
-        stderr: Its standard error as lm-eval estimates it; None where it has no estimate or none was asked for.
-        n_documents: Documents aggregated.
-        weight: Its weight in the objective.
+        stderr: Its standard error as lm-eval estimates it; None if lm-eval has no estimate or none was asked for.
+        n_documents: Documents that were aggregated.
+        weight: What the metric is multiplied by.
     """
 
     metric: str
@@ -33,11 +41,11 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Score:
-    """The objective over some documents.
+    """The score of one model over some documents.
 
     Attributes:
-        value: Sum of weight x metric over the eval tasks.
-        tasks: Eval task to its score.
+        value: Sum of weight x metric over the terms.
+        tasks: Key of each term to its score.
         documents: The document values behind it.
     """
 
@@ -46,8 +54,8 @@ class Score:
     documents: Documents
 
     def to_json(self) -> str:
-        """JSON text from which :meth:`from_json` makes an equal score, floats included to the last bit."""
-        return json.dumps(asdict(self))
+        """JSON text from which :meth:`from_json` makes an equal score; floats keep their last bit."""
+        return json.dumps(_SCORE.dump_python(self, warnings=False))
 
     @classmethod
     def from_json(cls, text: str) -> Score:
@@ -56,17 +64,12 @@ class Score:
         Raises:
             TaskError: If the text is no score.
         """
-        try:
-            data = json.loads(text)
-            tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
-            return cls(data["value"], tasks, data["documents"])
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise TaskError(f"score: not readable ({exc!r}); it must be what Score.to_json wrote") from exc
+        return _read(_SCORE, text, "score", "Score.to_json")
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What one trial scored on one chunk.
+    """What one model scored on one chunk.
 
     Attributes:
         chunk: Number of the chunk, in [0, ``n_chunks``).
@@ -79,8 +82,8 @@ class ChunkResult:
     documents: Documents
 
     def to_json(self) -> str:
-        """JSON text from which :meth:`from_json` makes an equal result, floats included to the last bit."""
-        return json.dumps(asdict(self))
+        """JSON text from which :meth:`from_json` makes an equal result; floats keep their last bit."""
+        return json.dumps(_CHUNK_RESULT.dump_python(self, warnings=False))
 
     @classmethod
     def from_json(cls, text: str) -> ChunkResult:
@@ -89,65 +92,34 @@ class ChunkResult:
         Raises:
             TaskError: If the text is no result of a chunk.
         """
-        try:
-            data = json.loads(text)
-            return cls(int(data["chunk"]), float(data["score"]), data["documents"])
-        except (ValueError, KeyError, TypeError) as exc:
-            raise TaskError(f"chunk result: not readable ({exc!r}); it must be what ChunkResult.to_json wrote") from exc
+        return _read(_CHUNK_RESULT, text, "chunk result", "ChunkResult.to_json")
 
 
-@dataclass(frozen=True)
-class TaskDescription:
-    """What was found for one eval task.
-
-    Attributes:
-        name: As in :attr:`Score.tasks`.
-        kind: ``task``, ``group`` or ``tag``.
-        leaves: The tasks that it consists of.
-        metric: The metric that counts.
-        metrics: All metrics that it has.
-        weight: Its weight in the objective.
-        is_mean: Whether the metric is a mean over documents; otherwise a partial score is the metric of the
-            documents scored so far.
-        n_searched: Documents that the objective sees.
-        n_holdout: Documents that only the holdout sees.
-    """
-
-    name: str
-    kind: str
-    leaves: tuple[str, ...]
-    metric: str
-    metrics: tuple[str, ...]
-    weight: float
-    is_mean: bool
-    n_searched: int
-    n_holdout: int
+_SCORE = TypeAdapter(Score)
+_CHUNK_RESULT = TypeAdapter(ChunkResult)
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a scorer will do.
+def join(parts: Sequence[Documents]) -> Documents:
+    """The values of several calls together, in document order."""
+    joined: Documents = {}
+    for part in parts:
+        for name, columns in part.items():
+            into = joined.setdefault(name, {key: [] for key in columns})
+            for key, values in columns.items():
+                into[key] = into[key] + values
+    return {name: _in_order(columns) for name, columns in joined.items()}
 
-    Attributes:
-        tasks: Every eval task, those of the holdout included.
-        n_chunks: Chunks that the searched documents are cut into.
-        n_documents: Searched documents.
-        n_requests: Requests of one full evaluation.
-        n_tokens: Tokens that one full evaluation puts through the model.
-        longest: Tokens in the longest sequence.
-        n_padded, n_scored, n_cached: What an engine holds of a call at most; see ``Prepared``.
-        chat_template: Whether prompts go through the tokenizer's chat template.
-        chat_template_reason: Why, in words.
-    """
 
-    tasks: tuple[TaskDescription, ...]
-    n_chunks: int
-    n_documents: int
-    n_requests: int
-    n_tokens: int
-    longest: int
-    n_padded: int
-    n_scored: int
-    n_cached: int
-    chat_template: bool
-    chat_template_reason: str
+def _in_order(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    order = sorted(range(len(columns["doc_id"])), key=columns["doc_id"].__getitem__)
+    return {key: [values[i] for i in order] for key, values in columns.items()}
+
+
+def _read(adapter: TypeAdapter[_Read], text: str, what: str, writer: str) -> _Read:
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as exc:
+        [first, *_] = exc.errors(include_url=False)
+        place = ".".join(map(str, first["loc"]))
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+        raise TaskError(f"{what}: not readable ({reason}); it must be what {writer} wrote") from exc

@@ -1,9 +1,9 @@
 """Eval tasks: loaded once, rendered once, scored chunk by chunk for every trial.
 
-Knows lm-eval's tasks, groups, metrics and filters, which documents are searched and which are held out, and how
-document values become a score. It does not know how a model answers (``engine.py``), nor what a trial is.
+Knows which documents are searched and which are held out, and how their values become a score. It does not know how a
+model answers (``engine.py``), nor what a trial is.
 
-    names -> lm-eval tasks -> documents -> requests -> chunks      once, in Scorer.build
+    names -> terms -> leaves -> documents -> requests -> chunks    once, in Scorer.build
     chunk -> responses -> filters -> document values -> score      for every trial
 
 Whatever lm-eval defines is computed by lm-eval's own code: prompts, few-shot examples, filters, document values,
@@ -23,17 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.evaluator_utils import get_sample_size
 
 from optuna_merge.errors import TaskError
-from optuna_merge.evaluation.chunks import MIN_CHUNK_REQUESTS, _Batch, _chunks, _in_document_order, _joined
+from optuna_merge.evaluation.chunks import MIN_CHUNK_REQUESTS, Chunk, cut
+from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.engine import Engine
-from optuna_merge.evaluation.leaf import _Leaf, _random
-from optuna_merge.evaluation.loader import _Loader
+from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
-from optuna_merge.evaluation.results import ChunkResult, Description, Documents, Score
-from optuna_merge.evaluation.term import EvalTask, _Goal, _leaves
+from optuna_merge.evaluation.results import ChunkResult, Documents, Score, join
+from optuna_merge.evaluation.selection import hold_out, select
+from optuna_merge.evaluation.term import EvalTask, Term, leaves_of, name_apart
+from optuna_merge.internals.lm_eval import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 
 class Scorer:
@@ -44,32 +44,29 @@ class Scorer:
     Attributes:
         n_chunks: Chunks that the searched documents are cut into.
         n_documents: Searched documents, over all tasks.
-        not_means: Eval tasks whose metric is no mean over documents.
-        has_holdout: Whether there are documents for :meth:`score_holdout`.
+        not_means: Terms whose metric is no mean over documents.
+        has_holdout: Whether documents are held out for :meth:`score_holdout`.
     """
 
     def __init__(
         self,
         engine: Engine,
-        goals: Sequence[_Goal],
-        holdout_goals: Sequence[_Goal],
+        terms: Sequence[Term],
+        holdout_terms: Sequence[Term],
+        chunks: Sequence[Chunk],
         *,
-        seed: int,
-        n_chunks: int | None,
-        min_chunk_requests: int,
-        chat_template_reason: str,
         chat_template: bool,
+        chat_template_reason: str,
     ) -> None:
         self._engine = engine
-        self._goals = tuple(goals)
-        self._holdout_goals = tuple(holdout_goals)
+        self._terms = tuple(terms)
+        self._holdout_terms = tuple(holdout_terms)
+        self._chunks = tuple(chunks)
         self._chat_template = chat_template
         self._chat_template_reason = chat_template_reason
-        leaves = _leaves(goals)
-        self.n_documents = sum(len(leaf.searched) for leaf in leaves)
-        self._chunks = _chunks(engine, goals, n_chunks, min_chunk_requests, seed)
-        self.n_chunks = len(self._chunks)
-        self._holdout: _Batch | None = None
+        self._holdout: Chunk | None = None
+        self.n_chunks = len(chunks)
+        self.n_documents = sum(len(leaf.searched) for leaf in leaves_of(terms))
 
     @classmethod
     def build(
@@ -92,19 +89,19 @@ class Scorer:
         """Load tasks, render and tokenize every request, cut the documents into chunks.
 
         Args:
-            engine: Renders and tokenizes; one without weights will do for describing.
-            tasks: The terms of the objective.
-            task_search_path: Folders searched for task files before lm-eval's own, which cost some ten seconds.
+            engine: Renders and tokenizes; to describe only, it needs no weights.
+            tasks: The terms of the score.
+            task_search_path: Folders searched for task files before lm-eval's own, which take some ten seconds.
             limit: Documents of each task, or their share if below 1, as in lm-eval.
-            num_fewshot: Overrides the tasks' number of examples, except where a task sets 0, as in lm-eval.
+            num_fewshot: Replaces the tasks' number of examples, except where a task sets 0, as in lm-eval.
             shuffle: Draw the ``limit`` documents at random instead of taking the first ones.
-            apply_chat_template: None: if the tokenizer has one.
-            fewshot_as_multiturn: With a chat template, whether examples are turns of their own.
-            holdout: Share of each task's documents, in (0, 1), that the objective does not see, or other tasks
-                whose documents (up to ``limit``) are the holdout.
-            seed: Seeds shuffling, the split and the chunks, nothing else.
-            n_chunks: None: at most 50, as many as still fill a forward pass and ``min_chunk_requests`` and cost at most
-                a tenth more than all documents at once.
+            apply_chat_template: Whether prompts go through the chat template; None: if the tokenizer has one.
+            fewshot_as_multiturn: Whether the chat template shows each example as a turn of its own.
+            holdout: Share of each task's documents, in (0, 1), that the search does not see; or other tasks, whose
+                documents (up to ``limit``) are the holdout.
+            seed: Seeds shuffling, the split and the chunks, and nothing else.
+            n_chunks: None: as many as still fill a forward pass, have ``min_chunk_requests`` each and together cost at
+                most a tenth more than all documents at once; at most 50.
             min_chunk_requests: Requests that a chunk should have at least.
             allow_unsafe_code: Run tasks that execute what the model generates.
 
@@ -112,55 +109,38 @@ class Scorer:
             TaskError: If a task, metric or document cannot be used; one line that names it.
             EngineError: If the engine cannot answer a request.
         """
-        chat_template, reason = _choose_chat_template(engine, apply_chat_template)
-        others = () if holdout is None or isinstance(holdout, float | int) else tuple(holdout)
-        if isinstance(holdout, float | int) and not 0 < holdout < 1:
-            raise TaskError(f"holdout must be in (0, 1), got {holdout}; give a share of the documents or tasks")
-        if not tasks:
-            raise TaskError("tasks must name at least one eval task, got none; add one")
-        if limit is not None and limit <= 0:
-            raise TaskError(f"limit must be above 0, got {limit}: no documents would be left; raise it or leave it out")
-        loader = _Loader(task_search_path, allow_unsafe_code)
+        _refuse_options(tasks, limit, holdout)
+        uses_template, reason = _choose_chat_template(engine, apply_chat_template)
+        rendering = {
+            "apply_chat_template": uses_template,
+            "fewshot_as_multiturn": fewshot_as_multiturn,
+            "chat_template": engine.apply_chat_template if uses_template else None,
+            "tokenizer_name": engine.tokenizer_name if uses_template else "",
+        }
+        others = () if holdout is None or isinstance(holdout, float | int) else holdout
+        loader = Loader(task_search_path, allow_unsafe_code)
         with quietly(), _lm_eval_seeds():
-            goals = _name_apart([loader.load(task) for task in tasks])
-            holdout_goals = _name_apart([loader.load(task) for task in others])
-            for leaf in _leaves([*goals, *holdout_goals]):
+            terms = name_apart([loader.load(task) for task in tasks])
+            holdout_terms = name_apart([loader.load(task) for task in others])
+            for leaf in leaves_of([*terms, *holdout_terms]):
                 leaf.set_fewshot(num_fewshot)
-                leaf.build(
-                    _selection(leaf, limit, shuffle, seed),
-                    apply_chat_template=chat_template,
-                    fewshot_as_multiturn=fewshot_as_multiturn,
-                    chat_template=engine.apply_chat_template if chat_template else None,
-                    tokenizer_name=engine.tokenizer_name if chat_template else "",
-                )
-            for goal in [*goals, *holdout_goals]:
-                goal.resolve_metric()
+                leaf.build(select(leaf.name, leaf.task, limit, shuffle=shuffle, seed=seed), **rendering)
+            for term in [*terms, *holdout_terms]:
+                term.resolve_metric()
         if isinstance(holdout, float | int):
-            for leaf in _leaves(goals):
-                leaf.split(holdout, seed)
-            holdout_goals = goals
+            holdout_terms = _hold_out_share(terms, holdout, seed)
         else:
-            _refuse_overlap(goals, holdout_goals)
-            for leaf in _leaves(holdout_goals):
-                leaf.searched, leaf.holdout = [], leaf.selected
-        return cls(
-            engine,
-            goals,
-            holdout_goals,
-            seed=seed,
-            n_chunks=n_chunks,
-            min_chunk_requests=min_chunk_requests,
-            chat_template=chat_template,
-            chat_template_reason=reason,
-        )
+            _hold_out_tasks(terms, holdout_terms)
+        chunks = cut(engine, terms, n_chunks, min_chunk_requests, seed)
+        return cls(engine, terms, holdout_terms, chunks, chat_template=uses_template, chat_template_reason=reason)
 
     @property
     def not_means(self) -> tuple[str, ...]:  # noqa: D102
-        return tuple(goal.key for goal in self._goals if not goal.is_mean)
+        return tuple(term.key for term in self._terms if not term.is_mean)
 
     @property
     def has_holdout(self) -> bool:  # noqa: D102
-        return bool(self._holdout_goals)
+        return bool(self._holdout_terms)
 
     def score_chunk(self, chunk: int) -> ChunkResult:
         """Score the weights that the engine holds on one chunk.
@@ -174,7 +154,7 @@ class Scorer:
         """
         documents = self._chunks[chunk].score(self._engine)
         with quietly():
-            score = sum(goal.weight * value for goal in self._goals if (value := goal.value(documents)) is not None)
+            score = sum(term.weight * value for term in self._terms if (value := term.value(documents)) is not None)
         return ChunkResult(chunk, score, documents)
 
     def score_all(self, *, stderr: bool = False) -> Score:
@@ -185,11 +165,11 @@ class Scorer:
         """Aggregate chunks of one trial.
 
         Over all chunks this is the figure of ``lm_eval.evaluate`` on the same documents. Over some of them it is
-        an estimate of it; for :attr:`not_means` it is the metric of the documents scored so far.
+        an estimate of that figure; for :attr:`not_means` it is the metric of the documents scored so far.
 
         Args:
             results: Each chunk at most once, in any order.
-            stderr: Also estimate standard errors that need a bootstrap (100 draws); those of means always come.
+            stderr: Also estimate standard errors that need a bootstrap (100 draws); means have theirs anyway.
 
         Raises:
             TaskError: If a chunk is repeated, or no document has the metric of a task.
@@ -197,11 +177,11 @@ class Scorer:
         numbers = [result.chunk for result in results]
         if len(set(numbers)) != len(numbers):
             raise TaskError(f"chunk results must hold each chunk once, got {sorted(numbers)}; drop the repeated ones")
-        documents = _in_document_order(_joined([result.documents for result in results]))
-        return _aggregate(self._goals, documents, stderr=stderr)
+        documents = join([result.documents for result in results])
+        return _aggregate(self._terms, documents, stderr=stderr)
 
     def score_holdout(self, *, stderr: bool = False) -> Score:
-        """Score the weights that the engine holds on the holdout documents, at once.
+        """Score the weights that the engine holds on all held-out documents in one call.
 
         Args:
             stderr: As in :meth:`total`.
@@ -210,12 +190,12 @@ class Scorer:
             TaskError: If there is no holdout, or a task's own code raises.
             EngineError: If the engine holds no complete weights or cannot answer.
         """
-        if not self._holdout_goals:
+        if not self._holdout_terms:
             raise TaskError("holdout: there are no holdout documents; set holdout to a share or to tasks")
         if self._holdout is None:
-            parts = [(leaf, leaf.holdout) for leaf in _leaves(self._holdout_goals)]
-            self._holdout = _Batch(self._engine, parts)
-        return _aggregate(self._holdout_goals, self._holdout.score(self._engine), stderr=stderr)
+            parts = [(leaf, leaf.holdout) for leaf in leaves_of(self._holdout_terms)]
+            self._holdout = Chunk(self._engine, parts)
+        return _aggregate(self._holdout_terms, self._holdout.score(self._engine), stderr=stderr)
 
     def paired_difference(self, score: Score, other: Score) -> tuple[float, float]:
         """Difference of two values on the same documents, searched or holdout, and its standard error.
@@ -225,24 +205,24 @@ class Scorer:
             other: Of another one, over the same documents.
 
         Returns:
-            ``score.value - other.value``, and its standard error from the differences document by document; tasks
-            count as independent. Infinite where a task has one document. Metrics that are no means are
+            ``score.value - other.value``, and its standard error, from the differences on each document. Tasks count
+            as independent. The error is infinite if a task has only one document. Metrics that are no means are
             bootstrapped over documents (200 draws, seeded).
 
         Raises:
             TaskError: If the two were not scored on the same documents.
         """
         _refuse_unpaired(score.documents, other.documents)
-        goals = self._goals if {goal.key for goal in self._goals} == set(score.tasks) else self._holdout_goals
-        variance = sum(goal.weight**2 * goal.paired_variance(score.documents, other.documents) for goal in goals)
+        terms = self._terms if {term.key for term in self._terms} == set(score.tasks) else self._holdout_terms
+        variance = sum(term.weight**2 * term.paired_variance(score.documents, other.documents) for term in terms)
         return score.value - other.value, math.sqrt(variance)
 
     def describe(self) -> Description:
-        """What was found and what one evaluation costs; needs no weights."""
-        goals = {goal.key: goal for goal in [*self._goals, *self._holdout_goals]}
+        """Say what was found and what one evaluation costs; needs no weights."""
+        terms = {term.key: term for term in [*self._terms, *self._holdout_terms]}
         prepared = [chunk.prepared for chunk in self._chunks]
         return Description(
-            tasks=tuple(goal.describe() for goal in goals.values()),
+            tasks=tuple(term.describe() for term in terms.values()),
             n_chunks=self.n_chunks,
             n_documents=self.n_documents,
             n_requests=sum(p.n_requests for p in prepared),
@@ -258,15 +238,15 @@ class Scorer:
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything about the tasks that decides a score.
 
-        Covers the terms of the objective, every document with its rendered requests, how values are computed and
+        Covers the terms of the score, every document with its rendered requests, how values are computed and
         aggregated, the order of documents, the chunks and the holdout. Paths and library versions are left out.
         """
         digest = hashlib.sha256()
-        for part, goals in (("searched", self._goals), ("holdout", self._holdout_goals)):
-            for goal in goals:
-                _update(digest, [part, goal.key, goal.task.name, goal.weight, goal.metric, goal.kind])
-                _update(digest, [[leaf.name, *leaf.definition()] for leaf in goal.leaves])
-        for leaf in _leaves([*self._goals, *self._holdout_goals]):
+        for part, terms in (("searched", self._terms), ("holdout", self._holdout_terms)):
+            for term in terms:
+                _update(digest, [part, term.key, term.task.name, term.weight, term.metric, term.kind])
+                _update(digest, [[leaf.name, *leaf.definition()] for leaf in term.leaves])
+        for leaf in leaves_of([*self._terms, *self._holdout_terms]):
             for doc_id in leaf.selected:
                 instances = leaf.instances[doc_id]
                 arguments = [[i.request_type, i.arguments, i.repeats] for i in instances]
@@ -275,6 +255,17 @@ class Scorer:
         for chunk in self._chunks:
             _update(digest, [[leaf.name, doc_ids] for leaf, doc_ids in chunk.parts])
         return digest.hexdigest()
+
+
+def _refuse_options(
+    tasks: Sequence[EvalTask], limit: int | float | None, holdout: float | Sequence[EvalTask] | None
+) -> None:
+    if isinstance(holdout, float | int) and not 0 < holdout < 1:
+        raise TaskError(f"holdout must be in (0, 1), got {holdout}; give a share of the documents or tasks")
+    if not tasks:
+        raise TaskError("tasks must name at least one eval task, got none; add one")
+    if limit is not None and limit <= 0:
+        raise TaskError(f"limit must be above 0, got {limit}: no documents would be left; raise it or leave it out")
 
 
 def _choose_chat_template(engine: Engine, wanted: bool | None) -> tuple[bool, str]:
@@ -289,52 +280,23 @@ def _choose_chat_template(engine: Engine, wanted: bool | None) -> tuple[bool, st
     return False, "not applied: the tokenizer has none"
 
 
-def _selection(leaf: _Leaf, limit: int | float | None, shuffle: bool, seed: int) -> list[int]:
-    n = len(leaf.task.eval_docs)
-    size = get_sample_size(leaf.task, limit)
-    size = n if size is None else min(size, n)
-    if size < 1:
-        raise TaskError(f"task '{leaf.name}': no documents are left ({n} in its split, limit {limit}); raise limit")
-    if not shuffle:
-        return list(range(size))
-    return sorted(_random(seed, "shuffle", leaf.name).sample(range(n), size))
+def _hold_out_share(terms: list[Term], share: float, seed: int) -> list[Term]:
+    for leaf in leaves_of(terms):
+        leaf.searched, leaf.holdout = hold_out(leaf.name, leaf.selected, share, seed)
+    return terms
 
 
-def _aggregate(goals: Sequence[_Goal], documents: Documents, *, stderr: bool) -> Score:
-    with quietly():
-        tasks = {goal.key: goal.score(documents, stderr) for goal in goals}
-    return Score(sum(task.weight * task.value for task in tasks.values()), tasks, documents)
-
-
-def _name_apart(goals: list[_Goal]) -> list[_Goal]:
-    names = [goal.task.name for goal in goals]
-    for goal in goals:
-        goal.key = goal.task.name if names.count(goal.task.name) == 1 else f"{goal.task.name} ({goal.task.metric})"
-    keys = [goal.key for goal in goals]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise TaskError(f"tasks must be named once, got '{repeated[0]}' twice with one metric; add up the weights")
-    return goals
-
-
-def _refuse_overlap(goals: Sequence[_Goal], holdout_goals: Sequence[_Goal]) -> None:
-    searched = {leaf.name for leaf in _leaves(goals)}
-    if shared := [leaf.name for leaf in _leaves(holdout_goals) if leaf.name in searched]:
+def _hold_out_tasks(terms: Sequence[Term], holdout_terms: Sequence[Term]) -> None:
+    searched = {leaf.name for leaf in leaves_of(terms)}
+    if shared := [leaf.name for leaf in leaves_of(holdout_terms) if leaf.name in searched]:
         raise TaskError(f"holdout: task '{shared[0]}' is also searched; hold out a share of it or another task")
-
-
-def _refuse_unpaired(documents: Documents, others: Documents) -> None:
-    ids = [{name: columns["doc_id"] for name, columns in d.items()} for d in (documents, others)]
-    if ids[0] != ids[1]:
-        raise TaskError("paired difference: both scores must be over the same documents; score both on the same split")
-
-
-def _update(digest: Any, content: Any) -> None:
-    digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
+    for leaf in leaves_of(holdout_terms):
+        leaf.searched, leaf.holdout = [], leaf.selected
 
 
 @contextlib.contextmanager
 def _lm_eval_seeds() -> Iterator[None]:
-    """Give tasks that draw from the global generators what ``simple_evaluate`` gives them, and put these back."""
+    """Seed the global generators as ``simple_evaluate`` does, for tasks that draw from them; then restore them."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(DEFAULT_RANDOM_SEED)
@@ -345,3 +307,19 @@ def _lm_eval_seeds() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def _aggregate(terms: Sequence[Term], documents: Documents, *, stderr: bool) -> Score:
+    with quietly():
+        tasks = {term.key: term.score(documents, stderr) for term in terms}
+    return Score(sum(task.weight * task.value for task in tasks.values()), tasks, documents)
+
+
+def _refuse_unpaired(documents: Documents, others: Documents) -> None:
+    ids = [{name: columns["doc_id"] for name, columns in d.items()} for d in (documents, others)]
+    if ids[0] != ids[1]:
+        raise TaskError("paired difference: both scores must be over the same documents; score both on the same split")
+
+
+def _update(digest: Any, content: Any) -> None:
+    digest.update(json.dumps(content, sort_keys=True, default=repr).encode())

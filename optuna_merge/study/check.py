@@ -1,4 +1,7 @@
-"""What a study would do: its dimensions, tasks and memory, found without loading weights."""
+"""What a study file would do: its search space, eval tasks and memory, found without loading weights.
+
+Knows how to open and count; does not print (``cli/check.py`` does) and runs no trial.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from typing import Any
 
 import torch
 
-from optuna_merge.config.sections import StudyConfig
-from optuna_merge.merging.placement import SourcePlan, free_host_bytes, merge_seconds
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.evaluation.description import Description
+from optuna_merge.merging.placement import PlacementPlan, free_host_bytes, merge_seconds
 from optuna_merge.search.build import make_sampler, never_prunes
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import find_warm_start
-from optuna_merge.study.engines import build_scorer, make_describing_engine, plan_memory
+from optuna_merge.study.engines import build_scorer, make_describing_engine, merge_device, plan_memory
+from optuna_merge.study.memory import MemoryPlan
 from optuna_merge.study.models import StudyModels
 
 
@@ -24,22 +29,24 @@ class Check:
     """What a study file would do.
 
     Attributes:
-        models: Labels of the sources, then the base's reference.
-        dtype: Of the merged model.
+        models: Labels of the sources, then ``base`` and the base's reference.
+        dtype: The merged model's.
         n_tensors, n_parameters: Of each model.
-        n_trials: Trials in all.
-        space: ``n_dimensions``, ``population``, ``n_baselines``, ``first`` and ``last`` parameter name, and what
-            ``warm_start`` comes to (None: without one).
-        tasks: ``name``, ``weight`` (None: only in the holdout), ``metric``, ``metrics``, ``n_searched``, ``n_holdout``.
-        n_documents, n_chunks, n_requests, longest: Of one evaluation; ``longest`` in tokens.
-        chat_template: Whether prompts go through it, and why.
-        device: Where it would run.
-        sources: Where the models to merge live: ``placement``, ``n_bytes``, ``reason``, and ``seconds`` that reading
-            them once takes, by a sample (None: the card is not here); None: vLLM's workers read them from files.
-        memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, what is ``left`` of the ``card``;
-            ``source_files`` and ``host_free`` of the host.
-        memory_line: The same, for a reader.
-        warnings: What is possible and probably not meant.
+        n_trials: Trials in total.
+        space: ``n_dimensions``, ``population``, ``n_baselines``, the ``first`` and ``last`` parameter name, and a
+            description of ``warm_start`` (None without one).
+        tasks: ``name``, ``weight`` (None for a task that only the holdout has), ``metric``, ``metrics``,
+            ``n_searched``, ``n_holdout``.
+        n_documents, n_chunks, n_requests, longest: Of one evaluation; ``longest`` is in tokens.
+        chat_template: Whether prompts go through the chat template, and why.
+        device: Where the study would run.
+        sources: Where the sources would live: ``placement``, ``n_bytes``, ``reason``, and ``seconds``, an estimate
+            from a sample of how long it takes to read them once (None if there is no GPU here). None with vLLM,
+            whose workers read them from files.
+        memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, and how many are ``left`` of the ``card``;
+            ``source_files`` and ``host_free`` on the host.
+        memory_line: The same in words.
+        warnings: What is allowed, but probably not meant.
     """
 
     models: list[str]
@@ -70,76 +77,86 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
 
     Args:
         config: The study file.
-        card: Bytes of the card that the study is meant for; None: the one that is found, if there is one.
+        card: Bytes of memory of the GPU that the study is meant for. Default: of the GPU here, if there is one.
 
     Raises:
-        OptunaMergeError: With one line for each thing that would keep the study from running; also if it cannot fit
-            into the card's memory.
+        OptunaMergeError: If anything that the file names cannot be used, or does not fit into the GPU's memory.
     """
     models = StudyModels.open(config)
     engine = make_describing_engine(config, models, card)
     tasks = build_scorer(config, engine).describe()
     space = SearchSpace(config, models.refs)
-    sampler = make_sampler(config, space)
-    names = list(space.distributions)
-    warm_start = find_warm_start(config, space)
-    device = "cuda" if torch.cuda.is_available() or card else "cpu"
+    counts = _describe_space(config, space)
     memory = plan_memory(config, models, engine, card, tasks)
     memory.check(tasks.longest + 1)
-    merge_device = _merge_device(config, device)
-    sources = None if config.engine.backend == "vllm" else models.plan_sources(config, merge_device, memory)
-    if sources is not None and sources.placement == "gpu":
-        memory = replace(memory, sources=sources.n_bytes)
+    device = config.engine.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() or card else "cpu"
+    placed_on = merge_device(config, device)
+    placement = None if config.engine.backend == "vllm" else models.plan_placement(config, placed_on, memory)
+    if placement is not None and placement.placement == "gpu":
+        memory = replace(memory, sources=placement.n_bytes)
+    shapes = [models.template.shape(name) for name in models.template.names]
     return Check(
         models=[*space.labels, *([f"base {config.genome.base_model}"] if config.genome.base_model else [])],
         dtype=models.refs.dtype,
-        n_tensors=len(models.template.names),
-        n_parameters=sum(math.prod(models.template.shape(name)) for name in models.template.names),
+        n_tensors=len(shapes),
+        n_parameters=sum(map(math.prod, shapes)),
         n_trials=config.study.n_trials,
-        space={
-            "n_dimensions": len(names),
-            "population": sampler.population_size if isinstance(sampler, StableCmaEsSampler) else 1,
-            "n_baselines": len(space.baselines),
-            "first": names[0] if names else "",
-            "last": names[-1] if names else "",
-            "warm_start": warm_start and warm_start.describe(len(names)),
-        },
-        tasks=[
-            {
-                "name": task.name,
-                "weight": task.weight if task.n_searched else None,
-                "metric": task.metric,
-                "metrics": list(task.metrics),
-                "n_searched": task.n_searched,
-                "n_holdout": task.n_holdout,
-            }
-            for task in tasks.tasks
-        ],
+        space=counts,
+        tasks=_describe_tasks(tasks),
         n_documents=tasks.n_documents,
         n_chunks=tasks.n_chunks,
         n_requests=tasks.n_requests,
         longest=tasks.longest,
         chat_template=tasks.chat_template_reason,
-        device=device if config.engine.device == "auto" else config.engine.device,
-        sources=None if sources is None else _describe(sources, models, merge_device),
-        memory={
-            **memory.as_dict(),
-            "source_files": sum(checkpoint.nbytes for checkpoint in models.checkpoints.values()),
-            "host_free": free_host_bytes(),
-        },
+        device=device,
+        sources=None if placement is None else _describe_placement(placement, models, placed_on),
+        memory=_describe_memory(memory, models),
         memory_line=memory.describe(),
         warnings=_warnings(config, space, tasks.n_chunks),
     )
 
 
-def _merge_device(config: StudyConfig, device: str) -> torch.device:
-    engine = device if config.engine.device == "auto" else config.engine.device
-    return torch.device(engine if config.engine.merge_device == "auto" else config.engine.merge_device)
+def _describe_space(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
+    sampler = make_sampler(config, space)
+    warm_start = find_warm_start(config, space)
+    names = list(space.distributions)
+    return {
+        "n_dimensions": len(names),
+        "population": sampler.population_size if isinstance(sampler, StableCmaEsSampler) else 1,
+        "n_baselines": len(space.baselines),
+        "first": names[0] if names else "",
+        "last": names[-1] if names else "",
+        "warm_start": warm_start and warm_start.describe(len(names)),
+    }
 
 
-def _describe(plan: SourcePlan, models: StudyModels, device: torch.device) -> dict[str, Any]:
+def _describe_tasks(tasks: Description) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": task.name,
+            "weight": task.weight if task.n_searched else None,
+            "metric": task.metric,
+            "metrics": list(task.metrics),
+            "n_searched": task.n_searched,
+            "n_holdout": task.n_holdout,
+        }
+        for task in tasks.tasks
+    ]
+
+
+def _describe_placement(plan: PlacementPlan, models: StudyModels, device: torch.device) -> dict[str, Any]:
     is_here = device.type == "cpu" or torch.cuda.is_available()
     return {**asdict(plan), "seconds": merge_seconds(plan, models.views.values(), device) if is_here else None}
+
+
+def _describe_memory(memory: MemoryPlan, models: StudyModels) -> dict[str, int]:
+    return {
+        **memory.as_dict(),
+        "source_files": sum(checkpoint.nbytes for checkpoint in models.checkpoints.values()),
+        "host_free": free_host_bytes(),
+    }
 
 
 def _warnings(config: StudyConfig, space: SearchSpace, n_chunks: int) -> list[str]:

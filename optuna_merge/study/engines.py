@@ -1,4 +1,7 @@
-"""Engine, memory plan and scorer of a study file."""
+"""Builds what a study file asks for: engine, loader, memory plan and scorer.
+
+Knows the study file and its open checkpoints; knows nothing of trials.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,46 @@ from typing import Any
 
 import torch
 
-from optuna_merge.config.sections import StudyConfig, TaskConfig
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.config.tasks import TaskConfig
 from optuna_merge.errors import EngineError
+from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.engine import Engine, MakingEngine
-from optuna_merge.evaluation.results import Description
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.evaluation.term import EvalTask
-from optuna_merge.merging.worker import FACTORY, describe_source
+from optuna_merge.merging.merger import Merger
+from optuna_merge.merging.worker import FACTORY, describe_merger
+from optuna_merge.study.loaders import LocalLoader, RecipeLoader, WorkerLoader
 from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
 from optuna_merge.study.models import StudyModels
 
 
+def make_loader(config: StudyConfig, models: StudyModels) -> tuple[RecipeLoader, Scorer]:
+    """Build the engine of a study, the loader that merges into it, and the eval tasks prepared for it.
+
+    Raises:
+        EngineError: If the engine or a device is missing, or the models do not fit.
+        TaskError: If an eval task cannot be used.
+    """
+    if config.engine.backend == "vllm":
+        workers = _make_vllm_engine(config, models)
+        return WorkerLoader(workers), build_scorer(config, workers)
+    engine = make_engine(config, models)
+    device = merge_device(config, engine.device)
+    _require_device(device)
+    scorer = build_scorer(config, engine)
+    plan = plan_memory(config, models, engine, tasks=scorer.describe())
+    merger = Merger(
+        models.views,
+        device=device,
+        tokenizer_source=models.refs.tokenizer_source,
+        placement=models.plan_placement(config, device, plan).placement,
+    )
+    return LocalLoader(merger, engine), scorer
+
+
 def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
-    """The resident engine of a study, its weights not yet loaded."""
+    """The transformers engine of a study, without weights yet."""
     from optuna_merge.evaluation.engines.hf import HFEngine
 
     size = config.engine.batch_size
@@ -34,48 +64,13 @@ def make_engine(config: StudyConfig, models: StudyModels) -> Engine:
         )
 
 
-def make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
-    """The vLLM engine of a study, its workers told where the models are; vLLM itself starts with the first merge.
-
-    Raises:
-        EngineError: If vLLM is not installed, or lacks what is needed.
-    """
-    from optuna_merge.evaluation.engines.vllm import require_vllm
-
-    require_vllm()
-    plan = plan_memory(config, models, _vllm_engine(config, models))
-    plan.check()
-    share = {"gpu_memory_utilization": plan.utilization} if plan.card else {"kv_cache_memory_bytes": plan.kv_cache}
-    return _vllm_engine(config, models, share)
-
-
-def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str, Any] | None = None) -> MakingEngine:
-    from optuna_merge.evaluation.engines.vllm import VLLMEngine
-
-    source = describe_source(models.resolved, models.refs.tokenizer_source, config.engine.merge_device)
-    engine = VLLMEngine(
-        models.described,
-        shapes={name: models.template.shape(name) for name in models.names},
-        dtype=models.refs.dtype,
-        source=(FACTORY, source),
-        options={**(defaults or {}), **config.engine.vllm.options},
-        trust_remote_code=config.engine.trust_remote_code,
-    )
-    if config.engine.device not in ("auto", engine.device, engine.device.partition(":")[0]):
-        raise EngineError(
-            f"engine.device must be auto for vllm, which runs on {engine.device}, got {config.engine.device};"
-            " choose GPUs by CUDA_VISIBLE_DEVICES"
-        )
-    return engine
-
-
 def make_describing_engine(config: StudyConfig, models: StudyModels, card: int | None = None) -> Engine:
-    """An engine that renders and tokenizes requests, in batches as on the study's device, and holds no weights.
+    """An engine without weights that renders, tokenizes and batches requests as the study's engine does.
 
     Args:
         config: The study file.
         models: Its checkpoints.
-        card: As of :func:`plan_memory`.
+        card: Memory of the GPU; see :func:`plan_memory`.
     """
     if config.engine.backend == "vllm":
         return _vllm_engine(config, models)
@@ -94,14 +89,6 @@ def make_describing_engine(config: StudyConfig, models: StudyModels, card: int |
     return engine
 
 
-def _card(config: StudyConfig, card: int | None) -> int:
-    """Bytes of the GPU that a study runs on; 0 if it runs on none."""
-    if card is not None:
-        return card
-    on_card = torch.cuda.is_available() and config.engine.device != "cpu"
-    return torch.cuda.get_device_properties(0).total_memory if on_card else 0
-
-
 def plan_memory(
     config: StudyConfig,
     models: StudyModels,
@@ -109,24 +96,24 @@ def plan_memory(
     card: int | None = None,
     tasks: Description | None = None,
 ) -> MemoryPlan:
-    """What a study takes of a card's memory.
+    """How a study would fill the memory of its GPU.
 
     Args:
         config: The study file.
         models: Its checkpoints.
-        engine: Its engine; one without weights will do.
-        card: Bytes of the card; None: of the one that is found, 0 if there is none.
-        tasks: What is scored; need not be known for vLLM, which plans what that takes itself.
+        engine: Its engine, with or without weights.
+        card: Bytes of the GPU's memory; 0: no GPU. Default: those of the GPU that the study would run on.
+        tasks: What is scored. Required for transformers; vLLM plans the memory of its forward passes itself.
     """
     card = _card(config, card)
     shapes = {name: models.template.shape(name) for name in models.names}
     itemsize = getattr(torch, models.refs.dtype).itemsize
-    n_models, described = len(models.checkpoints), models.template.config
+    n_models, model_config = len(models.checkpoints), models.template.config
     if config.engine.backend == "hf":
         assert tasks is not None
         return plan_hf(
             shapes,
-            described,
+            model_config,
             itemsize=itemsize,
             n_models=n_models,
             n_padded=tasks.n_padded,
@@ -136,24 +123,17 @@ def plan_memory(
         )
     options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if card == 0 else {}
     options |= {"max_num_batched_tokens": engine.batch_tokens, **config.engine.vllm.options}
-    return plan_vllm(shapes, described, itemsize=itemsize, n_models=n_models, card=card, options=options)
+    return plan_vllm(shapes, model_config, itemsize=itemsize, n_models=n_models, card=card, options=options)
 
 
-def _merge_device(wanted: str, engine: Engine) -> str:
-    if wanted == "auto":
-        return engine.device
-    if wanted == "cpu":
-        return wanted
-    index, n_devices = int(wanted.partition(":")[2] or 0), torch.cuda.device_count()
-    if index >= n_devices:
-        raise EngineError(
-            f"engine.merge_device must be there, got {wanted} ({n_devices} CUDA devices found); use cpu or auto"
-        )
-    return f"cuda:{index}"
+def merge_device(config: StudyConfig, engine_device: str) -> torch.device:
+    """Where models are merged: ``engine.merge_device``, or the engine's device if that is ``auto``."""
+    wanted = config.engine.merge_device
+    return torch.device(engine_device if wanted == "auto" else wanted)
 
 
 def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
-    """The eval tasks of a study file, their requests prepared for an engine."""
+    """The eval tasks of a study file, with their requests prepared for an engine."""
     holdout = config.holdout
     return Scorer.build(
         engine,
@@ -169,6 +149,53 @@ def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
         n_chunks=config.study.n_chunks,
         allow_unsafe_code=config.allow_unsafe_code,
     )
+
+
+def _make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
+    """The vLLM engine of a study, its workers told where the models are; vLLM itself starts with the first merge."""
+    from optuna_merge.evaluation.engines.vllm import require_vllm
+
+    require_vllm()
+    plan = plan_memory(config, models, _vllm_engine(config, models))
+    plan.check()
+    share = {"gpu_memory_utilization": plan.utilization} if plan.card else {"kv_cache_memory_bytes": plan.kv_cache}
+    return _vllm_engine(config, models, share)
+
+
+def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str, Any] | None = None) -> MakingEngine:
+    from optuna_merge.evaluation.engines.vllm import VLLMEngine
+
+    description = describe_merger(models.resolved, models.refs.tokenizer_source, config.engine.merge_device)
+    engine = VLLMEngine(
+        models.described,
+        shapes={name: models.template.shape(name) for name in models.names},
+        dtype=models.refs.dtype,
+        source=(FACTORY, description),
+        options={**(defaults or {}), **config.engine.vllm.options},
+        trust_remote_code=config.engine.trust_remote_code,
+    )
+    if config.engine.device not in ("auto", engine.device, engine.device.partition(":")[0]):
+        raise EngineError(
+            f"engine.device must be auto for vllm, which runs on {engine.device}, got {config.engine.device};"
+            " choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    return engine
+
+
+def _card(config: StudyConfig, card: int | None) -> int:
+    """Bytes of memory of the GPU that a study runs on; 0 if it runs on none."""
+    if card is not None:
+        return card
+    on_gpu = torch.cuda.is_available() and config.engine.device != "cpu"
+    return torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
+
+
+def _require_device(device: torch.device) -> None:
+    n_devices = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= n_devices:
+        raise EngineError(
+            f"engine.merge_device must be there, got {device} ({n_devices} CUDA devices found); use cpu or auto"
+        )
 
 
 def _eval_task(task: TaskConfig) -> EvalTask:

@@ -219,7 +219,7 @@ def test_few_shot_and_chat_templates_as_lm_eval_renders_them(
         names = [term.name for term in terms]
         results = peer(names, apply_chat_template=True, bootstrap_iters=0, **options)
         prompts = {name: [s["arguments"] for s in results["samples"][name] if s["filter"] != "first"] for name in names}
-        for leaf in (goal.leaves[0] for goal in scorer._goals):
+        for leaf in (term.leaves[0] for term in scorer._terms):
             rendered = [[i.args for i in leaf.instances[doc_id]] for doc_id in leaf.selected]
             assert rendered == prompts[leaf.name]
         assert scorer.describe().chat_template_reason == "applied: the tokenizer has one"
@@ -364,7 +364,7 @@ def test_a_paired_difference_of_a_metric_that_is_no_mean(engine: HFEngine, model
 def test_shuffling_draws_other_documents_with_the_prompts_of_a_full_run(engine: HFEngine, tasks: Path) -> None:
     def prompts(**options: Any) -> dict[int, Any]:
         scorer = Scorer.build(engine, [EvalTask("shots")], task_search_path=[tasks], num_fewshot=2, **options)
-        leaf = scorer._goals[0].leaves[0]
+        leaf = scorer._terms[0].leaves[0]
         return {doc_id: [i.args for i in leaf.instances[doc_id]] for doc_id in leaf.searched}
 
     full = prompts()
@@ -453,7 +453,7 @@ def test_an_unknown_task_lists_the_nearest_and_where_it_looked(
         return TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
 
     # lm-eval's own tasks take ten seconds to index
-    monkeypatch.setattr("optuna_merge.evaluation.scorer.TaskManager", only_local)
+    monkeypatch.setattr("optuna_merge.evaluation.loader.TaskManager", only_local)
     with pytest.raises(TaskError) as caught:
         fake(tasks, terms=[EvalTask("lettres")])
     assert str(caught.value) == (

@@ -1,0 +1,62 @@
+"""What a scorer found and will do, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TaskDescription:
+    """What was found for one eval task.
+
+    Attributes:
+        name: Key of the term, as in ``Score.tasks``.
+        kind: ``task``, ``group`` or ``tag``.
+        leaves: The lm-eval tasks that it consists of.
+        metric: The metric that counts.
+        metrics: All metrics that it has.
+        weight: What the metric is multiplied by.
+        is_mean: Whether the metric is a mean over documents. If not, a partial score is the metric of the
+            documents scored so far.
+        n_searched: Documents that the search sees.
+        n_holdout: Documents that are held out.
+    """
+
+    name: str
+    kind: str
+    leaves: tuple[str, ...]
+    metric: str
+    metrics: tuple[str, ...]
+    weight: float
+    is_mean: bool
+    n_searched: int
+    n_holdout: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a scorer will do.
+
+    Attributes:
+        tasks: Every term, those of the holdout included.
+        n_chunks: Chunks that the searched documents are cut into.
+        n_documents: Searched documents.
+        n_requests: Requests of one full evaluation.
+        n_tokens: Tokens that one full evaluation puts through the model.
+        longest: Tokens in the longest input sequence.
+        n_padded, n_scored, n_cached: The largest of any chunk; see ``Prepared``.
+        chat_template: Whether prompts go through the tokenizer's chat template.
+        chat_template_reason: Why, in words.
+    """
+
+    tasks: tuple[TaskDescription, ...]
+    n_chunks: int
+    n_documents: int
+    n_requests: int
+    n_tokens: int
+    longest: int
+    n_padded: int
+    n_scored: int
+    n_cached: int
+    chat_template: bool
+    chat_template_reason: str
