@@ -1,36 +1,46 @@
+"""The CUDA suite runs on the CPU at small sizes; each way that a part can end is reported."""
+
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.cuda import equality, suite
+from benchmarks.cuda.inputs import TINY, Inputs, fitting_shape, tensor_shapes
+from benchmarks.cuda.measuring import DifferenceError
+from benchmarks.cuda.scoring import counted_passes
+from optuna_merge.evaluation.engines.hf import HFEngine
+from optuna_merge.testing.conformance import TextRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def suite_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_suite", ROOT / "benchmarks" / "cuda_suite.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "cuda_suite", module)
-    spec.loader.exec_module(module)
-    return module
+def inputs(tmp_path: Path) -> Inputs:
+    return Inputs(torch.device("cpu"), True, tmp_path, TINY)
+
+
+def start(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the documented line from the repository's root."""
+    line = [sys.executable, "benchmarks/cuda_suite.py", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
 
 
 def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    line = [sys.executable, ROOT / "benchmarks" / "cuda_suite.py", "--device", "cpu", "--tiny", "--out", out]
-    result = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = start("--device", "cpu", "--tiny", "--out", out, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stdout + result.stderr
     parts = json.loads(out.read_text())["parts"]
     assert {"equal", "merge", "scoring", "study", "memory", "faults"} <= {
@@ -47,66 +57,126 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     }
 
 
-def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    line = [sys.executable, ROOT / "benchmarks" / "cuda_suite.py", "--device", "cuda"]
-    result = subprocess.run(
-        line, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    )
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "no CUDA device is found; try --device cpu --tiny"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:<index>, got tpu"),
+        (["--device", "cpu", "--folder", "README.md"], "--folder must be where files can be written, got README.md"),
+        (["--device", "cpu", "--part", "speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(arguments: list[str], message: str) -> None:
+    result = start(*arguments, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
-    assert "no CUDA device is found; try --device cpu --tiny" in result.stderr.replace("\n", " ")
+    assert message in " ".join(result.stderr.split())
 
 
-def test_a_part_that_fails_leaves_the_others_and_what_was_found(suite_module: ModuleType, tmp_path: Path) -> None:
-    def fails(suite: object) -> None:
+def test_the_entry_does_not_hide_nvidias_package() -> None:
+    """torch imports ``cuda.bindings``, which a folder ``cuda`` at the head of the path would hide."""
+    code = "import sys; sys.argv = ['cuda_suite.py', '--help']; import runpy\n"
+    code += "try: runpy.run_path('benchmarks/cuda_suite.py', run_name='__main__')\n"
+    code += "except SystemExit: pass\n"
+    code += "import importlib.util; print(repr(importlib.util.find_spec('cuda')), file=sys.stderr)"
+    path = str(ROOT / "benchmarks")  # what Python puts first when it starts the script
+    line = [sys.executable, "-c", f"import sys; sys.path[0] = {path!r}\n{code}"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert path not in result.stderr
+    assert "--minutes" in result.stdout
+
+
+def test_a_part_that_fails_leaves_the_others_and_what_was_found(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Inputs) -> dict[str, Any]:
         raise RuntimeError("no kernel image is available")
 
-    def differs(suite: object) -> None:
-        raise suite_module.DifferenceError("ties differs", {"ties": 1})
+    def differs(_: Inputs) -> dict[str, Any]:
+        raise DifferenceError("ties differs", {"ties": 1})
 
-    suite_module.PARTS |= {"equal": fails, "merge": differs, "study": lambda suite: {"seconds": 1.0}}
-    suite = suite_module.Suite(torch.device("cpu"), True, tmp_path, suite_module.TINY)
-    report = suite_module.run(suite, ["equal", "merge", "study"], 60, tmp_path / "out.json")
-    parts = report["parts"]
-    assert parts["equal"]["failed"] == "RuntimeError: no kernel image is available"
-    assert parts["merge"]["failed"] == "ties differs"
-    assert parts["merge"]["figures"] == {"ties": 1}
-    assert parts["study"]["figures"] == {"seconds": 1.0}
+    def lacks(_: Inputs) -> dict[str, Any]:
+        raise ImportError(name="lm_eval")
+
+    parts: dict[str, Callable[[Inputs], dict[str, Any]]]
+    parts = {"equal": fails, "merge": differs, "scoring": lacks, "study": lambda _: {"seconds": 1.0}}
+    monkeypatch.setattr(suite, "load_part", parts.get)
+    report = suite.run(inputs, list(parts), 60, tmp_path / "out.json")
+    found = report["parts"]
+    assert found["equal"]["failed"] == "RuntimeError: no kernel image is available"
+    assert found["merge"]["failed"] == "ties differs"
+    assert found["merge"]["figures"] == {"ties": 1}
+    assert found["scoring"]["skipped"] == "lm_eval is missing"
+    assert found["study"]["figures"] == {"seconds": 1.0}
     assert json.loads((tmp_path / "out.json").read_text()) == report
 
 
-def test_no_part_begins_when_the_time_is_over(suite_module: ModuleType, tmp_path: Path) -> None:
-    suite = suite_module.Suite(torch.device("cpu"), True, tmp_path, suite_module.TINY)
-    parts = suite_module.run(suite, ["equal"], -1, None)["parts"]
+@pytest.mark.parametrize("name", suite.PARTS)
+def test_each_part_has_its_function(name: str) -> None:
+    assert callable(suite.load_part(name))
+
+
+def test_no_part_begins_when_the_time_is_over(inputs: Inputs) -> None:
+    parts = suite.run(inputs, ["equal"], -1, None)["parts"]
     assert parts["equal"]["skipped"].endswith("; try --part equal")
 
 
 @pytest.mark.parametrize(("free", "expected"), [(100, 32), (64, 32), (40, 19), (1, 1)])
 def test_models_have_fewer_layers_where_the_disk_is_small(
-    suite_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: int
 ) -> None:
-    monkeypatch.setattr(suite_module.shutil, "disk_usage", lambda folder: argparse.Namespace(free=free * 2**30))
-    shape = suite_module.fitting_shape(False, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=free * 2**30))
+    shape = fitting_shape(False, tmp_path)
     assert shape["num_hidden_layers"] == expected
-    n_bytes = 4 * 2 * sum(math.prod(size) for group in suite_module.tensor_shapes(shape) for size in group.values())
+    n_bytes = 4 * 2 * sum(math.prod(size) for group in tensor_shapes(shape) for size in group.values())
     assert expected == 1 or n_bytes < free * 2**30
     (tmp_path / "model_0").mkdir()
     (tmp_path / "model_0" / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 7}))
     (tmp_path / "complete").touch()
-    assert suite_module.fitting_shape(False, tmp_path)["num_hidden_layers"] == 7
+    assert fitting_shape(False, tmp_path)["num_hidden_layers"] == 7
 
 
-def test_what_differs_fails_the_part_and_is_named(suite_module: ModuleType, tmp_path: Path) -> None:
-    merge_tensors, calls = suite_module.merge_tensors, iter(range(1000))
+def test_what_differs_fails_the_part_and_is_named(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge_tensors, calls = equality.merge_tensors, iter(range(1000))
 
-    def drifts(method: str, *args: object, **options: object) -> torch.Tensor:
-        merged: torch.Tensor = merge_tensors(method, *args, **options)
+    def drifts(method: str, *args: Any, **options: Any) -> torch.Tensor:
+        merged = merge_tensors(method, *args, **options)
         return merged * (1 + 1e-4 * next(calls)) if method == "linear" else merged
 
-    suite_module.merge_tensors = drifts
-    suite_module.METHODS = {name: suite_module.METHODS[name] for name in ("linear", "nearswap", "dare_ties")}
-    suite = suite_module.Suite(torch.device("cpu"), True, tmp_path, suite_module.TINY)
-    part = suite_module.run(suite, ["equal"], 60, None)["parts"]["equal"]
+    monkeypatch.setattr(equality, "merge_tensors", drifts)
+    methods = {name: equality.METHODS[name] for name in ("linear", "nearswap", "dare_ties")}
+    monkeypatch.setattr(equality, "METHODS", methods)
+    part = suite.run(inputs, ["equal"], 60, None)["parts"]["equal"]
     assert part["failed"].startswith("linear differs from the CPU's; linear: pieces of 257 elements change the result")
     assert "nearswap" not in part["failed"]
     assert part["figures"]["linear"]["relative_float32"] > 1e-6
     assert part["figures"]["exported"] == 0
+
+
+def test_placements_and_an_export_that_differ_are_named(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_merger, opened = equality.open_merger, iter(range(100))
+
+    def drifts(inputs: Inputs, recipe: Any, placement: Any) -> Any:
+        merger = open_merger(inputs, recipe, placement)
+        if next(opened) % 2:
+            merge = merger.merge
+            monkeypatch.setattr(merger, "merge", lambda *args: ((name, 2 * t) for name, t in merge(*args)))
+        return merger
+
+    monkeypatch.setattr(equality, "open_merger", drifts)
+    monkeypatch.setattr(equality, "METHODS", {})
+    part = suite.run(inputs, ["equal"], 60, None)["parts"]["equal"]
+    assert "model.layers.0.mlp.up_proj.weight: differs between sources on ['disk', 'host']" in part["failed"]
+    assert part["failed"].endswith("exported tensors differ from the resident ones")
+    assert part["figures"]["exported"] > 0
+
+
+def test_forward_passes_of_the_model_are_counted(inputs: Inputs) -> None:
+    engine = HFEngine(inputs.models[0], dtype="float32", device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(inputs.models[0], dtype=torch.float32)
+    engine.load_weights(model.state_dict().items())
+    requests = [TextRequest("loglikelihood", ("cat", f" {number}")) for number in ("one", "two")]
+    prepared = engine.prepare(requests)
+    engine.respond(prepared)  # the first call also checks once whether contexts can be shared
+    with counted_passes(type(model)) as passes:
+        engine.respond(prepared)
+    assert len(passes) == 1
