@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optuna_merge.config.read import load_study
-    from optuna_merge.config.sections import StudyConfig
+    from optuna_merge.config.study_config import StudyConfig
     from optuna_merge.errors import OptunaMergeError
     from optuna_merge.recipe import Recipe
     from optuna_merge.report.trackers import Tracker
@@ -34,7 +34,7 @@ _HOMES = {
     "Recipe": "recipe",
     "RepeatableSampler": "search.named",
     "StableCmaEsSampler": "search.samplers",
-    "StudyConfig": "config.sections",
+    "StudyConfig": "config.study_config",
     "Tracker": "report.trackers",
     "load_study": "config.read",
     "run_study": "study.run",

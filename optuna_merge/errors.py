@@ -51,7 +51,15 @@ class CheckpointError(OptunaMergeError):
 
 
 class MethodError(OptunaMergeError):
-    """A merge method that is unknown, or a parameter outside its range."""
+    """A merge method that is unknown, or a parameter outside its range.
+
+    Attributes:
+        fix: What to do about it, the end of the message; empty if the message does not say it separately.
+    """
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        self.fix = fix
+        super().__init__(f"{message}; {fix}" if fix else message)
 
 
 class MergeError(OptunaMergeError):

@@ -13,7 +13,9 @@ from typer.main import get_command
 
 from optuna_merge.cli.app import app
 from optuna_merge.config.read import load_study
-from optuna_merge.config.sections import GenomeConfig, SearchConfig, StudyConfig
+from optuna_merge.config.genome import GenomeConfig
+from optuna_merge.config.search import SearchConfig
+from optuna_merge.config.study_config import StudyConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

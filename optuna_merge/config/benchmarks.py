@@ -1,4 +1,7 @@
-"""Names of the known benchmarks, whose own tasks must not be searched."""
+"""The names of known benchmarks, whose own tasks must not be searched.
+
+Knows names only; does not know what lm-eval has of each benchmark.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ KNOWN_BENCHMARKS = tuple(
     xquad xstorycloze xwinograd
     """.split()
 )
-"""Benchmarks whose own tasks are no objective: a merge searched on them has been fitted to the test."""
+"""A merge that was searched on a benchmark's own task has been fitted to the benchmark."""
 
 
 def is_benchmark(task: str) -> bool:
-    """Whether an eval task's name is that of a known benchmark; ``..._train`` never is."""
+    """Whether an eval task belongs to a known benchmark, by its name; one that ends in ``_train`` never does."""
     if task.endswith("_train"):
         return False
     return any(task == name or task.startswith((f"{name}_", f"{name}-")) for name in KNOWN_BENCHMARKS)

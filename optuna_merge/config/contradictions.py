@@ -1,4 +1,7 @@
-"""Values that are each allowed, but not together."""
+"""Values that are each allowed, but not together.
+
+Knows the rules between keys, one function for each subject; does not know what a single value may be.
+"""
 
 from __future__ import annotations
 
@@ -6,145 +9,196 @@ import difflib
 from collections.abc import Iterator
 
 from optuna_merge.config.benchmarks import is_benchmark
-from optuna_merge.config.messages import _short
-from optuna_merge.config.sections import _SEARCH_KEYS, PRUNER_OPTIONS, StudyConfig
+from optuna_merge.config.problem import Problem, short
+from optuna_merge.config.sampler import CmaEsConfig, OptunaSamplerConfig
+from optuna_merge.config.search import Range, SearchConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import MethodError
+from optuna_merge.methods import MergeMethod, MethodParameter
 
 
-def _contradictions(config: StudyConfig) -> Iterator[str]:
-    """What each value allows but their combination does not."""
-    genome = config.genome
+def contradictions(config: StudyConfig) -> Iterator[Problem]:
+    """Everything that each value alone allows and their combination does not."""
+    yield from _repeated(config)
+    yield from _filters(config)
+    yield from _weights_of_tasks(config)
+    yield from _benchmarks(config)
+    yield from _holdout(config)
+    yield from _task_folders(config)
+    yield from _one_score(config) if config.study.goal == "sum" else _several_objectives(config)
+    yield from _sampler(config)
+    yield from _warm_start(config)
+    try:
+        method = config.method
+    except MethodError as exc:
+        yield Problem(
+            "genome.merge_method", "be a known merge method", repr(config.genome.merge_method), exc.fix or "correct it"
+        )
+        return
+    yield from _base_model(config, method)
+    yield from _tokenizer(config)
+    yield from _number_of_models(config, method)
+    yield from _switches(config, method)
+    yield from _ranges(config, method)
+
+
+def _repeated(config: StudyConfig) -> Iterator[Problem]:
     held_out = config.holdout.tasks if config.holdout else ()
-    for field, values in (
-        ("genome.models", genome.models),
-        ("genome.filters", genome.filters),
+    for key, values in (
+        ("genome.models", config.genome.models),
+        ("genome.filters", config.genome.filters),
         ("tasks", [task.name for task in config.tasks]),
         ("holdout", [task.name for task in held_out]),
     ):
         for index, value in enumerate(values):
             if value in values[:index]:
-                yield f"{field}[{index}] must be different from the others, got {value!r} again; remove one"
-    if "rest" in genome.filters:
-        where = f"genome.filters[{genome.filters.index('rest')}]"
-        yield f"{where} must be another part of a tensor name, got 'rest'; in parameter names it means what is left"
-    yield from _task_problems(config)
-    yield from _search_problems(config)
-    yield from _goal_problems(config)
-    sampler = config.study.sampler
-    for option, given in (
-        ("popsize", sampler.popsize),
-        ("sigma0", sampler.sigma0),
-        ("gp_every", sampler.gp_every),
-    ):
-        if given is not None and sampler.name != "cmaes":
-            yield f"study.sampler.{option} must be absent for {sampler.name}, got {given}; remove it"
-    warm_start = config.search.warm_start
-    if warm_start is not None and sampler.name != "cmaes":
-        yield f"search.warm_start must be absent for {sampler.name}, got {warm_start.label!r}; remove it or use cmaes"
-    if warm_start is not None and config.random_init:
-        yield f"search.warm_start must be absent for random_init, got {warm_start.label!r}; remove one of the two"
-    try:
-        method = config.method
-    except MethodError as exc:
-        hint = str(exc).partition("; ")[2]
-        yield f"genome.merge_method must be a known merge method, got {genome.merge_method!r}; {hint}"
-        return
-    if method.base == "required" and genome.base_model is None:
-        yield f"genome.base_model must be given for {method.name}, got nothing; name the model that all were tuned from"
-    if method.base == "none" and genome.base_model is not None:
-        yield f"genome.base_model must be absent for {method.name}, got {genome.base_model!r}; remove it"
-    sources = (None, "base", "union", genome.base_model, *genome.models)
-    if genome.tokenizer_source not in sources:
-        yield (
-            f"genome.tokenizer_source must be base, union or one of the models, got {genome.tokenizer_source!r};"
-            " spell it as in genome.models"
-        )
-    has_base = genome.base_model is not None
-    least, most = method.n_models_for(has_base)
-    n_models = len(config.sources)
-    if n_models < least or (most is not None and n_models > most):
-        wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
-        yield f"genome.models must name {wanted} models for {method.name}, got {n_models}; add or remove some"
-    for switch, is_on in (("normalize", genome.normalize), ("rescale", genome.rescale)):
-        if is_on is not None and switch not in dict(method.switches):
-            yield f"genome.{switch} must be absent for {method.name}, got {is_on}; remove it"
-    known = {parameter.name: parameter for parameter in method.parameters_for(has_base)}
-    for name, interval in config.search.ranges.items():
-        parameter = known.get(name)
-        if parameter is None:
-            near = difflib.get_close_matches(name, [*known, *_SEARCH_KEYS], n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join([*known, *_SEARCH_KEYS])}"
-            yield f"search.{name} must be a parameter of {method.name}, got {name!r}; {fix}"
-            continue
-        if not parameter.low <= interval.low <= interval.high <= parameter.high:
-            yield (
-                f"search.{name} must be in [{parameter.low:g}, {parameter.high:g}], got"
-                f" [{interval.low:g}, {interval.high:g}]; {name} is the {parameter.meaning}"
-            )
-        if name == "weight" and interval.low < 0 and not genome.allow_negative_weights:
-            fix = "raise it or set genome.allow_negative_weights: true"
-            yield f"search.weight.low must be at least 0, got {interval.low:g}; {fix}"
+                yield Problem(f"{key}[{index}]", "be different from the others", f"{value!r} again", "remove one")
 
 
-def _search_problems(config: StudyConfig) -> Iterator[str]:
-    """Options of another pruner or prior than the one that is named."""
-    pruner, prior = config.study.pruner, config.search.prior
-    for option in pruner.options:
-        owners = [name for name, options in PRUNER_OPTIONS.items() if option in options]
-        if pruner.name not in owners:
-            yield (
-                f"study.pruner.{option} must be absent for {pruner.name}, got {_short(pruner.options[option])};"
-                f" it belongs to {' and '.join(owners)}"
-            )
-    if prior.name == "isotropic":
-        for part in sorted(prior.model_fields_set - {"name"}):
-            yield (
-                f"search.prior.{part} must be absent for isotropic, got {_short(getattr(prior, part))};"
-                " it belongs to structured"
-            )
-
-
-def _goal_problems(config: StudyConfig) -> Iterator[str]:
-    study = config.study
-    if study.goal == "sum":
-        for index, task in enumerate(config.tasks):
-            if task.objective:
-                yield (
-                    f"tasks[{index}].objective must be absent for one score, got {task.objective!r}; remove it or set"
-                    " study.goal: pareto"
-                )
-        return
-    if len(config.objectives) < 2:
-        yield (
-            f"tasks must make several objectives for study.goal pareto, got {config.objectives[0]!r} alone; name"
-            " another objective for some or leave study.goal out"
-        )
-    if study.sampler.name == "cmaes" or study.sampler.name.rpartition(".")[2] == "CmaEsSampler":
-        yield (
-            f"study.sampler must search several objectives for study.goal pareto, got {study.sampler.name}, which"
-            " searches one; use gp, nsga2, tpe or random"
-        )
-    if study.pruner.name != "none":
-        yield (
-            f"study.pruner must be none for study.goal pareto, got {study.pruner.name}: no single score says which"
-            " trial is worse; remove it"
+def _filters(config: StudyConfig) -> Iterator[Problem]:
+    filters = config.genome.filters
+    if "rest" in filters:
+        key, rule = f"genome.filters[{filters.index('rest')}]", "be another part of a tensor name"
+        yield Problem(
+            key, rule, "'rest'", "in parameter names, rest means all other tensors: write more of the tensor name"
         )
 
 
-def _task_problems(config: StudyConfig) -> Iterator[str]:
+def _weights_of_tasks(config: StudyConfig) -> Iterator[Problem]:
     if all(task.weight == 0 for task in config.tasks):
-        yield "tasks must be a list with a weight other than 0, got only 0; give one a weight"
-    if not config.allow_benchmark_tasks:
-        for index, task in enumerate(config.tasks):
-            if is_benchmark(task.name):
-                yield (
-                    f"tasks[{index}].name must be no known benchmark's own task, got {task.name!r}; a merge searched on"
-                    " a benchmark has been fitted to it: use other documents, or set allow_benchmark_tasks: true"
-                )
+        yield Problem("tasks", "be a list with a weight other than 0", "only 0", "give one a weight")
+
+
+def _benchmarks(config: StudyConfig) -> Iterator[Problem]:
+    if config.allow_benchmark_tasks:
+        return
+    fix = (
+        "a merge searched on a benchmark has been fitted to it: use other documents, or set allow_benchmark_tasks: true"
+    )
+    for index, task in enumerate(config.tasks):
+        if is_benchmark(task.name):
+            yield Problem(f"tasks[{index}].name", "be no known benchmark's own task", repr(task.name), fix)
+
+
+def _holdout(config: StudyConfig) -> Iterator[Problem]:
     searched = {task.name for task in config.tasks}
     for index, task in enumerate(config.holdout.tasks if config.holdout else ()):
         if task.name in searched:
-            yield f"holdout[{index}].name must be none of tasks, got {task.name!r}; use a fraction instead"
+            yield Problem(f"holdout[{index}].name", "be none of tasks", repr(task.name), "use a fraction instead")
+
+
+def _task_folders(config: StudyConfig) -> Iterator[Problem]:
     for index, folder in enumerate(config.task_search_path):
         if not folder.is_dir():
-            yield f"task_search_path[{index}] must be a folder, got {folder}; paths are relative to the study file"
+            fix = "paths are relative to the study file"
+            yield Problem(f"task_search_path[{index}]", "be a folder", str(folder), fix)
+
+
+def _one_score(config: StudyConfig) -> Iterator[Problem]:
+    for index, task in enumerate(config.tasks):
+        if task.objective:
+            fix = "remove it or set study.goal: pareto"
+            yield Problem(f"tasks[{index}].objective", "be absent for one score", repr(task.objective), fix)
+
+
+def _several_objectives(config: StudyConfig) -> Iterator[Problem]:
+    sampler, pruner = config.study.sampler.name, config.study.pruner.name
+    if len(config.objectives) < 2:
+        yield Problem(
+            "tasks",
+            "make several objectives for study.goal pareto",
+            f"{config.objectives[0]!r} alone",
+            "name another objective for some or leave study.goal out",
+        )
+    if sampler == "cmaes" or sampler.rpartition(".")[2] == "CmaEsSampler":
+        yield Problem(
+            "study.sampler",
+            "search several objectives for study.goal pareto",
+            f"{sampler}, which searches one",
+            "use gp, nsga2, tpe or random",
+        )
+    if pruner != "none":
+        yield Problem(
+            "study.pruner",
+            "be none for study.goal pareto",
+            pruner,
+            "no single score says which trial is worse: remove it",
+        )
+
+
+def _sampler(config: StudyConfig) -> Iterator[Problem]:
+    sampler = config.study.sampler
+    if not isinstance(sampler, OptunaSamplerConfig):
+        return
+    for option in CmaEsConfig.model_fields:
+        if option in sampler.options:
+            got = short(sampler.options[option])
+            yield Problem(
+                f"study.sampler.{option}", f"be absent for {sampler.name}", got, "it belongs to cmaes: remove it"
+            )
+
+
+def _warm_start(config: StudyConfig) -> Iterator[Problem]:
+    warm_start, sampler = config.search.warm_start, config.study.sampler.name
+    if warm_start is None:
+        return
+    key, got = "search.warm_start", repr(warm_start.label)
+    if sampler != "cmaes":
+        yield Problem(key, f"be absent for {sampler}", got, "remove it or use cmaes")
+    if config.random_init:
+        yield Problem(key, "be absent for random_init", got, "remove one of the two")
+
+
+def _base_model(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
+    key, base = "genome.base_model", config.genome.base_model
+    if method.base == "required" and base is None:
+        yield Problem(key, f"be given for {method.name}", "nothing", "name the model that all sources were tuned from")
+    if method.base == "none" and base is not None:
+        yield Problem(key, f"be absent for {method.name}", repr(base), "remove it")
+
+
+def _tokenizer(config: StudyConfig) -> Iterator[Problem]:
+    genome = config.genome
+    if genome.tokenizer_source not in (None, "base", "union", genome.base_model, *genome.models):
+        rule, got = "be base, union or one of the models", repr(genome.tokenizer_source)
+        yield Problem("genome.tokenizer_source", rule, got, "spell it as in genome.models")
+
+
+def _number_of_models(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
+    least, most = method.n_models_for(config.genome.base_model is not None)
+    n_models = len(config.sources)
+    if n_models < least or (most is not None and n_models > most):
+        wanted = f"at least {least}" if most is None else f"{least}" if least == most else f"{least} to {most}"
+        yield Problem("genome.models", f"name {wanted} models for {method.name}", f"{n_models}", "add or remove some")
+
+
+def _switches(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
+    for switch, is_on in (("normalize", config.genome.normalize), ("rescale", config.genome.rescale)):
+        if is_on is not None and switch not in dict(method.switches):
+            yield Problem(f"genome.{switch}", f"be absent for {method.name}", f"{is_on}", "remove it")
+
+
+def _ranges(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
+    known = {parameter.name: parameter for parameter in method.parameters_for(config.genome.base_model is not None)}
+    for name, interval in config.search.ranges.items():
+        if name in known:
+            yield from _bounds(config, known[name], interval)
+            continue
+        keys = [*known, *SearchConfig.own_keys()]
+        near = difflib.get_close_matches(name, keys, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(keys)}"
+        yield Problem(f"search.{name}", f"be a parameter of {method.name}", repr(name), fix)
+
+
+def _bounds(config: StudyConfig, parameter: MethodParameter, interval: Range) -> Iterator[Problem]:
+    name = parameter.name
+    if not parameter.low <= interval.low <= interval.high <= parameter.high:
+        yield Problem(
+            f"search.{name}",
+            f"be in [{parameter.low:g}, {parameter.high:g}]",
+            f"[{interval.low:g}, {interval.high:g}]",
+            f"{name} is the {parameter.meaning}",
+        )
+    if name == "weight" and interval.low < 0 and not config.genome.allow_negative_weights:
+        fix = "raise it or set genome.allow_negative_weights: true"
+        yield Problem("search.weight.low", "be at least 0", f"{interval.low:g}", fix)

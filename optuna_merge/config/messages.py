@@ -1,29 +1,25 @@
-"""One line for each problem of a study file: the key, the rule, the value, the way out."""
+"""What pydantic finds wrong in a study file, as problems in our words.
+
+Knows how to say each kind of error and where the config's nesting differs from the file's; does not know which values
+contradict each other.
+"""
 
 from __future__ import annotations
 
 import difflib
-import math
-import re
-from pathlib import Path
-from typing import Any
+from functools import reduce
+from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
-from optuna_merge.config.sections import (
-    _SEARCH_KEYS,
-    EngineConfig,
-    GenomeConfig,
-    HoldoutConfig,
-    PriorConfig,
-    PrunerConfig,
-    Range,
-    SamplerConfig,
-    StudyConfig,
-    StudyOptions,
-    TaskConfig,
-    WarmStartConfig,
-)
+from optuna_merge.config.problem import Problem, join_key, short
+from optuna_merge.config.search import SearchConfig
+from optuna_merge.config.section import Section
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.config.tasks import HoldoutConfig
+
+UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+"""Kinds of errors that say that a section does not have a key; the second: the key is not even text."""
 
 _RULES = {
     "missing": ("given", "add it"),
@@ -36,6 +32,7 @@ _RULES = {
     "dict_type": ("a mapping of keys", "indent the keys below it"),
     "mapping_type": ("a mapping of keys", "indent the keys below it"),
     "model_type": ("a mapping of keys", "indent the keys below it"),
+    "model_attributes_type": ("a mapping of keys", "indent the keys below it"),
     "is_instance_of": ("a path", "put it in quotes"),
     "finite_number": ("finite", "give a finite number"),
     "too_short": ("a list with at least {min_length} item", "add one"),
@@ -46,84 +43,85 @@ _RULES = {
     "less_than_equal": ("at most {le}", "lower it"),
     "literal_error": ("{expected}", "choose one of them"),
 }
+"""Kind of error to what the value must be, and the way out."""
+
+_NOT_IN_THE_FILE = {(SearchConfig, "ranges"), (HoldoutConfig, "fraction"), (HoldoutConfig, "tasks")}
+"""Fields whose value may stand in the place of the section itself."""
 
 
-def _describe(error: Any) -> str:
-    """Our line for one of pydantic's errors."""
-    location = _dotted(error["loc"])
-    kind, context = error["type"], error.get("ctx", {})
+def describe(error: ErrorDetails) -> Problem:
+    """Say one of pydantic's errors in our words."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind in UNKNOWN_KEY:
+        return _unknown_key(error)
+    key = reduce(join_key, _Trace(error["loc"]).keys, "")
     if kind == "value_error":
-        return f"{location} must be {context['error']}, got {_short(error['input'])}; correct it"
+        return Problem(key, f"be {context['error']}", short(value), "correct it")
+    if kind == "union_tag_invalid":
+        rule = f"be one of {context['expected_tags']}"
+        return Problem(f"{key}.name", rule, short(value["name"]), "choose one of them")
     if kind not in _RULES:
-        return f"{location}: {error['msg']}, got {_short(error['input'])}; correct it"
+        return Problem(key, f"be valid ({error['msg']})", short(value), "correct it")
     rule, fix = _RULES[kind]
-    got = "nothing" if kind == "missing" else _short(error["input"])
-    return f"{location} must be {rule.format(**context)}, got {got}; {fix}"
+    return Problem(key, f"be {rule.format(**context)}", "nothing" if kind == "missing" else short(value), fix)
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in _keys(location):
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+def no_section(key: str, value: Any) -> Problem:
+    """Say that a value stands where a section is wanted."""
+    rule, fix = _RULES["model_type"]
+    return Problem(key, f"be {rule}", short(value), fix)
 
 
-def _keys(location: tuple[int | str, ...]) -> list[int | str]:
-    """The keys in the file: without our own nesting of ``search`` and ``holdout``."""
-    keys = [part for part in location if part not in ("ranges", "fraction")]
-    return [key for index, key in enumerate(keys) if not (key == "tasks" and index == 1 and keys[0] == "holdout")]
+def _unknown_key(error: ErrorDetails) -> Problem:
+    """Name the sections that have the key, else the nearest known key."""
+    *outer, last = error["loc"]
+    trace = _Trace(tuple(outer))
+    key = join_key(reduce(join_key, trace.keys, ""), str(last))
+    others = [section for section in trace.choices if section is not trace.section]
+    owners = [_name(section) for section in others if last in section.model_fields]
+    if owners:
+        rule = f"be absent for {_name(trace.section)}"
+        return Problem(key, rule, short(error["input"]), f"it belongs to {' and '.join(owners)}: remove it")
+    names = [name for name, field in trace.section.model_fields.items() if field.validation_alias is None]
+    near = difflib.get_close_matches(str(last), names, n=1)
+    fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(names))}"
+    return Problem(key, "be a known key", repr(str(last)), fix)
 
 
-def _unknown_spellings(data: dict[str, Any]) -> list[str]:
-    """Remove the keys that no section has, each with a line that names the nearest."""
-    problems: list[str] = []
+class _Trace:
+    """Where in the file an error is.
 
-    def check(section: Any, known: type[BaseModel], where: str) -> None:
-        if not isinstance(section, dict):
-            return
-        names = [name for name in known.model_fields if name not in ("path", "ranges")]
-        for key in [key for key in section if key not in names]:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(names))}"
-            problems.append(f"{where}{key} must be a known key, got {str(key)!r}; {fix}")
-            del section[key]
+    Attributes:
+        keys: The keys in the file that lead there: without the names that pydantic gives to the members of a union,
+            and without the fields that the file may leave out.
+        section: The section that is reached.
+        choices: The members of the union that it belongs to; else the section alone.
+    """
 
-    check(data, StudyConfig, "")
-    sections: dict[str, type[BaseModel]] = {"genome": GenomeConfig, "study": StudyOptions, "engine": EngineConfig}
-    for name, known in sections.items():
-        check(data.get(name), known, f"{name}.")
-    study, search = data.get("study"), data.get("search")
-    if isinstance(study, dict):
-        sampler = study.get("sampler")
-        if isinstance(sampler, dict) and sampler.get("name", "cmaes") in ("cmaes", "random"):
-            check(sampler, SamplerConfig, "study.sampler.")
-        check(study.get("pruner"), PrunerConfig, "study.pruner.")
-    if isinstance(search, dict):
-        check(search.get("prior"), PriorConfig, "search.prior.")
-        check(search.get("warm_start"), WarmStartConfig, "search.warm_start.")
-        for key, value in search.items():
-            if key not in _SEARCH_KEYS:
-                check(value, Range, f"search.{key}.")
-    holdout = data.get("holdout")
-    if isinstance(holdout, dict):
-        check(holdout, HoldoutConfig, "holdout.")
-        holdout = holdout.get("tasks")
-    for name, tasks in (("tasks", data.get("tasks")), ("holdout", holdout)):
-        for index, task in enumerate(tasks) if isinstance(tasks, list) else ():
-            check(task, TaskConfig, f"{name}[{index}].")
-    return problems
+    def __init__(self, location: tuple[int | str, ...]) -> None:
+        self.keys: list[int | str] = []
+        self.section: type[Section] = StudyConfig
+        self.choices: list[type[Section]] = [StudyConfig]
+        is_chosen = True
+        for part in location:
+            if not is_chosen:
+                # The one without a fixed name stands for all the other names.
+                named = [section for section in self.choices if _name(section) == part]
+                self.section, is_chosen = (named or self.choices)[-1], True
+                continue
+            if (self.section, part) not in _NOT_IN_THE_FILE:
+                self.keys.append(part)
+            field = self.section.model_fields.get(str(part))
+            if field is not None and (inner := _sections_in(field.annotation)):
+                self.section, self.choices, is_chosen = inner[0], inner, len(inner) == 1
 
 
-def _locate(path: Path, lines: dict[str, int], problem: str) -> str:
-    """Put the file, and the line if the problem's key or a part of its path has one, before a problem."""
-    key = re.split(r" must |: ", problem, maxsplit=1)[0]
-    while key and key not in lines:
-        key = re.sub(r"(\[\d+\]|\.?[^.\[\]]*)$", "", key) if re.search(r"[.\[]", key) else ""
-    return f"{path}:{lines[key]}: {problem}" if lines.get(key) else f"{path}: {problem}"
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _name(section: type[Section]) -> Any:
+    """The fixed name of a member of a union."""
+    return section.model_fields["name"].default

@@ -293,8 +293,8 @@ def find_method(name: str) -> MergeMethod:
     if "." in name:
         return _import_method(name)
     near = difflib.get_close_matches(name.replace("-", "_"), METHODS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    raise MethodError(f"unknown merge method {name!r}{hint} (known: {', '.join(sorted(METHODS))})")
+    known = f"known: {', '.join(sorted(METHODS))}"
+    raise MethodError(f"unknown merge method {name!r}", f"did you mean {near[0]!r}? ({known})" if near else known)
 
 
 def _import_method(path: str) -> MergeMethod:
@@ -303,8 +303,10 @@ def _import_method(path: str) -> MergeMethod:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as exc:
         raise MethodError(
-            f"merge method {path!r} must be importable, got: {exc}; is its folder on PYTHONPATH?"
+            f"merge method {path!r} must be importable, got: {exc}", "is its folder on PYTHONPATH?"
         ) from exc
     if not isinstance(found, MergeMethod):
-        raise MethodError(f"merge method {path!r} must be a MergeMethod, got {type(found).__name__}; declare it as one")
+        raise MethodError(
+            f"merge method {path!r} must be a MergeMethod, got {type(found).__name__}", "declare it as one"
+        )
     return dataclasses.replace(found, name=path)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.storage import attributes
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE

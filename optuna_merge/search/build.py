@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import optuna
 from optuna.trial import TrialState
 
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.sampler import OptunaSamplerConfig, RandomSamplerConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.search.named import GP_EVERY, make_gp, make_named_sampler
 from optuna_merge.search.pruner import SignedRankPruner
@@ -36,9 +37,9 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
     import numpy as np
 
     options, seed = config.study.sampler, config.study.seed
-    if options.name == "random":
+    if isinstance(options, RandomSamplerConfig):
         return StableRandomSampler(seed=seed)
-    if options.name != "cmaes":
+    if isinstance(options, OptunaSamplerConfig):
         return make_named_sampler(options.name, options.options, list(space.distributions), seed)
 
     def start(study: optuna.Study) -> Mapping[str, float]:

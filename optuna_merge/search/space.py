@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from optuna.distributions import FloatDistribution
 
-from optuna_merge.config.sections import Range, StudyConfig
+from optuna_merge.config.search import IsotropicPrior, Range
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import RecipeError
 from optuna_merge.methods import MethodParameter
 from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe, Role, group_name, layer_groups, passthrough
@@ -210,8 +211,8 @@ class SearchSpace:
             fraction.
         """
         slots = [self._slots[name] for name in self.distributions]
-        sigma0, prior = self._config.study.sampler.sigma0, self._config.search.prior
-        if sigma0 is not None or prior.name == "isotropic":
+        sigma0, prior = self._config.study.cmaes.sigma0, self._config.search.prior
+        if sigma0 is not None or isinstance(prior, IsotropicPrior):
             return np.eye(len(slots)) * (sigma0 or _ISOTROPIC_SIGMA) ** 2
         is_weight = np.array([slot.parameter.name == "weight" for slot in slots])
         model = np.array([-1 if slot.model is None else slot.model for slot in slots])

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.read import load_study
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes

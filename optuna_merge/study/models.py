@@ -19,7 +19,7 @@ from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import common_names
 from optuna_merge.checkpoints.reference import ResolvedReference, resolve
 from optuna_merge.checkpoints.unify import unify
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import CheckpointError
 from optuna_merge.merging.placement import PlacementPlan, free_host_bytes, plan_placement
 from optuna_merge.recipe import Dtype, Recipe

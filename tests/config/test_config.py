@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from optuna_merge.config import sections
 from optuna_merge.config.benchmarks import KNOWN_BENCHMARKS, is_benchmark
-from optuna_merge.config.read import absolute_storage, load_study
-from optuna_merge.config.sections import GenomeConfig, Range, StudyConfig, TaskConfig, _Section
+from optuna_merge.config.genome import GenomeConfig
+from optuna_merge.config.paths import absolute_storage
+from optuna_merge.config.read import load_study
+from optuna_merge.config.search import Range
+from optuna_merge.config.section import Section
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.config.tasks import TaskConfig
 from optuna_merge.errors import ConfigError
 from optuna_merge.methods import METHODS
 
@@ -206,7 +210,16 @@ ADDED = {
         ":7: study.sampler must be a mapping of keys, got ['cmaes']; indent the keys below it"
     ),
     "study: {sampler: {popsize: 2}}": ":7: study.sampler.popsize must be at least 3, got 2; raise it",
-    "study: {sampler: {name: tpe, sigma0: 0.2}}": ":7: study.sampler.sigma0 must be absent for tpe, got 0.2; remove it",
+    "study: {sampler: {name: tpe, sigma0: 0.2}}": (
+        ":7: study.sampler.sigma0 must be absent for tpe, got 0.2; it belongs to cmaes: remove it"
+    ),
+    "study: {sampler: {name: random, popsize: 8}}": (
+        ":7: study.sampler.popsize must be absent for random, got 8; it belongs to cmaes: remove it"
+    ),
+    "study: {sampler: {name: random, popsise: 8}}": (
+        ":7: study.sampler.popsise must be a known key, got 'popsise'; known keys: name"
+    ),
+    "study: {sampler: {name: 3}}": ":7: study.sampler.name must be text, got 3; put it in quotes",
     "study: {sampler: {sigma0: 2}}": ":7: study.sampler.sigma0 must be at most 1.0, got 2; lower it",
     "study: {sampler: {popsiz: 8}}": (
         ":7: study.sampler.popsiz must be a known key, got 'popsiz'; did you mean 'popsize'?"
@@ -217,8 +230,25 @@ ADDED = {
         " some or leave study.goal out"
     ),
     "study: {pruner: medain}": (
-        ":7: study.pruner.name must be 'wilcoxon', 'median', 'hyperband', 'successive_halving' or 'none', got 'medain';"
-        " choose one of them"
+        ":7: study.pruner.name must be one of 'wilcoxon', 'median', 'hyperband', 'successive_halving', 'none',"
+        " got 'medain'; choose one of them"
+    ),
+    "study:\n  pruner:\n    name: [median]": (
+        ":9: study.pruner.name must be one of 'wilcoxon', 'median', 'hyperband', 'successive_halving', 'none',"
+        " got ['median']; choose one of them"
+    ),
+    "study: {pruner: [median]}": (
+        ":7: study.pruner must be a mapping of keys, got ['median']; indent the keys below it"
+    ),
+    "study: {pruner: {name: median, p_threshold: 0.2}}": (
+        ":7: study.pruner.p_threshold must be absent for median, got 0.2; it belongs to wilcoxon: remove it"
+    ),
+    "study: {pruner: {min_resource: 2}}": (
+        ":7: study.pruner.min_resource must be absent for wilcoxon, got 2; it belongs to hyperband and"
+        " successive_halving: remove it"
+    ),
+    "study: {pruner: {name: median, median: {n_warmup_steps: 1}}}": (
+        ":7: study.pruner.median must be a known key, got 'median'; known keys: n_startup_trials, n_warmup_steps, name"
     ),
     "study: {pruner: {p_threshold: 1}}": ":7: study.pruner.p_threshold must be less than 1.0, got 1; lower it",
     "study: {pruner: {p_treshold: 0.2}}": (
@@ -277,6 +307,13 @@ ADDED = {
     "search: {prior: {wieght: 1}}": (
         ":7: search.prior.wieght must be a known key, got 'wieght'; did you mean 'weight'?"
     ),
+    "search: {prior: {name: isotropic, common: 0.1}}": (
+        ":7: search.prior.common must be absent for isotropic, got 0.1; it belongs to structured: remove it"
+    ),
+    "search: {prior: isotropc}": (
+        ":7: search.prior.name must be one of 'structured', 'isotropic', got 'isotropc'; choose one of them"
+    ),
+    "search: {prior: 3}": ":7: search.prior must be a mapping of keys, got 3; indent the keys below it",
     "holdout: 1.5": ":7: holdout must be less than 1.0, got 1.5; lower it",
     "holdout: 0": ":7: holdout must be greater than 0.0, got 0; raise it",
     "holdout: other": ":7: holdout must be a fraction between 0 and 1, or a list of tasks, got 'other'; correct it",
@@ -299,6 +336,11 @@ ADDED = {
         ":7: path must be a known key, got 'path'; known keys: allow_benchmark_tasks, allow_unsafe_code,"
         " apply_chat_template, engine, fewshot_as_multiturn, genome, holdout, limit, num_fewshot, random_init, search,"
         " shuffle, storage_path, study, task_search_path, tasks"
+    ),
+    "engin:": ":7: engin must be a known key, got 'engin'; did you mean 'engine'?",
+    "engine:\n  3: x": (
+        ":8: engine.3 must be a known key, got '3'; known keys: backend, batch_size, device, dtype, merge_device,"
+        " sources, trust_remote_code, vllm"
     ),
     "num fewshot: 3": ":7: num fewshot must be a known key, got 'num fewshot'; did you mean 'num_fewshot'?",
     "limit: 5\nlimit: 6": ":8: limit must be given once, got it again; remove one of the two",
@@ -327,7 +369,7 @@ CHANGED = {
         f" did you mean 'task_arithmetic'? (known: {', '.join(sorted(METHODS))})"
     ],
     ("  base_model: base\n", ""): [
-        ":1: genome.base_model must be given for task_arithmetic, got nothing; name the model that all were tuned from"
+        ":1: genome.base_model must be given for task_arithmetic, got nothing; name the model that all sources were tuned from"
     ],
     ("  base_model: base\n", "  base_model: base\n  layer_granularity: -1\n"): [
         ":5: genome.layer_granularity must be at least 0, got -1; raise it"
@@ -338,7 +380,7 @@ CHANGED = {
     ("  base_model: base\n", "  base_model: base\n  filters: [mlp, mlp, rest]\n"): [
         ":5: genome.filters[1] must be different from the others, got 'mlp' again; remove one",
         ":5: genome.filters[2] must be another part of a tensor name, got 'rest';"
-        " in parameter names it means what is left",
+        " in parameter names, rest means all other tensors: write more of the tensor name",
     ],
     ("  base_model: base\n", "  base_model: base\n  allow_negative_weight: true\n"): [
         ":5: genome.allow_negative_weight must be a known key, got 'allow_negative_weight';"
@@ -469,8 +511,8 @@ def test_what_several_objectives_cannot_have(problems: Any) -> None:
     assert wrong == [
         "my_study.yaml:8: study.sampler must search several objectives for study.goal pareto, got cmaes, which searches"
         " one; use gp, nsga2, tpe or random",
-        "my_study.yaml:8: study.pruner must be none for study.goal pareto, got median: no single score says which trial"
-        " is worse; remove it",
+        "my_study.yaml:8: study.pruner must be none for study.goal pareto, got median; no single score says which trial"
+        " is worse: remove it",
     ]
     [line] = problems(TWO_TASKS)
     assert line.endswith("objective must be absent for one score, got 'style'; remove it or set study.goal: pareto")
@@ -584,13 +626,14 @@ def test_the_benchmarks_are_sorted_and_each_is_there_once() -> None:
     assert list(KNOWN_BENCHMARKS) == sorted(set(KNOWN_BENCHMARKS), key=str.lower)
 
 
-def _sections() -> list[type[BaseModel]]:
-    found = [value for value in vars(sections).values() if isinstance(value, type) and issubclass(value, _Section)]
-    return [section for section in found if section is not _Section]
+def _sections(parent: type[Section] = Section) -> list[type[Section]]:
+    """Every section that has keys."""
+    found = [inner for section in parent.__subclasses__() for inner in (section, *_sections(section))]
+    return [section for section in found if section.model_fields]
 
 
 @pytest.mark.parametrize("section", _sections(), ids=lambda section: section.__name__)
-def test_every_key_is_documented(section: type[BaseModel]) -> None:
+def test_every_key_is_documented(section: type[Section]) -> None:
     attributes = (section.__doc__ or "").partition("Attributes:")[2]
     documented = {
         name.strip()

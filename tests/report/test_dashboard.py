@@ -13,7 +13,7 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import TrialState, create_trial
 
 from optuna_merge.config.read import load_study
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.report.dashboard import DashboardWatcher, make_dashboard, refresh, write_documents
 from optuna_merge.storage import attributes

@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from optuna_merge.config.read import load_study
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report import svg
 from optuna_merge.report.page import page
 from optuna_merge.report.pictures import pictures

@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import create_trial
 
 from optuna_merge.config.read import load_study
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.report.summary import markdown_table, summarize, verdict
 from optuna_merge.storage import attributes

@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from optuna_merge.config.read import load_study
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.report.trackers import MlflowTracker, TrackingWatcher, WandbTracker, figures_of, make_tracker
 from optuna_merge.storage import attributes

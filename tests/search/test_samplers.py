@@ -15,7 +15,7 @@ import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge.config.sections import SAMPLERS
+from optuna_merge.config.sampler import SAMPLERS
 from optuna_merge.errors import StudyError
 from optuna_merge.search.named import NAMED, RepeatableSampler, make_gp, make_named_sampler
 from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optuna_merge.config.read import load_study
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import RecipeError
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
 from optuna_merge.search.space import ModelRefs, SearchSpace, model_labels
