@@ -1,4 +1,4 @@
-"""Fixtures: tiny models, two eval tasks without files from elsewhere, and a study file over them."""
+"""Fixtures: tiny models, two eval tasks whose documents are made on the spot, and a study file over them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,14 @@ metric_list:
 
 
 def write_task(folder: Path, name: str, n: int = 40, gold: str = "i % 4") -> None:
-    """A four-choice task whose documents come from code; ``gold``: which choice is right in document ``i``."""
+    """Write a four-choice eval task whose documents come from code.
+
+    Args:
+        folder: Where its two files are written.
+        name: Of the eval task.
+        n: Number of documents.
+        gold: Python expression for the index of the right choice in document ``i``.
+    """
     folder.mkdir(exist_ok=True)
     helper = TASK_HELPER.replace("{name}", name).replace("{n}", str(n)).replace("{gold}", gold)
     (folder / f"{name}_helper.py").write_text(helper)
@@ -53,7 +60,7 @@ def write_task(folder: Path, name: str, n: int = 40, gold: str = "i % 4") -> Non
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``base``, ``model_0`` and ``model_1``: two-layer Llamas of one family."""
+    """A folder with ``base`` and the sources ``model_0`` and ``model_1``, fine-tunes of it: Llamas of two layers."""
     folder = tmp_path_factory.mktemp("models")
     write_tiny_models(folder, 2, n_layers=2, spread=0.3)
     return folder
@@ -61,7 +68,10 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def study_file(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
-    """Write two tasks and a study file over the tiny models; other keywords replace its keys, None removes them."""
+    """A function that writes two eval tasks and a study file over the tiny models.
+
+    Its keywords replace keys of the study file; None removes a key.
+    """
 
     def write(n_documents: int = 40, gold: str = "i % 4", **changes: Any) -> Path:
         write_task(tmp_path / "tasks", "one", n_documents, gold)

@@ -1,4 +1,4 @@
-"""Real servers for tests: PostgreSQL, MariaDB, and the gRPC proxy; each ends with its context."""
+"""Real servers for tests: PostgreSQL, MariaDB and the gRPC proxy. Each is a context and stops at its end."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ import pytest
 
 
 def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def wait_for(port: int) -> None:
+    """Wait until a server listens on a port, at most ten minutes."""
     deadline = time.monotonic() + 600
     while True:
         try:
@@ -36,7 +38,7 @@ def wait_for(port: int) -> None:
 
 
 class Postgres:
-    """A PostgreSQL server with a data folder of its own, from the programs that pgserver brings."""
+    """A PostgreSQL server with its own data folder, run from the programs in the package pgserver."""
 
     def __init__(self, folder: Path) -> None:
         programs = Path(pytest.importorskip("pgserver").__file__).parent / "pginstall" / "bin"
@@ -53,6 +55,7 @@ class Postgres:
         self.start()
 
     def start(self) -> None:
+        """Start the server on its data folder and wait until it answers."""
         options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._folder), "-c", "shared_buffers=16MB"]
         self._process = subprocess.Popen(
             [self._postgres, "-D", str(self._folder / "data"), *options],
@@ -63,16 +66,21 @@ class Postgres:
         wait_for(self.port)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """SIGINT: drop all connections and end; SIGKILL: as if the power were cut."""
+        """Stop the server.
+
+        Args:
+            how: SIGINT drops all connections and shuts down; SIGKILL stops as a power cut would.
+        """
         self._process.send_signal(how)
         self._process.wait()
         if how == signal.SIGKILL:
-            time.sleep(0.5)  # its children notice
+            time.sleep(0.5)  # until its child processes have noticed
 
 
 @contextlib.contextmanager
 def postgres() -> Iterator[Postgres]:
-    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:  # pytest's own are closed to other users
+    """A running PostgreSQL server."""
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:  # other users cannot enter pytest's own
         server = Postgres(Path(folder))
         try:
             yield server
@@ -82,7 +90,7 @@ def postgres() -> Iterator[Postgres]:
 
 @contextlib.contextmanager
 def mariadb() -> Iterator[str]:
-    """A MariaDB server with a data folder of its own, where the system has one; the URL of an empty database."""
+    """The URL of an empty database on a MariaDB server of its own; skips the test if MariaDB is not installed."""
     pytest.importorskip("pymysql")
     programs = [shutil.which(name) for name in ("mariadb-install-db", "mariadbd", "mariadb")]
     if None in programs:
@@ -109,7 +117,14 @@ def mariadb() -> Iterator[str]:
 
 @contextlib.contextmanager
 def proxy(url: str) -> Iterator[str]:
-    """``optuna-merge serve-storage`` over a storage; the URL to reach it by."""
+    """Run ``optuna-merge serve-storage``.
+
+    Args:
+        url: The storage to serve.
+
+    Yields:
+        The URL of the served storage.
+    """
     pytest.importorskip("grpc")
     port = free_port()
     command = [sys.executable, "-m", "optuna_merge", "serve-storage", url, "--host", "127.0.0.1", "--port", str(port)]
@@ -118,5 +133,5 @@ def proxy(url: str) -> Iterator[str]:
         wait_for(port)
         yield f"grpc://127.0.0.1:{port}"
     finally:
-        process.terminate()  # SIGINT is ignored by what a shell has started in the background
+        process.terminate()  # background processes of a shell ignore SIGINT
         process.wait()

@@ -1,4 +1,4 @@
-"""Bytes of the tensors that live at once: on a CPU, what a GPU's allocator would count."""
+"""Peak bytes of tensors, counted on a CPU as a GPU's allocator would count them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts what is made inside it.
+    """A context that counts the tensors made within it.
 
     Attributes:
-        peak: The most bytes at once. What an operation makes and frees inside itself is not seen.
+        peak: Most bytes alive at once. Temporary buffers inside an operation are not seen.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Processes that tests start and kill: forks of the test, which are there at once, and command lines."""
+"""Forks of the test process, which start at once, and limits that the kernel sets to files and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def start(function: Callable[[], Any]) -> BaseProcess:
-    """A fork of this process that calls the function and ends."""
+    """Fork this process; the fork calls the function and ends."""
     process = multiprocessing.get_context("fork").Process(target=_call, args=(function,))
     process.start()
     return process
@@ -23,7 +23,7 @@ def start(function: Callable[[], Any]) -> BaseProcess:
 
 @contextlib.contextmanager
 def forked(*functions: Callable[[], Any]) -> Iterator[list[BaseProcess]]:
-    """Forks of this process, one for each function; killed at the end at the latest."""
+    """Fork this process once for each function; forks that are left at the end of the context are killed."""
     processes = [start(function) for function in functions]
     try:
         yield processes
@@ -33,7 +33,7 @@ def forked(*functions: Callable[[], Any]) -> Iterator[list[BaseProcess]]:
 
 
 def kill(process: BaseProcess) -> None:
-    """SIGKILL, and wait for it."""
+    """Send SIGKILL and wait until the process is gone."""
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -41,7 +41,7 @@ def kill(process: BaseProcess) -> None:
 
 @contextlib.contextmanager
 def files_up_to(n_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse to make any file of this process longer, as a full disk does."""
+    """Let the kernel refuse writes of this process beyond ``n_bytes`` of a file, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
@@ -52,8 +52,8 @@ def files_up_to(n_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_up_to(more_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse this process more memory than so many bytes on top of what it has."""
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps at hand would be granted without the kernel
+    """Let the kernel refuse this process more than ``more_bytes`` of memory beyond what it has now."""
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would be granted without asking the kernel
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     n_pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (n_pages * resource.getpagesize() + more_bytes, hard))

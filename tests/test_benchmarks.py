@@ -1,4 +1,4 @@
-"""The benchmarks of the search run; what they measure is for those who start them to judge."""
+"""The search benchmarks run at small sizes, and their arithmetic is right. What they measure is not judged here."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_synthetic_landscape_is_worth_what_its_documents_say(tmp_path: Path)
         searched = objective.scorer.score_all().value
         totals[baseline.name] = landscape.truth(objective, recipe)
         assert searched == pytest.approx(totals[baseline.name], abs=0.06)
-    # experts know their own task, no merge is worse than a merge of more of them
+    # Each expert knows only its own task, so a scaled merge of all of them beats each alone.
     assert totals["base"] < totals["expert_0"] < totals["uniform x1.5"]
 
 
