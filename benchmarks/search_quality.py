@@ -1,18 +1,19 @@
-"""What a search finds for its documents: samplers with and without pruning, and pycma as mergekit-evolve uses it.
+"""What a search finds with a budget of documents: our samplers and pruners, and pycma as mergekit-evolve uses it.
 
     python benchmarks/search_quality.py [--landscape NAME] [--seeds N] [--arms NAME ...] [--quick] [--json]
 
-Every search may score as many documents as pycma scores in 100 merges; baselines and pruned trials count with what
-they scored. All go through ``MergeObjective``, with the study file's own sampler and pruner where they are the
-product's. The final score is the *true* one of the merge that the search would hand over: on the quickstart over all
-documents, searched and held out; on the synthetic landscapes over a population that no search sees.
+Every search has the same budget: the documents that pycma scores in 100 merges. Baselines and pruned trials count
+with the documents that they scored. All searches go through ``MergeObjective``, with the sampler and pruner that a
+study file selects. The final score is the *true* score of the merge that the search would hand over: on the quickstart
+over all documents, searched and held out; on the synthetic landscapes over a population that no search sees.
 
-``quickstart``: real merges of its models, if they are there (``python studies/quickstart_models.py`` makes them).
-``synthetic-12``, ``synthetic-48``: three experts of 4 and 16 layers, a weight for each. A document is passed or not by
-its difficulty, by how near the weights are to what its task wants (its own expert near 1, the others near 0, more or
-less so in each layer), and by a direction in weight space of its own.
+``quickstart``: real merges of its models; left out unless ``python studies/quickstart_models.py`` has made them.
+``synthetic-12``, ``synthetic-48``: three sources of 4 and 16 layers, with one weight for each source and layer.
+Whether a document is passed depends on its difficulty, on how near the weights are to what its task wants (its own
+source near 1 and the others near 0, to a degree that varies by layer), and on a random direction in weight space.
 
-pycma: ``fmin2`` from 1/3, step 1/6, no bounds, negative weights mirrored, every document of every merge.
+pycma: ``fmin2`` from 1/3 with step 1/6, without bounds; negative weights are mirrored, and every merge is scored on
+every document.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from optuna_merge.search.space import ModelRefs
 from optuna_merge.storage.attributes import DOCUMENTS
 from optuna_merge.storage.trials import best_merge
 from optuna_merge.study.engines import build_scorer, make_engine
+from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.objective import MergeObjective
 
@@ -55,7 +57,7 @@ class Arm:
     """A sampler and a pruner.
 
     Attributes:
-        settings: Replace keys of the study file.
+        settings: Dotted key to value; replaces what the study file says.
     """
 
     settings: dict[str, Any]
@@ -74,20 +76,20 @@ ARMS = _arms()
 
 
 class Landscape(Protocol):
-    """Where merges are searched."""
+    """Models and eval tasks, real or synthetic, on which merges are searched."""
 
     def objective(self, seed: int, folder: Path, settings: dict[str, Any]) -> MergeObjective:
-        """The objective of one study."""
+        """The objective of one study on this landscape."""
         ...
 
     def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
-        """What a merge is worth."""
+        """The true score of a merge."""
         ...
 
 
 @dataclass(frozen=True)
 class Step:
-    """A new best merge of a search: how many documents it took, its score on them and its true one."""
+    """A new best merge of a search: documents scored so far, its score on the searched ones, its true score."""
 
     documents: int
     searched: float
@@ -96,7 +98,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """One search: its best merges, one after the other, at least the first; and the documents that it could score."""
+    """One search: its successive best merges, at least one, and how many documents it was allowed to score."""
 
     steps: list[Step]
     budget: int
@@ -107,7 +109,7 @@ def main() -> None:
     parser.add_argument("--quickstart", type=Path, default=ROOT / "studies" / "quickstart_models", metavar="DIR")
     parser.add_argument("--landscape", action="append", choices=["quickstart", "synthetic-12", "synthetic-48"])
     parser.add_argument("--seeds", type=int, default=10, metavar="N")
-    parser.add_argument("--merges", type=int, default=100, metavar="N", help="of pycma; the others get its documents")
+    parser.add_argument("--merges", type=int, default=100, metavar="N", help="merges of pycma; sets the budget of all")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, PEER], metavar="NAME", help=", ".join([*ARMS, PEER]))
     parser.add_argument("--quick", action="store_true", help="synthetic-12 only, 15 merges, without gp")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -122,7 +124,7 @@ def main() -> None:
     if "quickstart" in names and not (options.quickstart / "base" / "config.json").is_file():
         if options.landscape:
             parser.error(f"{options.quickstart} must hold the quickstart's models; run studies/quickstart_models.py")
-        print("quickstart: left out, its models are not there", file=sys.stderr)
+        print("quickstart: left out, because its models have not been made", file=sys.stderr)
         names.remove("quickstart")
     quiet()
     figures = {}
@@ -147,7 +149,7 @@ def quiet() -> None:
 
 
 def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
-    """Run one study with the documents of so many full merges."""
+    """Run one study whose budget is the documents of ``merges`` full merges."""
     with tempfile.TemporaryDirectory() as folder:
         settings = ARMS[arm].settings if arm != PEER else {}
         objective = landscape.objective(seed, Path(folder), settings)
@@ -174,7 +176,7 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
 
 
 def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: int) -> list[Step]:
-    """The search of mergekit-evolve: its start, step and bounds, its call of pycma."""
+    """Search as mergekit-evolve does: its start, step and bounds, its call of pycma."""
     import cma
 
     names = list(objective.space.distributions)
@@ -201,7 +203,7 @@ def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: in
 
 
 def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
-    """Final scores of each arm, and what the default needs for the peer's."""
+    """Final scores of each arm, and the share of the peer's documents that the default needs for the peer's score."""
     result: dict[str, Any] = {"arms": {}}
     finals = {arm: np.array([run.steps[-1].true for run in searches]) for arm, searches in runs.items()}
     reference = finals.get(DEFAULT, next(iter(finals.values())))
@@ -226,9 +228,9 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def share_needed(ours: Run, theirs: Run, kind: str) -> float:
-    """Documents after which our best merge is as good as the peer's last, over all of the peer's; 2: never."""
-    goal = getattr(theirs.steps[-1], kind)
-    reached = [step.documents for step in ours.steps if getattr(step, kind) >= goal]
+    """Documents until our best merge is as good as the peer's last, as a share of the peer's; 2 if it never is."""
+    wanted = getattr(theirs.steps[-1], kind)
+    reached = [step.documents for step in ours.steps if getattr(step, kind) >= wanted]
     return reached[0] / theirs.budget if reached else 2.0
 
 
@@ -262,21 +264,20 @@ class Quickstart:
         config = load_study(file, {**self._genome, "study.seed": seed, "storage_path": str(folder), **settings})
         if self._seed is None:
             self._models = StudyModels.open(config)
-            self._engine = make_engine(config, self._models)
-            self._merger = Merger(self._models.views, device="cpu")
+            self._loader = LocalLoader(Merger(self._models.views, device="cpu"), make_engine(config, self._models))
         if self._seed != seed:
-            self._scorer = build_scorer(config, self._engine)
+            self._scorer = build_scorer(config, self._loader.engine)
             self._seed = seed
-        return MergeObjective(config, self._models, self._merger, self._engine, self._scorer)
+        return MergeObjective(config, self._models, self._loader, self._scorer)
 
     def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
-        """The score on all documents; as many are held out as are searched."""
+        """The mean over all documents: the holdout has as many as the search."""
         objective.load(recipe)
         return (objective.scorer.score_all().value + objective.scorer.score_holdout().value) / 2
 
 
 class SyntheticModels(StudyModels):
-    """Models that exist by name only."""
+    """Sources that have names and no files."""
 
     @property
     def contents(self) -> dict[str, str]:  # type: ignore[override]
@@ -284,7 +285,7 @@ class SyntheticModels(StudyModels):
 
 
 class Synthetic:
-    """Three experts whose weights decide which documents are passed.
+    """Three sources whose weights decide which documents are passed.
 
     The curvatures and documents are drawn from the seed. In layer ``l`` task ``k`` loses
     ``h[l] * ((w[l, k] - t[l, k])**2 + sum_j r[l, k, j] * w[l, j]**2)``; a document of the task is passed if
@@ -309,7 +310,7 @@ class Synthetic:
         refs = ModelRefs(config.sources, "./base", self._n_layers, "float32")
         model = SyntheticModel(self._n_layers, seed)
         scorer: Any = SyntheticScorer(model, [f"task_{k}" for k in range(N_MODELS)])
-        return MergeObjective(config, SyntheticModels(refs, {}, {}, ()), model, model, scorer)  # type: ignore[arg-type]
+        return MergeObjective(config, SyntheticModels(refs, {}, {}, ()), model, scorer)
 
     def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
         objective.load(recipe)
@@ -326,11 +327,9 @@ class SyntheticDocuments:
 
 
 class SyntheticModel:
-    """Merger and engine in one: a recipe's weights are the merged model."""
+    """A loader whose resident model is the recipe's weights themselves."""
 
     device = "cpu"
-    resident = None
-    names = ()
 
     def __init__(self, n_layers: int, seed: int) -> None:
         rng = np.random.default_rng([seed, n_layers])
@@ -349,16 +348,15 @@ class SyntheticModel:
         direction = rng.normal(size=(N_MODELS, n, n_dimensions)) / np.sqrt(n_dimensions)
         return SyntheticDocuments(rng.logistic(size=(N_MODELS, n)), 2.0 * direction)
 
-    def merge(self, recipe: Recipe, out: object = None) -> np.ndarray:
-        """The weights of a recipe, ``[n_layers, n_models]``."""
+    def load(self, recipe: Recipe) -> None:
+        """Keep the weights of a recipe, ``[n_layers, n_models]``; a source as it stands has weight 1."""
         if recipe.method == PASSTHROUGH:
             [reference] = recipe.models
             number = reference.partition("_")[2]
-            return np.tile([float(number == str(k)) for k in range(N_MODELS)], (len(self._wanted), 1))
-        return np.array([group.parameter_sets[0].per_model["weight"] for group in recipe.groups])
-
-    def load_weights(self, weights: np.ndarray) -> None:
-        self._weights = weights
+            row = [float(number == str(k)) for k in range(N_MODELS)]
+            self._weights = np.tile(row, (len(self._wanted), 1))
+        else:
+            self._weights = np.array([group.parameter_sets[0].per_model["weight"] for group in recipe.groups])
 
     def close(self) -> None: ...
 
@@ -373,7 +371,7 @@ class SyntheticModel:
 
 
 class SyntheticScorer:
-    """Stands in for the eval tasks: the searched documents in chunks."""
+    """Stands in for the eval tasks: serves the searched documents in chunks."""
 
     n_chunks = Synthetic.N_CHUNKS
     not_means = ()

@@ -1,14 +1,14 @@
-"""Trials per hour of a study, over those of ``mergekit-evolve --in-memory`` on the same models and tasks.
+"""Trials per hour of a study, compared with ``mergekit-evolve --in-memory`` on the same models and tasks.
 
     python benchmarks/search_speed.py [--quickstart DIR] [--peer DIR] [--trials N] [--json]
 
-The models and tasks are the quickstart's (``python studies/quickstart_models.py`` makes them), 100 documents of each,
-nothing held out; every process has one thread. The peer needs a virtual environment of its own (``make peer``). It is
-started as its users start it, on a Ray that this script starts and stops, at the same priority; its rate is that of
-the generations after the first, which also builds the model. Ours is that of ``optuna-merge run-study``: as it is by
-default, and scoring all documents of every trial, in float32 and in bfloat16. The peer always uses bfloat16, and in
-memory it scores request by request, whatever its ``--batch-size``. Start-up is left out on both sides, and so are our
-baselines, which are no draws of the search.
+Models and tasks are the quickstart's (``python studies/quickstart_models.py`` makes the models), with 100 documents of
+each task and no holdout. Every process runs one thread. The peer needs a virtual environment of its own (``make
+peer``). It is started as its users start it, at the same priority, on a Ray that this script starts and stops. Its
+rate leaves out the first generation, which also builds the model. Our rate is that of ``optuna-merge run-study``: with
+the default settings, and scoring every document of every trial, in float32 and in bfloat16. The peer always uses
+bfloat16; with ``--in-memory`` it scores request by request, whatever its ``--batch-size``. Start-up is left out on
+both sides, and so are our baselines, because the search does not draw them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = 15
 SKILLS = ("reverse", "next", "last")
 N_DOCUMENTS = 100
-POPULATION = 10  # of both, for nine weights
+POPULATION = 10  # of both searches, for nine weights
 N_BASELINES = 7
 OURS: dict[str, dict[str, Any]] = {
     "default": {"engine": {"dtype": "float32"}},
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--quickstart", type=Path, default=ROOT / "studies" / "quickstart_models", metavar="DIR")
     parser.add_argument("--peer", type=Path, default=ROOT / ".venv-peer", metavar="DIR", help="virtual environment")
     parser.add_argument(
-        "--trials", type=int, default=30, metavar="N", help="of each; the peer's first ten do not count"
+        "--trials", type=int, default=30, metavar="N", help="trials of each search; the peer's first ten do not count"
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def report(rates: dict[str, float], *, as_json: bool) -> None:
-    """Print trials per hour, and times the peer's."""
+    """Print trials per hour, and how many times the peer's rate that is."""
     peer = rates["mergekit-evolve"]
     if as_json:
         print(json.dumps({"trials_per_hour": rates, "times": {arm: rate / peer for arm, rate in rates.items()}}))
@@ -81,7 +81,7 @@ def report(rates: dict[str, float], *, as_json: bool) -> None:
 
 
 def write_study(folder: Path, models: Path) -> Path:
-    """The quickstart as a file that both read, over copies of its models that the peer's transformers can read."""
+    """Write the quickstart as a study file for both, over copies of its models that the peer's transformers reads."""
     for model in ("base", *SKILLS):
         shutil.copytree(models / model, folder / "models" / model)
         settings = folder / "models" / model / "tokenizer_config.json"
@@ -122,7 +122,7 @@ def peer_rate(venv: Path, file: Path, folder: Path, n_trials: int) -> float:
         *("--random-seed", "1"),
     ]
     (folder / "peer").mkdir()
-    # The Ray of nobody else: its own folder and port.
+    # A Ray that nobody else uses: its own folder and port.
     ray = [str(venv.resolve() / "bin" / "ray"), "start", "--head", "--num-gpus=1", "--include-dashboard=false"]
     log = folder / "ray.log"
     with log.open("w") as output:
@@ -159,7 +159,7 @@ def peer_rate(venv: Path, file: Path, folder: Path, n_trials: int) -> float:
 
 
 def wait_for(log: Path, text: str, process: subprocess.Popen[Any], timeout_s: float = 120) -> None:
-    """Wait until a log has a text."""
+    """Wait until a log contains a text."""
     deadline = time.monotonic() + timeout_s
     while text not in log.read_text():
         if process.poll() is not None or time.monotonic() > deadline:

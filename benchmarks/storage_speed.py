@@ -34,6 +34,7 @@ from optuna_merge.search.named import GP_EVERY
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
 from optuna_merge.study.engines import build_scorer
+from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
@@ -126,7 +127,7 @@ def make_objective(folder: Path, name: str, url: str, n_trials: int, n_chunks: i
     merger, space = Merger(opened.checkpoints), SearchSpace(config, opened.refs)
     optimum = {name: t.clone() for name, t in merger.merge(space.decode(space.uniform(1.0)))}
     engine = FakeEngine(optimum)
-    return MergeObjective(config, opened, merger, engine, build_scorer(config, engine))
+    return MergeObjective(config, opened, LocalLoader(merger, engine), build_scorer(config, engine))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage.open import open_study, storage_url
 from optuna_merge.storage.trials import FINISHED
 from optuna_merge.study.engines import build_scorer
+from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
@@ -90,7 +91,7 @@ def simulated(folder: Path, n_workers: int, n_trials: int, seconds: float) -> fl
     merger, space = Merger(models.checkpoints), SearchSpace(config, models.refs)
     engine = SleepingEngine({name: t.clone() for name, t in merger.merge(space.decode(space.uniform(1.0)))})
     engine.seconds = seconds
-    objective = MergeObjective(config, models, merger, engine, build_scorer(config, engine))
+    objective = MergeObjective(config, models, LocalLoader(merger, engine), build_scorer(config, engine))
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=partial(run_study, config, objective)) for _ in range(n_workers)]
     for worker in workers:

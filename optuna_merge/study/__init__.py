@@ -1,1 +1,1 @@
-"""The life of a study: what it scores, how its trials run, what it ends with."""
+"""The life of a study: building its objective, running its trials, and the holdout at its end."""

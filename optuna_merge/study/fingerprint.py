@@ -1,16 +1,45 @@
-"""Everything that decides what a score of a study means."""
+"""The fingerprint of a study: everything that decides what its scores mean, and where its search began.
+
+Knows what enters it; ``storage/fingerprint.py`` records it and compares it. Its bytes are kept in storages: a changed
+key or value makes old studies refuse to resume.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from optuna_merge.config.sections import StudyConfig
+from optuna_merge.config.search import IsotropicPrior
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.search.space import SearchSpace
+from optuna_merge.storage import attributes
 from optuna_merge.study.models import StudyModels
 
 
+def study_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpace, scorer: Scorer) -> dict[str, Any]:
+    """Readable name to a JSON value, for everything that a resumed study must not change."""
+    has_several_objectives = len(config.objectives) > 1
+    return {
+        **merge_fingerprint(config, models, space),
+        "tasks": [
+            f"{task.weight:g} x {task.name} {task.metric}"
+            + (f" for {task.objective or task.name}" if has_several_objectives else "")
+            for task in config.tasks
+        ],
+        "limit": config.limit,
+        "num_fewshot": config.num_fewshot,
+        "shuffle": config.shuffle,
+        "holdout": None if config.holdout is None else config.holdout.model_dump(mode="json"),
+        **_first_generation(config),
+        "engine.backend": config.engine.backend,
+        attributes.CHUNKS: scorer.n_chunks,
+        attributes.REQUESTS: scorer.fingerprint()[:16],
+        **({"engine.vllm": config.engine.vllm.deciding} if config.engine.backend == "vllm" else {}),
+    }
+
+
 def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpace) -> dict[str, Any]:
-    """The part of a study's fingerprint that decides what a trial's parameters are merged to."""
+    """The part of a study's fingerprint that decides which merge a trial's parameters stand for."""
     genome, refs, contents = config.genome, models.refs, models.contents
     return {
         "genome.models": list(space.labels),
@@ -35,14 +64,15 @@ def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpa
 
 
 def _first_generation(config: StudyConfig) -> dict[str, Any]:
-    """What CMA-ES reads once, when it begins: a study that goes on would not notice that it has changed."""
-    sampler, prior = config.study.sampler, config.search.prior
+    """What CMA-ES reads only when the search begins; a resumed study would silently ignore a change."""
+    cmaes, prior = config.study.cmaes, config.search.prior
     warm_start = config.search.warm_start
+    is_isotropic = isinstance(prior, IsotropicPrior)
     starts = {name: found.start for name, found in config.search.ranges.items() if found.start is not None}
     return {
-        "study.sampler.popsize": sampler.popsize,
-        "study.sampler.sigma0": sampler.sigma0,
-        "search.prior": prior.name if prior.name == "isotropic" else prior.model_dump(mode="json", exclude={"name"}),
+        "study.sampler.popsize": cmaes.popsize,
+        "study.sampler.sigma0": cmaes.sigma0,
+        "search.prior": prior.name if is_isotropic else prior.model_dump(mode="json", exclude={"name"}),
         "search starts": starts,
         "search.warm_start": warm_start and {"study": warm_start.label, "n_best": warm_start.n_best},
         "random_init": config.random_init,

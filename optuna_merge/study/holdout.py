@@ -1,27 +1,25 @@
 """The holdout: what the best merges and the baselines score on documents that the search never saw.
 
-The best of many noisy trials looks better than it is; only here is it compared fairly, document by document with
-the same documents for everyone.
+The best of many noisy trials looks better than it is. Only the holdout compares it fairly: with the same documents
+for every model, document by document.
+
+Knows the objective and a finished study; ``holdout_file.py`` knows the file that the report reads.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge.errors import StudyError
 from optuna_merge.evaluation.results import Score
 from optuna_merge.storage import attributes
-from optuna_merge.storage.outages import reason
 from optuna_merge.storage.trials import best_merges
-from optuna_merge.study.holdout_file import HOLDOUT_FILE, N_BEST, HoldoutRow, TaskFigure
+from optuna_merge.study.holdout_file import N_BEST, HoldoutRow, TaskFigure, write_holdout, write_scores
 from optuna_merge.study.objective import MergeObjective
 
 
@@ -37,18 +35,18 @@ def score_holdout(
     note: Callable[[str], None] = lambda _: None,
     n_best: int = N_BEST,
 ) -> list[HoldoutRow]:
-    """Score the best merges and every finished baseline on the holdout, and write the figures down.
+    """Score the best merges and every finished baseline on the holdout, and write the figures to ``holdout.json``.
 
-    What was scored before is read back; only new merges cost anything.
+    Scores are cached on disk by recipe and documents, so only new merges cost anything.
 
     Args:
         study: The study.
-        objective: Its objective; its resident model is overwritten.
-        note: Is told what is being scored.
-        n_best: How many of the best merges.
+        objective: Its objective; the resident model is overwritten.
+        note: Called with a line about each model that is scored.
+        n_best: How many of the best merges to score.
 
     Returns:
-        The best merges first, then the baselines in order; empty without a holdout or without a merge.
+        The best merges first, then the baselines in their order; empty without a holdout or without a merge.
 
     Raises:
         StudyError: If the figures cannot be written.
@@ -64,18 +62,7 @@ def score_holdout(
     ]
     entries = [_Entry(trial, _score(trial, objective, note)) for trial in [*merges, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]
-    _write(
-        objective.config.storage_path / HOLDOUT_FILE,
-        json.dumps(
-            {
-                "study": study.study_name,
-                "best_trial": best.number,
-                "recipe": best.user_attrs.get(attributes.RECIPE_DIGEST),
-                "rows": [asdict(row) for row in rows],
-            },
-            indent=1,
-        ),
-    )
+    write_holdout(objective.config.storage_path, study, best, rows)
     return rows
 
 
@@ -85,11 +72,11 @@ def _score(trial: FrozenTrial, objective: MergeObjective, note: Callable[[str], 
     cache = objective.config.storage_path / "holdout" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if cache.exists():
         return Score.from_json(cache.read_text(encoding="utf-8"))
-    what = trial.user_attrs.get(attributes.BASELINE, "one of the best merges")
-    note(f"scoring trial {trial.number} ({what}) on the holdout")
+    label = trial.user_attrs.get(attributes.BASELINE, "one of the best merges")
+    note(f"scoring trial {trial.number} ({label}) on the holdout")
     objective.load(recipe)
     score = objective.scorer.score_holdout(stderr=True)
-    _write(cache, score.to_json())
+    write_scores(cache, score.to_json())
     return score
 
 
@@ -109,11 +96,11 @@ def _row(entry: _Entry, best: _Entry, objective: MergeObjective) -> HoldoutRow:
 
 
 def two_sided_p(difference: float, stderr: float) -> float:
-    """Of the z test that a difference is 0.
+    """Two-sided p-value of the z test that a difference is 0.
 
     Args:
         difference: Finite.
-        stderr: Its standard error, at least 0; infinite where it is unknown.
+        stderr: Standard error of the difference, at least 0; infinite if it is unknown.
 
     Returns:
         In [0, 1]; 1 if the difference is 0.
@@ -121,13 +108,3 @@ def two_sided_p(difference: float, stderr: float) -> float:
     if difference == 0:
         return 1.0
     return math.erfc(abs(difference) / stderr / math.sqrt(2)) if stderr > 0 else 0.0
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as exc:
-        raise StudyError(f"{path}: holdout scores must be writable, got {reason(exc)}; make room") from exc

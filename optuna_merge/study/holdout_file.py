@@ -1,21 +1,30 @@
-"""The file that holds the scores on held-out documents."""
+"""The file ``holdout.json``: what the best merges and the baselines scored on the held-out documents.
+
+Knows the file and its rows; does not score (``holdout.py`` does).
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import optuna
-from optuna.trial import FrozenTrial
+from pydantic import TypeAdapter, ValidationError
 
+from optuna_merge.atomic import write_atomically
 from optuna_merge.errors import StudyError
 from optuna_merge.storage import attributes
+from optuna_merge.storage.outages import reason
 from optuna_merge.storage.trials import best_merges
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
 
 HOLDOUT_FILE = "holdout.json"
 N_BEST = 5
-"""Merges that a report scores on the holdout, best first on the searched documents."""
+"""How many of the best merges a report scores on the holdout; the searched documents rank them."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,8 @@ class HoldoutRow:
         value: Sum of weight x metric.
         tasks: Eval task to its figure.
         difference: The best merge's value minus this one's.
-        difference_stderr: Its standard error, paired by document.
-        p_value: Of a difference at least as large in either direction if there were none (paired z test).
+        difference_stderr: Standard error of the difference, paired by document.
+        p_value: Two-sided, of a paired z test that the difference is 0.
     """
 
     trial: int
@@ -49,26 +58,70 @@ class HoldoutRow:
     p_value: float
 
 
+@dataclass(frozen=True)
+class _Holdout:
+    """The content of the file: its rows, and the best merge that their differences are from."""
+
+    study: str
+    best_trial: int
+    recipe: str | None
+    rows: list[HoldoutRow]
+
+
+_HOLDOUT = TypeAdapter(_Holdout)
+
+
 def needs_holdout(study: optuna.Study, storage_path: Path, n_best: int) -> bool:
-    """Whether the figures on the holdout of one of the best merges are not there yet."""
+    """Whether one of the best merges has no row in the file yet."""
     best = best_merges(study, n_best)
-    scored = _read_holdout(storage_path / HOLDOUT_FILE, study, next(iter(best), None))
+    scored = read_holdout(storage_path, study, next(iter(best), None))
     return any(trial.number not in scored for trial in best)
 
 
-def _read_holdout(file: Path, study: optuna.Study, best: FrozenTrial | None) -> dict[int, HoldoutRow]:
-    """The rows by trial number; empty if there are none, or if they were made for another best merge."""
-    if best is None or not file.exists():
+def read_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial | None) -> dict[int, HoldoutRow]:
+    """Trial number to its row; empty if there is no file, or if it was made for another best merge.
+
+    Raises:
+        StudyError: If the file cannot be read.
+    """
+    path = storage_path / HOLDOUT_FILE
+    if best is None or not path.exists():
         return {}
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        made_for = (data["study"], data["best_trial"], data["recipe"])
-        if made_for != (study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST)):
-            return {}  # another study may have written there, even one of that name
-        rows = [
-            HoldoutRow(**{**row, "tasks": {name: TaskFigure(**task) for name, task in row["tasks"].items()}})
-            for row in data["rows"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise StudyError(f"{file}: must hold the holdout's figures, got {exc!r}; delete it: report writes it") from exc
-    return {row.trial: row for row in rows}
+        found = _HOLDOUT.validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as exc:
+        problem = exc.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise _unreadable(path, f"{where}: {problem['msg']}") from exc
+    except (OSError, ValueError) as exc:
+        raise _unreadable(path, reason(exc)) from exc
+    made_for = (found.study, found.best_trial, found.recipe)
+    if made_for != (study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST)):
+        return {}  # another study may have written there, even one of the same name
+    return {row.trial: row for row in found.rows}
+
+
+def write_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial, rows: list[HoldoutRow]) -> None:
+    """Write the rows, whose differences are from ``best``.
+
+    Raises:
+        StudyError: If the file cannot be written.
+    """
+    content = _Holdout(study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST), rows)
+    write_scores(storage_path / HOLDOUT_FILE, json.dumps(asdict(content), indent=1))
+
+
+def write_scores(path: Path, text: str) -> None:
+    """Write a file of holdout scores atomically.
+
+    Raises:
+        StudyError: If it cannot be written.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as exc:
+        raise StudyError(f"{path}: holdout scores must be writable, got {reason(exc)}; make room") from exc
+
+
+def _unreadable(path: Path, found: str) -> StudyError:
+    return StudyError(f"{path}: must hold the holdout's figures, got {found}; delete it: report writes it")

@@ -1,7 +1,8 @@
-"""What a study takes of a card's memory, reckoned from shapes: no torch, no device, no files.
+"""How much GPU memory a study needs, calculated from tensor shapes.
 
-Bytes everywhere. What is reckoned is what the code is built to take, with bounds where a library decides: activations
-are those of a decoder with a gated feed-forward part, a merge may hold a module's tensors twice.
+Knows shapes and a model's ``config.json``; uses no torch, no device and no files. All sizes are in bytes. The figures
+are what our code is built to allocate, and upper bounds where a library decides: activations are those of a decoder
+with a gated feed-forward part, and a merge may hold a module's tensors twice. "Card" means a GPU and its memory.
 """
 
 from __future__ import annotations
@@ -18,41 +19,42 @@ from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS, SCRATCH_
 Shapes = Mapping[str, Sequence[int]]
 
 HIDDEN_COPIES = 12
-"""For vLLM: activations that live at once, in hidden widths of each token, besides a gated feed-forward part."""
+"""vLLM: activations that live at once for each token, in units of the hidden width; the feed-forward part is extra."""
 
 HIDDEN_IN_NORM, HIDDEN_IN_FEED_FORWARD = 7.5, 4
-"""For transformers: the same, in a normalization in float32, and besides a gated feed-forward part; both measured."""
+"""transformers: the same while a layer normalizes in float32, and while its feed-forward part runs; both measured."""
 
 LOGIT_BYTES = 8
-"""Of a logit in float32, once more while its softmax is taken."""
+"""A logit in float32, and a copy of it while the softmax is taken."""
 
 RUNTIME = 2**30
-"""Of a GPU, taken by its driver, its libraries and what they cannot use."""
+"""GPU memory that the driver and the libraries take, fragmentation included."""
 
 SEQUENCES = 256
-"""Sequences whose next token vLLM chooses at once; their logits are held in float32, twice."""
+"""Sequences for which vLLM chooses the next token at once; it holds their logits in float32, twice."""
 
 MOST_UTILIZATION = 0.92
+"""Largest share of the card that vLLM is given."""
 
 CPU_KV_CACHE_BYTES = 2**30
-"""Of a CPU's memory, of which vLLM would otherwise take most."""
+"""KV cache of vLLM on a CPU; by default it would take most of the host's memory."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where a card's memory goes; bytes.
+    """What fills the memory of a card, in bytes.
 
     Attributes:
-        card: In all; 0: unknown, or no card.
+        card: The card's memory; 0 if it is unknown or there is no card.
         weights: The resident model.
         merge_buffer: Tensors that are being merged and loaded.
         scoring: Activations and logits of the largest forward pass.
-        kv_cache: Of prompts in flight; 0 for an engine that keeps none.
-        kv_token: Of one token of a prompt.
+        kv_cache: Keys and values of the prompts in flight; 0 for an engine that keeps none.
+        kv_token: Keys and values of one token.
         runtime: Driver and libraries.
-        sources: Models that are kept on the card.
-        n_cards: Cards that share weights and cache.
-        takes_turns: Whether merging and scoring have the same memory, one after the other.
+        sources: Sources that are kept on the card.
+        n_cards: Number of cards that share weights and cache.
+        takes_turns: Whether merging and scoring use the same memory, one after the other.
     """
 
     card: int
@@ -68,7 +70,7 @@ class MemoryPlan:
 
     @property
     def working(self) -> int:
-        """What merging and scoring take."""
+        """What merging and scoring need."""
         if self.takes_turns:
             return max(self.merge_buffer, self.scoring)
         return self.merge_buffer + self.scoring
@@ -80,22 +82,22 @@ class MemoryPlan:
 
     @property
     def left(self) -> int:
-        """What is not taken; negative if it does not fit."""
+        """Bytes of the card that stay free; negative if the study does not fit."""
         return self.card - self.used
 
     @property
     def utilization(self) -> float:
-        """Of the card, what vLLM may take: all but what merging needs; in hundredths, rounded down."""
+        """Share of the card that vLLM may take: all but what merging needs, rounded down to hundredths."""
         return min(MOST_UTILIZATION, math.floor(100 * (1 - self.merge_buffer / self.card)) / 100)
 
     def check(self, longest: int = 0) -> None:
-        """Refuse what cannot fit.
+        """Raise an error if the study does not fit into the card.
 
         Args:
-            longest: Tokens that the cache must hold at least.
+            longest: Number of tokens that the KV cache must hold at least.
 
         Raises:
-            EngineError: With the numbers.
+            EngineError: If it does not fit; the message lists the parts and their sizes.
         """
         lacking = max(0, longest * self.kv_token - self.kv_cache)
         if self.card == 0 or self.left - lacking >= 0:
@@ -109,7 +111,7 @@ class MemoryPlan:
         )
 
     def parts(self, lacking: int = 0) -> str:
-        """The parts that are not 0, in words."""
+        """The parts that are not 0, in words. ``lacking``: bytes to add to the KV cache."""
         parts = {
             "weights": self.weights,
             "KV cache": self.kv_cache + lacking,
@@ -130,7 +132,7 @@ class MemoryPlan:
         return line + (f"; {gib(self.left)} of {gib(self.card)} left{of}" if self.card else of) + " (estimated)"
 
     def as_dict(self) -> dict[str, int]:
-        """Plain data, with the sums."""
+        """Plain data, with ``device`` (the sum) and ``left``."""
         return {**asdict(self), "device": self.used, "left": self.left if self.card else 0}
 
 
@@ -145,21 +147,21 @@ def plan_hf(
     n_cached: int = 0,
     card: int = 0,
 ) -> MemoryPlan:
-    """Reckon the transformers engine, into whose tensors a merge is written.
+    """Plan the memory of the transformers engine; a merge is written straight into its tensors.
 
     Args:
-        shapes: Of the merged model's tensors.
+        shapes: Name to shape of the merged model's tensors.
         config: The model's ``config.json``.
-        itemsize: Bytes of an element.
-        n_models: Models that are merged, the base included.
-        n_padded: Tokens of one forward pass at most, padding included.
-        n_scored: Places of one forward pass whose logits are needed, at most.
-        n_cached: Tokens whose keys and values are held at once.
-        card: Bytes of the card; 0: unknown.
+        itemsize: Bytes of one element.
+        n_models: Number of models that are merged, including the base.
+        n_padded: Most tokens in one forward pass, including padding.
+        n_scored: Most positions in one forward pass whose logits are needed.
+        n_cached: Most tokens whose keys and values are held at once.
+        card: Bytes of the card's memory; 0 if unknown.
     """
     hidden, inner, vocabulary = _hidden(config), _inner(config), int(config.get("vocab_size") or 0)
     layer = max(HIDDEN_IN_NORM * hidden, HIDDEN_IN_FEED_FORWARD * hidden + 3 * inner) * n_padded * itemsize
-    head = n_scored * vocabulary * LOGIT_BYTES  # what the layers made is gone by then
+    head = n_scored * vocabulary * LOGIT_BYTES  # by then the activations of the layers are freed
     return MemoryPlan(
         card=card,
         weights=_weights(shapes, itemsize),
@@ -179,15 +181,15 @@ def plan_vllm(
     card: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> MemoryPlan:
-    """Reckon the vLLM engine, whose workers merge tensor by tensor while the sources stay in the host's memory.
+    """Plan the memory of the vLLM engine; its workers merge tensor by tensor while the sources stay on the host.
 
     Args:
-        shapes: Of the merged model's tensors.
+        shapes: Name to shape of the merged model's tensors.
         config: The model's ``config.json``.
-        itemsize: Bytes of an element.
-        n_models: Models that are merged, the base included.
-        card: Bytes of one card; 0: none, and the cache is what the options say.
-        options: ``engine.vllm``.
+        itemsize: Bytes of one element.
+        n_models: Number of models that are merged, including the base.
+        card: Bytes of one card's memory; 0 if there is no card: then the options set the size of the cache.
+        options: ``engine.vllm`` of the study file.
     """
     given = dict(options or {})
     n_cards = int(given.get("tensor_parallel_size", 1))
@@ -212,10 +214,10 @@ def plan_vllm(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``24GB``, ``24GiB`` or ``24`` (GiB, as cards are sold).
+    """Bytes of a size such as ``24GB``, ``24GiB``, ``24G`` or ``24``; the last two mean GiB, as cards are sold.
 
     Raises:
-        EngineError: If it is none.
+        EngineError: If the text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib|g|)", text.strip().lower())
     if found is None or not float(found[1]):
@@ -224,12 +226,12 @@ def parse_size(text: str) -> int:
 
 
 def gib(n_bytes: float) -> str:
-    """A size for a reader."""
+    """Format a size for people."""
     return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def _weights(shapes: Shapes, itemsize: int, quantization: str = "") -> int:
-    """Of which a quantization to 8 bits makes the matrices inside the layers one byte an element."""
+    """Bytes of the weights; a quantization to 8 bits stores matrices inside layers with one byte for each element."""
     total = 0
     for name, shape in shapes.items():
         is_matrix = len(shape) > 1 and re.search(r"\.\d+\.", name) is not None
@@ -238,25 +240,25 @@ def _weights(shapes: Shapes, itemsize: int, quantization: str = "") -> int:
 
 
 def _merging(shapes: Shapes, itemsize: int, n_models: int, card: int) -> int:
-    """Sources on their way, of one tensor and the next, and pieces; a CPU's fit into its cache."""
+    """Bytes for merging on a card: the sources of one tensor and the next, and scratch. On a CPU they fit its cache."""
     if not card:
         return 0
     sizes = [math.prod(shape) for shape in shapes.values()]
-    of_all = [n_models * size * itemsize for size in sizes]
-    staged = max((n_bytes for n_bytes in of_all if n_bytes <= STAGED_BYTES), default=0)
-    in_pieces = n_models * min(KERNEL_ELEMENTS, max(sizes)) * itemsize if max(of_all) > STAGED_BYTES else 0
+    in_all_models = [n_models * size * itemsize for size in sizes]  # bytes of each tensor, summed over the models
+    staged = max((n_bytes for n_bytes in in_all_models if n_bytes <= STAGED_BYTES), default=0)
+    in_pieces = n_models * min(KERNEL_ELEMENTS, max(sizes)) * itemsize if max(in_all_models) > STAGED_BYTES else 0
     scratch = SCRATCH_PIECES * min(PIECE_ELEMENTS, max(sizes)) * 4
     return scratch + staged + max(staged, in_pieces)
 
 
 def _waiting(shapes: Shapes, itemsize: int) -> int:
-    """Tensors that wait for those they are fused with, and what becomes of them."""
+    """Bytes of experts' tensors that wait until all that are fused with them have come, and of the fused tensors."""
     has_experts = any(".experts." in name for name in shapes)
     return 2 * _largest_module(shapes) * itemsize if has_experts else 0
 
 
 def _largest_module(shapes: Shapes) -> int:
-    """Elements of the tensors that a loader may hold until a fused parameter is complete."""
+    """Elements of the largest module: vLLM's loader may hold its tensors until a fused parameter is complete."""
     modules: dict[str, int] = {}
     for name, shape in shapes.items():
         module = name.partition(".experts.")[0] if ".experts." in name else name.rpartition(".")[0].rpartition(".")[0]
@@ -273,7 +275,7 @@ def _inner(config: Mapping[str, Any]) -> int:
 
 
 def _cached(config: Mapping[str, Any]) -> int:
-    """Keys and values of one token, in elements."""
+    """Elements of the keys and values of one token."""
     n_layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     n_heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     width = int(config.get("head_dim") or _hidden(config) // n_heads)

@@ -1,12 +1,11 @@
-"""The life of a study: create or resume it, run its trials one by one, stop cleanly, keep the best recipe on disk.
+"""The life of a study: create or resume it, run its trials one by one, stop cleanly, keep the best merge on disk.
 
-Knows Optuna and the objective; prints nothing. Whoever watches passes a ``Watcher``.
+Knows Optuna and the objective; knows nothing of models and tensors, and prints nothing: a ``Watcher`` is told.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import signal
 import threading
 import time
@@ -14,15 +13,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from optuna_merge.config.sections import StudyConfig
-from optuna_merge.errors import OptunaMergeError, StudyError, TrialTakenError
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.errors import OptunaMergeError, TrialTakenError
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
@@ -30,12 +28,11 @@ from optuna_merge.storage.claims import Claim, Claims, running
 from optuna_merge.storage.fingerprint import check_fingerprint, recorded_fingerprint
 from optuna_merge.storage.lock import make_lock
 from optuna_merge.storage.open import create_study, local_file, storage_error, storage_url
-from optuna_merge.storage.outages import is_storage_error, reason
-from optuna_merge.storage.trials import best_merge, n_finished, score_of
+from optuna_merge.storage.outages import is_storage_error
+from optuna_merge.storage.trials import best_merge, n_finished
+from optuna_merge.study.folder import write_best_config
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.watcher import Watcher
-
-BEST_CONFIG = "best_config.yaml"
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
@@ -45,9 +42,9 @@ class Outcome:
     """How a run of a study ended.
 
     Attributes:
-        n_finished: Trials of the study that are finished, those of earlier runs included.
-        interrupted: It was asked to stop before it was done.
-        timed_out: Its timeout ended it.
+        n_finished: Finished trials of the study, including those of earlier runs and other workers.
+        interrupted: Whether it was asked to stop before it was done.
+        timed_out: Whether its timeout ended it.
     """
 
     n_finished: int
@@ -56,9 +53,10 @@ class Outcome:
 
 
 def as_started(config: StudyConfig) -> StudyConfig:
-    """A study file that cuts the documents into as many chunks as its study was started with.
+    """The study file, with the number of chunks that the study was started with.
 
-    Where the file does not say, their number follows the batches of the device; a study may go on on another one.
+    If the file leaves ``study.n_chunks`` out, it follows from the device's batch size. A study that resumes on
+    another device must keep the number it has.
 
     Raises:
         StudyError: If the storage cannot be opened.
@@ -72,19 +70,20 @@ def as_started(config: StudyConfig) -> StudyConfig:
 
 
 def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher | None = None) -> Outcome:
-    """Run a study up to its ``n_trials``, whatever part of it is done.
+    """Create a study or resume it, and run it up to ``n_trials`` finished trials.
 
     Any number of processes may run one study at the same time, on one machine or on several; together they run
-    ``n_trials``. SIGINT and SIGTERM end this one after putting its trial back; the next run takes it up where it was.
+    ``n_trials``. SIGINT and SIGTERM stop this process after it has put its trial back; the next run resumes the trial
+    at the chunk it had reached.
 
     Args:
         config: The study file.
-        objective: What scores a trial.
+        objective: Scores the trials.
         watcher: Is told what happens.
 
     Raises:
-        StudyMismatchError: If the storage holds a study whose scores mean something else.
-        StudyError: If the storage fails.
+        StudyMismatchError: If the storage holds a study of this name whose scores mean something else.
+        StudyError: If the storage fails, or the folder belongs to another study.
     """
     watcher = watcher or Watcher()
     name, url = config.study.name, storage_url(config.storage_path, config.study.storage)
@@ -101,13 +100,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
 
             with running(url, name, requeue):
                 with claims.lock():
-                    check_fingerprint(study, objective.fingerprint())
-                    if study.user_attrs.get(attributes.WANTED) != config.study.n_trials:
-                        study.set_user_attr(attributes.WANTED, config.study.n_trials)
-                    study.set_metric_names(list(config.objectives))
-                    record_warm_start(study, config, objective.space)
-                    objective.enqueue_baselines(study)
-                    write_best_config(study, objective)
+                    _prepare(study, config, objective)
                 study.sampler, study.pruner = _sampler(study, objective), objective.pruner()
                 watcher.study_opened(study, config.study.n_trials, requeued)
                 outcome = _run_trials(claims, objective, watcher, deadline)
@@ -117,48 +110,19 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
             raise storage_error(url, exc) from exc
 
 
-def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | None:
-    """Write the best merge so far as a mergekit file, atomically.
-
-    Returns:
-        The file; None if no merge has been scored yet.
-
-    Raises:
-        StudyError: If it cannot be written, or is of another study; the file that is there is left as it was.
-    """
-    path = objective.config.storage_path / BEST_CONFIG
-    _refuse_another(path, study.study_name)
-    best = best_merge(study)
-    if best is None:
-        return None
-    partial = path.with_name(f"{path.name}.partial")
-    comment = [f"study {study.study_name}, trial {best.number}, score {score_of(best):.6g}"]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(objective.merge_file(best, comment), encoding="utf-8")
-        partial.replace(path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        raise StudyError(
-            f"{path}: best merge must be writable, got {reason(exc)}; make room and run the same command again"
-        ) from exc
-    return path
-
-
-def _refuse_another(path: Path, study_name: str) -> None:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            found = re.match(r"# study (.*), trial \d+, score ", file.readline())
-    except OSError:
-        return
-    if found and found[1] != study_name:
-        raise StudyError(
-            f"{path}: must be of study {study_name!r}, got that of study {found[1]!r}; choose another storage_path"
-        )
+def _prepare(study: optuna.Study, config: StudyConfig, objective: MergeObjective) -> None:
+    """Refuse a study whose scores mean something else; record what this run wants, and enqueue the baselines once."""
+    check_fingerprint(study, objective.fingerprint())
+    if study.user_attrs.get(attributes.WANTED) != config.study.n_trials:
+        study.set_user_attr(attributes.WANTED, config.study.n_trials)
+    study.set_metric_names(list(config.objectives))
+    record_warm_start(study, config, objective.space)
+    objective.enqueue_baselines(study)
+    write_best_config(study, objective)
 
 
 def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:
-    """The sampler, with the population that the study was begun with."""
+    """The sampler, with the population size that the study was started with."""
     sampler = objective.sampler(study.user_attrs.get(attributes.POPULATION))
     if attributes.POPULATION not in study.user_attrs and isinstance(sampler, StableCmaEsSampler):
         study.set_user_attr(attributes.POPULATION, sampler.population_size)
@@ -177,7 +141,7 @@ def _run_trials(claims: Claims, objective: MergeObjective, watcher: Watcher, dea
                 pause = _FIRST_PAUSE_S
             elif n_finished(claims.study) >= n_trials:
                 return Outcome(n_finished(claims.study))
-            else:  # the rest is run by others; it comes back if they die
+            else:  # other workers run the rest; if one dies, its trial comes back
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
     except KeyboardInterrupt:
@@ -188,14 +152,13 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
     def on_chunk(n_scored: int) -> None:
         watcher.chunk_scored(n_scored, objective.scorer.n_chunks)
         if claim.is_taken:
-            raise TrialTakenError(f"trial {claim.trial.number} is run by another process by now")
+            raise TrialTakenError(f"trial {claim.trial.number} has been taken over by another process")
 
-    objective.on_chunk = on_chunk
     try:
         with claim:
             watcher.trial_started(claim.trial)
             try:
-                value = objective(claim.trial)
+                value = objective.evaluate(claim.trial, on_chunk)
             except optuna.TrialPruned:
                 watcher.trial_scored(claims.study, claim.trial)
                 finished = claim.tell(None, TrialState.PRUNED)
@@ -205,13 +168,10 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
                 watcher.trial_scored(claims.study, claim.trial)
                 finished = claim.tell(values if state == TrialState.COMPLETE else None, state)
     except (TrialTakenError, UpdateFinishedTrialError):
-        return  # it is not lost: the other one finishes it
+        return  # the other process finishes it
     except BaseException:
-        # Nothing of the trial is lost: its parameters and the chunks that it reported stay in the storage.
-        _put_back(claim)
+        _put_back(claim)  # the storage keeps its parameters and the chunks that it reported
         raise
-    finally:
-        objective.on_chunk = lambda _: None
     is_best = False
     if finished.state == TrialState.COMPLETE:
         best = best_merge(claims.study)
@@ -228,12 +188,12 @@ def _put_back(claim: Claim) -> None:
     except Exception as exc:
         if not isinstance(exc, OptunaMergeError) and not is_storage_error(exc):
             raise
-        # the storage itself failed: the next run finds the trial by its owner
+        # The storage itself failed. The next run sees that the trial's owner is gone, and takes it over.
 
 
 @contextmanager
 def _quiet_optuna() -> Iterator[None]:
-    """Optuna's log lines and experimental warnings say nothing here that the watcher is not told."""
+    """Silence Optuna's log lines and experimental warnings; the watcher is told the same."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -246,13 +206,13 @@ def _quiet_optuna() -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Make SIGTERM end what runs as Ctrl-C does; a scheduler sends it before it kills."""
+    """Make SIGTERM interrupt like Ctrl-C; job schedulers send it before they kill."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt  # itself, not by SIGINT: a shell's background processes ignore that
+        raise KeyboardInterrupt  # raised here, because background processes of a shell ignore SIGINT
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -1,4 +1,7 @@
-"""What is told to those who watch a study while it runs: the terminal, the dashboard, trackers."""
+"""The seam between a running study and those who show it: the terminal, the dashboard, trackers.
+
+Knows which events there are; knows nothing of who listens.
+"""
 
 from __future__ import annotations
 
@@ -11,59 +14,59 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """What somebody who watches a study is told. Does nothing; subclass what is of interest."""
+    """Is told of each event of a running study. Does nothing itself: override the events of interest."""
 
     def study_opened(self, study: optuna.Study, n_trials: int, requeued: list[int]) -> None:
-        """Before the first trial. ``requeued``: trials that an earlier process left unfinished."""
+        """Before the first trial. ``requeued`` are the trials that earlier processes left unfinished."""
 
     def trial_started(self, trial: optuna.Trial) -> None:
         """Before a trial is merged."""
 
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
-        """After each chunk of documents."""
+        """After each chunk of documents that is scored and reported."""
 
     def trial_scored(self, study: optuna.Study, trial: optuna.Trial) -> None:
-        """After a trial is scored, pruned or failed, and before it is told: its attributes can still be set."""
+        """After a trial is scored, pruned or failed, but before it is finished: its attributes can still be set."""
 
     def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
-        """After a trial is told. ``is_best``: it is the best merge so far, and ``best_config.yaml`` holds it."""
+        """After a trial is finished. ``is_best``: it is the best merge so far, and ``best_config.yaml`` holds it."""
 
     def study_closed(self, study: optuna.Study) -> None:
-        """After the last trial of this run, also when it was interrupted."""
+        """After the last trial of this run, even if the run was interrupted."""
 
 
 class Watchers(Watcher):
-    """Several, told in order."""
+    """Several watchers as one; each event is passed on in their order."""
 
     def __init__(self, watchers: Sequence[Watcher]) -> None:
         self._watchers = watchers
 
     def study_opened(self, study: optuna.Study, n_trials: int, requeued: list[int]) -> None:
-        """Tell each."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.study_opened(study, n_trials, requeued)
 
     def trial_started(self, trial: optuna.Trial) -> None:
-        """Tell each."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.trial_started(trial)
 
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
-        """Tell each."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.chunk_scored(n_scored, n_chunks)
 
     def trial_scored(self, study: optuna.Study, trial: optuna.Trial) -> None:
-        """Tell each."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.trial_scored(study, trial)
 
     def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
-        """Tell each."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.trial_finished(study, trial, is_best)
 
     def study_closed(self, study: optuna.Study) -> None:
-        """Tell each."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.study_closed(study)

@@ -1,7 +1,7 @@
-"""Worker processes of one study on this machine: started, replaced when they die, stopped together.
+"""Worker processes on this machine: started, replaced when they crash, stopped together.
 
-A worker is a command line like any other that runs the study; what it knows of the others it reads in the storage.
-Knows nothing of studies.
+Knows processes, signals and exit codes; knows nothing of studies. Each worker runs the study like any other process,
+and learns about the others only from the storage.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from optuna_merge.errors import OptunaMergeError, WorkerError
 
 EXPECTED_ERROR = 1
-"""Exit code of a worker that says why it cannot go on; it is not replaced."""
+"""Exit code of a worker that has reported an expected error; it is not replaced."""
 INTERRUPTED = 130
 """Exit code of a worker that was asked to stop."""
 CRASHED = 70
-"""Exit code of a worker that failed as nobody expected; it is replaced, as one is that a signal ended."""
+"""Exit code of a worker that failed unexpectedly; it is replaced, like one that a signal killed."""
 
-_CRASHES = 3
-_WITHIN_S = 120.0
+_MAX_CRASHES = 3  # within _CRASH_WINDOW_S; then a worker is not replaced again
+_CRASH_WINDOW_S = 120.0
 _POLL_S = 0.2
 
 
@@ -42,20 +42,20 @@ def run_workers(commands: Sequence[Sequence[str]], n_threads: int, note: Callabl
 
     Args:
         commands: One command line for each worker.
-        n_threads: OpenMP threads of each, where the environment does not say.
-        note: Is told of workers that die.
+        n_threads: OpenMP threads of each worker, unless the environment sets ``OMP_NUM_THREADS``.
+        note: Called with a line about each worker that dies.
 
     Returns:
-        Whether they were interrupted, by Ctrl-C or from elsewhere.
+        Whether the workers were interrupted, by Ctrl-C or by a signal to one of them.
 
     Raises:
-        WorkerError: If all have given up.
+        WorkerError: If all workers have given up.
     """
     environment = {"OMP_NUM_THREADS": str(n_threads), **os.environ}
 
     def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once. The pipe ends
-        # with this process, however that ends, which tells the worker to stop.
+        # In a session of its own, so that Ctrl-C in a terminal reaches only this process, which passes it on once.
+        # The pipe closes when this process ends, however it ends: that tells the worker to stop.
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
     workers = [_Worker(number, command, start(command)) for number, command in enumerate(commands, start=1)]
@@ -92,11 +92,11 @@ def run_workers(commands: Sequence[Sequence[str]], n_threads: int, note: Callabl
 
 
 def stop_with_parent() -> None:
-    """Interrupt this process, a worker, when the one that started it has ended; returns at once."""
+    """Interrupt this worker process when the process that started it ends. Returns at once."""
 
     def wait() -> None:
         with contextlib.suppress(OSError):
-            while os.read(0, 1):  # not sys.stdin, whose lock would be in the way when Python ends
+            while os.read(0, 1):  # not sys.stdin, whose lock would block the end of Python
                 pass
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -104,25 +104,28 @@ def stop_with_parent() -> None:
 
 
 def parse_devices(devices: str) -> list[str]:
-    """The devices of ``--devices``, such as ``cuda:0,cuda:1``.
+    """Split the value of ``--devices``, such as ``cuda:0,cuda:1``.
 
     Raises:
-        OptunaMergeError: If one is left out.
+        OptunaMergeError: If a name is empty.
     """
     names = [name.strip() for name in devices.split(",")]
     if not all(names):
-        raise OptunaMergeError(f"--devices must be names with commas between them, got {devices!r}; try cuda:0,cuda:1")
+        raise OptunaMergeError(f"--devices must be names separated by commas, got {devices!r}; try cuda:0,cuda:1")
     return names
 
 
 def _may_restart(worker: _Worker) -> bool:
     now = time.monotonic()
-    worker.crashes = [*(when for when in worker.crashes if now - when < _WITHIN_S), now]
-    return len(worker.crashes) < _CRASHES
+    worker.crashes = [*(when for when in worker.crashes if now - when < _CRASH_WINDOW_S), now]
+    return len(worker.crashes) < _MAX_CRASHES
 
 
 def _stop(workers: Sequence[_Worker], note: Callable[[str], None]) -> None:
-    """Let all put their trials back; a second Ctrl-C kills them, and their trials come back all the same."""
+    """Ask all to stop, and wait until they have put their trials back; a second Ctrl-C kills them.
+
+    The trial of a killed worker is not lost either: the next run takes it over.
+    """
     try:
         for worker in workers:
             if worker.process.poll() is None:

@@ -238,8 +238,9 @@ def test_a_study_of_adapters(study_file: Callable[..., Path], tiny_models: Path,
 
     from optuna_merge.cli.options import open_started
     from optuna_merge.merging.export import export
+    from optuna_merge.study.folder import BEST_CONFIG
     from optuna_merge.study.objective import MergeObjective
-    from optuna_merge.study.run import BEST_CONFIG, run_study
+    from optuna_merge.study.run import run_study
 
     shutil.copytree(tiny_models / "base", tmp_path / "base")
     for number, modules in enumerate((["q_proj", "down_proj"], ["v_proj"])):
@@ -253,7 +254,10 @@ def test_a_study_of_adapters(study_file: Callable[..., Path], tiny_models: Path,
 
     trial = open_started(objective.config).trials[-1]
     folder = export(
-        objective.recipe(trial), tmp_path / "merged", merger=objective._merger, references=objective.models.spelling
+        objective.recipe(trial),
+        tmp_path / "merged",
+        merger=objective.loader.merger,
+        references=objective.models.spelling,
     )
     assert f"- `{tmp_path / 'base'}+{tmp_path / 'lora_1'}`" in (folder / "README.md").read_text()
     config = MergeConfiguration.model_validate(yaml.safe_load((folder / "mergekit_config.yml").read_text()))

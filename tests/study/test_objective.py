@@ -17,8 +17,10 @@ from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
 from optuna_merge.storage.trials import score_of
 from optuna_merge.study.engines import build_scorer
-from optuna_merge.study.models import StudyModels, recipe_of
+from optuna_merge.study.loaders import LocalLoader
+from optuna_merge.study.models import StudyModels
 from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.replay import recorded_recipe
 from optuna_merge.testing.engine import FakeEngine
 
 OPTIMUM = {"weight_0": 1.2, "weight_1": 0.2}
@@ -33,7 +35,7 @@ def fake_objective(path: Path, **overrides: object) -> MergeObjective:
     params = {name: OPTIMUM["weight_0" if "model_0" in name else "weight_1"] for name in space.distributions}
     optimum = {name: tensor.clone() for name, tensor in merger.merge(space.decode(params))}
     engine = FakeEngine(optimum)
-    return MergeObjective(config, models, merger, engine, build_scorer(config, engine))
+    return MergeObjective(config, models, LocalLoader(merger, engine), build_scorer(config, engine))
 
 
 @pytest.fixture
@@ -81,16 +83,16 @@ def test_the_value_is_the_weighted_sum_over_all_documents(objective: MergeObject
 def test_a_merge_with_nan_fails_its_trial_and_the_study_goes_on(
     objective: MergeObjective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = objective._merger.merge
+    honest = objective.loader.merger.merge
 
     def poisoned(recipe, out=None):
         for name, tensor in honest(recipe, out):
             yield name, tensor.fill_(math.nan) if "q_proj" in name else tensor
 
     study = optuna.create_study(direction="maximize")
-    monkeypatch.setattr(objective._merger, "merge", poisoned)
+    monkeypatch.setattr(objective.loader.merger, "merge", poisoned)
     study.optimize(objective, n_trials=1)
-    monkeypatch.setattr(objective._merger, "merge", honest)
+    monkeypatch.setattr(objective.loader.merger, "merge", honest)
     study.optimize(objective, n_trials=1)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert "q_proj" in study.trials[0].user_attrs[attributes.FAILURE]
@@ -101,7 +103,7 @@ def test_load_is_skipped_only_for_weights_that_are_loaded(objective: MergeObject
     assert objective.load(recipe) > 0
     assert objective.load(recipe) == 0
     assert objective.load(objective.space.baseline_recipe("base")) > 0
-    assert objective._engine.n_loads == 2
+    assert objective.loader.engine.n_loads == 2
 
 
 def test_a_refused_load_is_not_taken_for_loaded(objective: MergeObjective, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +113,7 @@ def test_a_refused_load_is_not_taken_for_loaded(objective: MergeObjective, monke
         raise NonFiniteMergeError("x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(objective._engine, "load_weights", refuse)
+        patch.setattr(objective.loader.engine, "load_weights", refuse)
         with pytest.raises(NonFiniteMergeError):
             objective.load(recipe)
     assert objective.load(recipe) > 0
@@ -193,7 +195,7 @@ def test_a_trial_whose_recipe_has_changed_is_not_replayed(
     other = load_study(study_file(gold="0", search={"lambda": 0.5}))
     models = StudyModels.open(other)
     with pytest.raises(StudyError, match=r"trial 0: recipe must be the one that was scored .* restore them"):
-        recipe_of(SearchSpace(other, models.refs), models, study.trials[0])
+        recorded_recipe(study.trials[0], SearchSpace(other, models.refs), models)
 
 
 def test_a_waiting_trial_has_no_recipe(objective: MergeObjective) -> None:
@@ -299,7 +301,7 @@ def test_a_merge_with_nan_fails_in_all_objectives(
     def refuse(*_: object) -> None:
         raise NonFiniteMergeError("x")
 
-    monkeypatch.setattr(objective._engine, "load_weights", refuse)
+    monkeypatch.setattr(objective.loader.engine, "load_weights", refuse)
     study = optuna.create_study(directions=objective.directions, sampler=objective.sampler())
     study.optimize(objective, n_trials=1)
     assert study.trials[0].state == TrialState.FAIL

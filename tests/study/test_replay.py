@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optuna_merge.cli.options import open_started
 from optuna_merge.merging.export import export
 from optuna_merge.storage.trials import best_merge
+from optuna_merge.study.folder import BEST_CONFIG
 from optuna_merge.study.objective import MergeObjective
-from optuna_merge.study.run import BEST_CONFIG, run_study
+from optuna_merge.study.run import run_study
 
 
 def run(file: Path) -> MergeObjective:
@@ -66,7 +67,7 @@ def test_every_trials_score_is_what_plain_lm_eval_says_of_its_export(
     documents = searched_documents(objective)
     assert all(len(ids) == 30 for ids in documents.values())
     for trial in open_started(objective.config).trials:
-        folder = export(objective.recipe(trial), tmp_path / f"trial_{trial.number}", merger=objective._merger)
+        folder = export(objective.recipe(trial), tmp_path / f"trial_{trial.number}", merger=objective.loader.merger)
         accuracies = plain_lm_eval(folder, tmp_path / "tasks", documents)
         assert accuracies == {task: trial.user_attrs[f"score {task}"] for task in documents}
         assert trial.value == pytest.approx(0.5 * accuracies["one"] + 0.5 * accuracies["two"], abs=1e-12)
@@ -97,7 +98,7 @@ def test_mergekit_makes_the_exported_tensors_from_best_config(
     assert yaml.safe_load(file.read_text()) == yaml.safe_load(objective.merge_file(best_merge(study)))
     config = MergeConfiguration.model_validate(yaml.safe_load(objective.merge_file(last)))
     run_merge(config, str(tmp_path / "theirs"), MergeOptions(quiet=True))
-    export(objective.recipe(last), tmp_path / "ours", merger=objective._merger)
+    export(objective.recipe(last), tmp_path / "ours", merger=objective.loader.merger)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     n_different = 0
@@ -117,9 +118,9 @@ def test_the_resident_weights_are_the_exported_ones(study_file: Callable[..., Pa
     objective = MergeObjective.from_file(study_file(engine={"dtype": "bfloat16", "device": "cpu"}))
     recipe = objective.space.decode({name: 0.1 + i / 7 for i, name in enumerate(objective.space.distributions)})
     objective.load(recipe)
-    folder = export(recipe, tmp_path / "merged", merger=objective._merger)
+    folder = export(recipe, tmp_path / "merged", merger=objective.loader.merger)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        assert torch.equal(objective._engine.resident(name), tensor)
+        assert torch.equal(objective.loader.engine.resident(name), tensor)
 
 
 def test_a_seed_makes_the_same_study_again(study_file: Callable[..., Path]) -> None:

@@ -32,8 +32,9 @@ from optuna_merge.storage.documents import DocumentScores
 from optuna_merge.storage.open import open_storage, open_study, storage_url
 from optuna_merge.storage.trials import FINISHED, best_merge, score_of
 from optuna_merge.study import run as study
+from optuna_merge.study.folder import BEST_CONFIG, write_best_config
 from optuna_merge.study.objective import MergeObjective
-from optuna_merge.study.run import BEST_CONFIG, run_study
+from optuna_merge.study.run import run_study
 from optuna_merge.study.watcher import Watcher
 from tests import processes
 from tests.study.test_objective import fake_objective
@@ -73,9 +74,9 @@ def test_n_trials_is_the_total_and_a_second_run_only_adds(objective: MergeObject
     few = objective.config.model_copy(update={"study": objective.config.study.model_copy(update={"n_trials": 8})})
     objective.config = few
     assert run_study(few, objective).n_finished == 8
-    n_responses = objective._engine.n_responses
+    n_responses = objective.loader.engine.n_responses
     assert run_study(few, objective).n_finished == 8
-    assert objective._engine.n_responses == n_responses
+    assert objective.loader.engine.n_responses == n_responses
     assert len(open_started(few).trials) == 8
 
 
@@ -97,7 +98,7 @@ def test_an_interrupted_study_continues_as_if_nothing_had_happened(study_file: C
     for chunks in (3, 1, 7, 12, 5):
         outcome = run_study(stopped.config, stopped, Impatient(chunks))
         assert outcome.interrupted
-    scored = stopped._engine.n_responses
+    scored = stopped.loader.engine.n_responses
     assert run_study(stopped.config, stopped) == study.Outcome(20)
     assert table(f"sqlite:///{stopped.config.storage_path}/study.db") == table(
         f"sqlite:///{through.config.storage_path}/study.db"
@@ -106,7 +107,7 @@ def test_an_interrupted_study_continues_as_if_nothing_had_happened(study_file: C
         through.config.storage_path / BEST_CONFIG
     ).read_text()
     # No chunk was scored twice: interruptions cost no answer.
-    assert stopped._engine.n_responses == through._engine.n_responses > scored
+    assert stopped.loader.engine.n_responses == through.loader.engine.n_responses > scored
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
@@ -129,7 +130,7 @@ def test_several_objectives_interrupted_and_gone_on_with(study_file: Callable[..
             run_study(one.config, one)
         found = open_started(one.config)
         ends.append([(t.number, t.state, t.values, t.params, t.intermediate_values) for t in found.trials])
-        answers.append(one._engine.n_responses)
+        answers.append(one.loader.engine.n_responses)
     assert ends[0] == ends[1]
     assert answers[0] == answers[1]  # no chunk was scored twice
     assert found.metric_names == ["one", "two"]
@@ -205,12 +206,12 @@ def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective) -> 
     before = file.read_text()
     file.with_name(f"{BEST_CONFIG}.partial").symlink_to("/dev/full")
     with pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*No space left"):
-        study.write_best_config(open_started(objective.config), objective)
+        write_best_config(open_started(objective.config), objective)
     with (
         processes.files_up_to(100),
         pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*File too large"),
     ):
-        study.write_best_config(open_started(objective.config), objective)
+        write_best_config(open_started(objective.config), objective)
     assert file.read_text() == before
     assert not list(objective.config.storage_path.glob("*.partial"))
 
@@ -256,10 +257,10 @@ def test_memory_that_is_out_while_merging_stops_the_study_and_more_lets_it_go_on
         run_study(stopped.config, stopped, Scarce())
     urls = [storage_url(one.config.storage_path, None) for one in (through, stopped)]
     assert [row[1] for row in table(urls[1])] == [*[row[1] for row in table(urls[0])][:5], TrialState.WAITING]
-    n_responses = stopped._engine.n_responses
+    n_responses = stopped.loader.engine.n_responses
     assert run_study(stopped.config, stopped) == study.Outcome(6)
     assert table(urls[0]) == table(urls[1])
-    assert stopped._engine.n_responses == through._engine.n_responses > n_responses
+    assert stopped.loader.engine.n_responses == through.loader.engine.n_responses > n_responses
 
 
 def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes: what starts, replaces and stops them, with workers that do next to nothing."""
+"""Worker processes are started, replaced and stopped; the workers here do next to nothing."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_a_worker_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
 
 PARENT = """
 import sys
-from optuna_merge.workers import run_workers
+from optuna_merge.study.workers import run_workers
 print(run_workers([[sys.executable, "-c", sys.argv[1]]] * 2, 1, print), flush=True)
 """
 WORKER = """
 import os, signal, sys, time
-from optuna_merge.workers import stop_with_parent
+from optuna_merge.study.workers import stop_with_parent
 stop_with_parent()
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
@@ -92,5 +92,5 @@ def test_workers_stop_cleanly_with_their_parent_however_it_ends(tmp_path: Path, 
 
 def test_the_devices_of_workers() -> None:
     assert parse_devices("cuda:0, cuda:1") == ["cuda:0", "cuda:1"]
-    with pytest.raises(OptunaMergeError, match=r"--devices must be names with commas between them, got 'cuda:0,'"):
+    with pytest.raises(OptunaMergeError, match=r"--devices must be names separated by commas, got 'cuda:0,'"):
         parse_devices("cuda:0,")

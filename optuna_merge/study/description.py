@@ -1,0 +1,59 @@
+"""What a study is about to search and score, in lines for the terminal.
+
+Knows the parts of a study; runs nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.search.build import make_sampler, never_prunes
+from optuna_merge.search.samplers import StableCmaEsSampler, population_size
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.study.models import StudyModels
+
+
+def describe_study(
+    config: StudyConfig, models: StudyModels, space: SearchSpace, scorer: Scorer, device: str
+) -> list[str]:
+    """One line for each thing that a user should know before the first trial.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        space: Its search space.
+        scorer: Its eval tasks.
+        device: Where the resident model lives.
+    """
+    tasks = scorer.describe()
+    held_out = sum(task.n_holdout for task in tasks.tasks)
+    lines = [
+        f"search: {len(space.distributions)} weights of {len(models.refs.sources)} models,"
+        f" {models.refs.n_layers} layers, {config.genome.merge_method}",
+        f"scoring: {tasks.n_documents} documents in {tasks.n_chunks} chunks, {held_out} held out;"
+        f" {models.refs.dtype} on {device}; chat template {tasks.chat_template_reason}",
+    ]
+    if warm_start := config.search.warm_start:
+        lines.append(f"search: begins at the {warm_start.n_best} best trials of {warm_start.label}")
+    if len(config.objectives) > 1:
+        lines.append(f"goal: a front of {', '.join(config.objectives)}; their sum chooses the best merge")
+    lines += [line for line in (_population_line(config, space), never_prunes(config, scorer.n_chunks)) if line]
+    if scorer.not_means:
+        names = ", ".join(scorer.not_means)
+        lines.append(f"pruning judges {names} by what was scored so far: the metric is no mean over documents")
+    return lines
+
+
+def _population_line(config: StudyConfig, space: SearchSpace) -> str:
+    """What several workers mean for CMA-ES; "" for one worker or another sampler."""
+    n_workers, sampler = config.study.n_workers, make_sampler(config, space)
+    if n_workers == 1 or not isinstance(sampler, StableCmaEsSampler):
+        return ""
+    population, usual = sampler.population_size, population_size(len(space.distributions))
+    share = population / (population + n_workers - 1)
+    if share < 0.8 or population == usual:
+        return f"{n_workers} workers: CMA-ES learns from {share:.0%} of the trials, {population} in a generation"
+    return (
+        f"{n_workers} workers: generations of {population} trials instead of {usual}, so that CMA-ES learns from"
+        f" {share:.0%} of the trials"
+    )
