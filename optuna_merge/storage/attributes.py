@@ -1,55 +1,48 @@
-"""The key of every attribute that a study or a trial carries."""
+"""The key of every user attribute that we set on a study or a trial.
+
+The keys are part of recorded studies: they never change.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 PAIRED_ESTIMATE = "paired_estimate"
-"""User attribute of a pruned trial: the value that it would probably have had. The sampler learns from it."""
+"""Pruned trial: the value that it would probably have had; samplers learn from it."""
 
 DIRECTION: Literal["maximize"] = "maximize"
-"""Of every objective; a task with a negative weight is minimised."""
+"""The direction of every objective; a negative weight lets a metric be minimised."""
 
 FINGERPRINT = "fingerprint"
-"""Study: readable name to value of everything that decides what a score means."""
+"""Study: everything that decides what a score means, as readable name to value."""
 REQUESTS = "prompts and documents"
-"""In the fingerprint: digest of every request of the eval tasks."""
+"""Key in the fingerprint: digest of every request of the eval tasks."""
 CHUNKS = "study.n_chunks"
-"""In the fingerprint: parts that the documents are cut into."""
+"""Key in the fingerprint: number of chunks that the documents are cut into."""
 WANTED = "n_trials"
-"""Study: how many trials the latest run was asked for."""
+"""Study: ``n_trials`` of the latest run."""
 POPULATION = "population"
-"""Study: trials in a generation of CMA-ES, since it was begun."""
+"""Study: trials in a generation of CMA-ES, fixed when the study was created."""
 START = "start"
-"""Study: where the search began, once it has."""
+"""Study: the point where the search began, set when the first trial is drawn."""
 WARM_START = "warm_start"
-"""Study: what the study that ``search.warm_start`` names said when this one was made."""
+"""Study: what was read from the study of ``search.warm_start`` when this one was created."""
 
 BASELINE = "baseline"
-"""Trial: name of the baseline that it scores."""
+"""Trial: name of the baseline that it scores; absent from other trials."""
 BASELINE_KIND = "baseline_kind"
 """Trial: ``uniform``, ``source`` or ``base``."""
 RECIPE_DIGEST = "recipe_digest"
 """Trial: digest of the recipe that was merged."""
 MERGE_SECONDS = "merge_s"
-"""Trial: time to merge and to load the merged weights."""
+"""Trial: seconds taken to merge and to load the merged weights."""
 EVALUATION_SECONDS = "evaluation_s"
-"""Trial: time to score, all starts of the trial together."""
+"""Trial: seconds taken to score, summed over all starts of the trial."""
 DOCUMENTS = "n_documents"
-"""Trial: documents that were scored."""
+"""Trial: number of documents that were scored."""
 FAILURE = "failure"
 """Trial: why it failed."""
 SCORE = "score"
-"""Trial: prefix of each task's metric, ``score <task>``; its standard error is ``stderr <task>``."""
+"""Trial: prefix of each task's metric, ``score <task>``."""
 STDERR = "stderr"
-
-TRIAL_ATTRIBUTES = (
-    BASELINE,
-    BASELINE_KIND,
-    RECIPE_DIGEST,
-    MERGE_SECONDS,
-    EVALUATION_SECONDS,
-    DOCUMENTS,
-    FAILURE,
-    PAIRED_ESTIMATE,
-)
+"""Trial: prefix of the metric's standard error, ``stderr <task>``."""

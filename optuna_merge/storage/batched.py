@@ -1,8 +1,8 @@
-"""Any Optuna storage, seen through few and patient calls.
+"""A storage that is written to in batches and that waits for outages.
 
-A trial of a merge has up to hundreds of parameters, and Optuna writes each in a transaction of its own. Here what is
-written about a trial waits until it is reported, told or read, and goes in one; reports go in once a second. A database
-that restarts is waited for. Knows how Optuna's storages lay out a trial; knows nothing of studies of merges.
+A trial of a merge has up to hundreds of parameters, and Optuna writes each in a transaction of its own. Here they are
+kept back and written together; intermediate values are written once a second. When a database restarts, calls are
+repeated until it answers. This file knows when a trial is written, not how; it knows nothing of merges.
 """
 
 from __future__ import annotations
@@ -11,51 +11,53 @@ import math
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import StudyError
+from optuna_merge.internals.optuna import with_cache
 from optuna_merge.storage.outages import is_outage, reason
+from optuna_merge.storage.wrapper import Result, StorageWrapper
 from optuna_merge.storage.writes import Kind, Write, read_state, write_trial
 
 PATIENCE_S = 300.0
-"""How long a storage that does not answer is waited for."""
+"""How long to wait for a storage that does not answer."""
 
-_LONGEST_PAUSE_S = 10.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _REPORTS_S = 1.0
 """Least time between two writes of a trial's intermediate values: a database syncs its disk for each."""
 
-Result = TypeVar("Result")
 
+class BatchedStorage(StorageWrapper):
+    """Writes trials in batches, and waits for a database that is away.
 
-class BatchedStorage(BaseStorage):
-    """A storage whose trials are written in batches, and which waits for a database that is away.
+    What is set on a trial is kept in memory and written together
 
-    What is written about a trial is kept until its next change of state or :meth:`flush`, until anything is read, or
-    until an intermediate value comes a second after the last one that was written; then it is written together. The
-    first intermediate value never waits. What a storage refuses is raised as it raises it.
+    - before the trial's state changes,
+    - before anything is read, and by :meth:`flush`,
+    - with an intermediate value that comes a second or more after the last one that was written. A trial's first
+      intermediate value is written at once.
+
+    Errors of the storage, other than outages, are raised as they are.
 
     Args:
         storage: Any Optuna storage.
         shown: What messages call it.
-        patience_s: How long a database that does not answer is waited for, in seconds.
-        batched: False: keep nothing back, for a server that writes for others.
+        patience_s: How long to wait for a database that does not answer, in seconds.
+        batched: False: write everything at once, as a server must that writes for others.
 
     Attributes:
-        n_outages: How often it did not answer so far.
+        n_outages: Calls that found the storage away, so far.
     """
 
     def __init__(
         self, storage: BaseStorage, shown: str, patience_s: float = PATIENCE_S, *, batched: bool = True
     ) -> None:
-        self.backend = optuna.storages.get_storage(storage)
+        super().__init__(with_cache(storage))
         self.n_outages = 0
         self._shown = shown
         self._patience_s = patience_s
@@ -71,51 +73,46 @@ class BatchedStorage(BaseStorage):
                 self._write_pending(trial_id)
 
     def write_trial(self, trial_id: int, writes: Sequence[Write]) -> None:
-        """As :func:`write_trial`, at once and past what is kept."""
+        """Write to a trial at once, whatever is kept; see :func:`optuna_merge.storage.writes.write_trial`."""
         self.patiently(write_trial, self.backend, trial_id, writes)
 
     def read_state(self, trial_id: int) -> tuple[TrialState, dict[str, Any]]:
-        """A trial's state and system attributes, without what else makes reading it slow; writes what is kept."""
+        """Write what is kept, then read a trial's state and system attributes, and nothing else of it."""
         self.flush()
         return self.patiently(read_state, self.backend, trial_id)
 
-    # --- studies
+    def patiently(self, call: Callable[..., Result], *args: Any) -> Result:
+        """Make a call to the storage, and repeat it while the storage is away.
 
-    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:  # noqa: D102
-        return self.patiently(self.backend.create_new_study, directions, study_name)
+        Raises:
+            StudyError: If it stays away.
+        """
+        pause, since = _FIRST_PAUSE_S, None
+        while True:
+            try:
+                return call(*args)
+            except Exception as exc:
+                if not is_outage(exc):
+                    raise
+                self.n_outages += 1
+                since = since or time.monotonic()
+                away = time.monotonic() - since
+                if away >= self._patience_s:
+                    raise StudyError(
+                        f"storage {self._shown} must answer, it has not for {away:.0f} s ({reason(exc)}); every"
+                        " finished trial is kept: bring it back and run the same command again"
+                    ) from exc
+                time.sleep(min(pause, max(0.01, self._patience_s - away)))
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    # --- Optuna's calls that differ
+
+    def pass_on(self, call: Callable[..., Result], *args: Any) -> Result:  # noqa: D102
+        return self.patiently(call, *args)
 
     def delete_study(self, study_id: int) -> None:  # noqa: D102
         self.flush()
-        self.patiently(self.backend.delete_study, study_id)
-
-    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self.patiently(self.backend.set_study_user_attr, study_id, key, value)
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:  # noqa: D102
-        self.patiently(self.backend.set_study_system_attr, study_id, key, value)
-
-    def get_study_id_from_name(self, study_name: str) -> int:  # noqa: D102
-        return self.patiently(self.backend.get_study_id_from_name, study_name)
-
-    def get_study_name_from_id(self, study_id: int) -> str:  # noqa: D102
-        return self.patiently(self.backend.get_study_name_from_id, study_id)
-
-    def get_study_directions(self, study_id: int) -> list[StudyDirection]:  # noqa: D102
-        return self.patiently(self.backend.get_study_directions, study_id)
-
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
-        return self.patiently(self.backend.get_study_user_attrs, study_id)
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:  # noqa: D102
-        return self.patiently(self.backend.get_study_system_attrs, study_id)
-
-    def get_all_studies(self) -> list[FrozenStudy]:  # noqa: D102
-        return self.patiently(self.backend.get_all_studies)
-
-    # --- trials: written
-
-    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:  # noqa: D102
-        return self.patiently(self.backend.create_new_trial, study_id, template_trial)
+        super().delete_study(study_id)
 
     def set_trial_param(  # noqa: D102
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
@@ -144,32 +141,24 @@ class BatchedStorage(BaseStorage):
             self._reported.pop(trial_id, None)
         n_before = self.n_outages
         try:
-            return self.patiently(self.backend.set_trial_state_values, trial_id, state, values)
+            return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
-            # the database went away after it had written the state and before it could say so
+            # After an outage: the database wrote the state, and went away before it could say so.
             if self.n_outages > n_before and self.backend.get_trial(trial_id).state == state:
                 return True
             raise
 
-    # --- trials: read
-
-    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:  # noqa: D102
-        return self.patiently(self.backend.get_trial_id_from_study_id_trial_number, study_id, trial_number)
-
     def get_trial(self, trial_id: int) -> FrozenTrial:  # noqa: D102
         self.flush()
-        return self.patiently(self.backend.get_trial, trial_id)
+        return super().get_trial(trial_id)
 
     def get_all_trials(  # noqa: D102
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         self.flush()
-        return self.patiently(self.backend.get_all_trials, study_id, deepcopy, states)
+        return super().get_all_trials(study_id, deepcopy, states)
 
-    def remove_session(self) -> None:  # noqa: D102
-        self.backend.remove_session()
-
-    # ---
+    # --- what is kept
 
     def _keep(self, trial_id: int, kind: Kind, key: str | int, value: Any) -> None:
         with self._lock:
@@ -184,30 +173,6 @@ class BatchedStorage(BaseStorage):
             try:
                 self.write_trial(trial_id, writes)
             except (KeyError, UpdateFinishedTrialError):
-                del self._pending[trial_id]  # it is somebody else's by now
+                del self._pending[trial_id]  # another process has finished the trial
                 raise
             del self._pending[trial_id]
-
-    def patiently(self, call: Callable[..., Result], *args: Any) -> Result:
-        """What a call to the storage returns, asked again while the storage is away.
-
-        Raises:
-            StudyError: If it stays away.
-        """
-        pause, since = 0.1, None
-        while True:
-            try:
-                return call(*args)
-            except Exception as exc:
-                if not is_outage(exc):
-                    raise
-                self.n_outages += 1
-                since = since or time.monotonic()
-                away = time.monotonic() - since
-                if away >= self._patience_s:
-                    raise StudyError(
-                        f"storage {self._shown} must answer, it has not for {away:.0f} s ({reason(exc)}); every"
-                        " finished trial is kept: bring it back and run the same command again"
-                    ) from exc
-                time.sleep(min(pause, max(0.01, self._patience_s - away)))
-                pause = min(2 * pause, _LONGEST_PAUSE_S)

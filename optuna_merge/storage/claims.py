@@ -1,25 +1,24 @@
-"""Who runs a trial: one process at a time, none forgotten.
+"""Claims: each trial is run by one process at a time, and the trials of dead processes are taken up again.
 
-A process asks for trials under the study's lock and writes its name into them. What a dead process was running is put
-back in place (RUNNING -> WAITING): the next ``ask`` continues it, with its parameters and what it reported. A process
-of the same machine is dead when the kernel says so. One of another machine is when its trial has not changed for the
-length of a lease, by the clock of who looks: clocks are never compared.
+A process asks for a trial while it holds the study's lock, and records itself in the trial as its owner. When the owner
+dies, its trial goes from RUNNING back to WAITING. The next process that asks continues it, with its parameters and the
+intermediate values that it has.
+
+A process on this machine is dead when the kernel says so. A process on another machine is presumed dead when its trial
+has not changed for a lease (60 s) on the observer's clock. Clocks of different machines are never compared.
+
+This file knows owners, locks and the states of trials; it knows nothing of merges.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -29,69 +28,132 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_merge.errors import OptunaMergeError, TrialTakenError
 from optuna_merge.internals.optuna import known_state, set_known_trials, study_id, trial_id
 from optuna_merge.storage.batched import BatchedStorage
-from optuna_merge.storage.lock import Lock, file_lock
-from optuna_merge.storage.open import local_file
+from optuna_merge.storage.lock import Lock
 from optuna_merge.storage.outages import is_storage_error
+from optuna_merge.storage.owner import OPEN_CLAIMS, Owner
 
 OWNER = "optuna_merge:owner"
-"""Trial, system attribute: the process that runs it."""
+"""System attribute of a trial: the :class:`Owner` that runs it, or ran it last."""
 BEAT = "optuna_merge:beat"
-"""Trial, system attribute: counts up while its process lives."""
+"""System attribute of a trial: its heartbeat, a number that its owner increases."""
 
 LEASE_S = 60.0
-"""How long a trial of another machine may stay as it is before its process counts as dead."""
+"""How long a trial of another machine may stay unchanged before its owner is presumed dead."""
+_BEATS_PER_LEASE = 4
 
 
-_claims_here: set[str] = set()
-"""Claims of this process that have not ended."""
+class Claims:
+    """Hands out the trials of a study, to this process and to others on any machine.
 
-
-@dataclass(frozen=True)
-class Owner:
-    """A process that runs a trial.
-
-    Attributes:
-        host: Its machine's name.
-        machine: What tells its machine from others of that name, and its container from others on it; "" where the
-            kernel does not say.
-        pid: Its number there.
-        started: When it started, in the kernel's clock ticks after boot: tells it from a later process with its
-            number.
-        claim: Of this one claim.
+    Args:
+        study: The study.
+        storage: Its storage.
+        lock: The study's lock; one process holds it at a time.
+        lease_s: How long a trial of another machine may stay unchanged, in seconds.
     """
 
-    host: str
-    machine: str
-    pid: int
-    started: int
-    claim: str
+    def __init__(self, study: optuna.Study, storage: BatchedStorage, lock: Lock, lease_s: float = LEASE_S) -> None:
+        self.study = study
+        self.storage = storage
+        self.lease_s = lease_s
+        self._lock = lock
+        self._seen: dict[int, tuple[str, float]] = {}  # trial id -> signs of life, and when they were first seen
+        self._n_outages = 0
 
-    @classmethod
-    def me(cls) -> Owner:
-        """This process, with a new claim."""
-        return cls(socket.gethostname(), _machine(), os.getpid(), _start_ticks(os.getpid()) or 0, uuid.uuid4().hex)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the study's lock; waits for it, and for a storage that is away."""
+        with ExitStack() as stack:
+            self.storage.patiently(lambda: stack.enter_context(self._lock()))
+            yield
 
-    @property
-    def is_here(self) -> bool:
-        """Whether this machine knows if it runs."""
-        return (self.host, self.machine) == (socket.gethostname(), _machine())
+    def next(self, n_trials: int) -> Claim | None:
+        """Claim a trial: one whose process died, one that waits, or a new one.
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether it surely runs the trial no more; a process of another machine is never sure to."""
-        if self.is_here and self.pid == os.getpid() and self.claim not in _claims_here:
-            return True
-        return self.is_here and _start_ticks(self.pid) != self.started
+        Args:
+            n_trials: Trials that the study shall have in all.
+
+        Returns:
+            None if that many trials are finished or running.
+        """
+        with self.lock():
+            trials = self.study.get_trials(deepcopy=False)
+            lost = self._requeue_lost(trials)
+            if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
+                return None
+            owner = Owner.me()
+            started = self._start(trials, lost, {OWNER: asdict(owner)})
+            trial = optuna.Trial(self.study, started)
+            # Without this the sampler and the pruner would read the whole study again.
+            others = [other for other in trials if trial_id(other) != started and other.number not in lost]
+            own = known_state(trial)
+            set_known_trials(self.study, sorted([*others, own], key=lambda one: one.number))
+            return Claim(self, trial, owner)
+
+    def requeue_lost(self, *, alone: bool = False) -> list[int]:
+        """Put back the running trials whose process is dead. The caller holds the lock.
+
+        Args:
+            alone: Whether no other process runs the study; then every running trial is put back.
+
+        Returns:
+            Numbers of the trials that were put back.
+        """
+        return self._requeue_lost(self.study.get_trials(deepcopy=False), alone=alone)
+
+    def _requeue_lost(self, trials: Sequence[FrozenTrial], *, alone: bool = False) -> list[int]:
+        if self.storage.n_outages != self._n_outages:  # no process could give a sign of life in the meantime
+            self._n_outages = self.storage.n_outages
+            self._seen.clear()
+        lost = []
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and (alone or self._is_lost(trial)):
+                self.put_back(trial_id(trial))
+                lost.append(trial.number)
+        return lost
+
+    def _is_lost(self, trial: FrozenTrial) -> bool:
+        owner = trial.system_attrs.get(OWNER)
+        if owner is None:
+            return True  # its process died between asking and recording itself, all under the lock that we hold now
+        if Owner(**owner).is_here:
+            return Owner(**owner).is_gone
+        signs = json.dumps([owner, trial.system_attrs.get(BEAT), len(trial.intermediate_values)])
+        before, since = self._seen.get(trial_id(trial), ("", 0.0))
+        if signs != before:
+            self._seen[trial_id(trial)] = (signs, time.monotonic())
+            return False
+        return time.monotonic() - since > self.lease_s
+
+    def _start(self, trials: Sequence[FrozenTrial], lost: Sequence[int], system_attrs: dict[str, Any]) -> int:
+        """Start the first trial that waits, or a new one: as ``study.ask`` does, without reading all trials again.
+
+        Returns:
+            The trial's id.
+        """
+        for trial in trials:
+            if trial.state != TrialState.WAITING and trial.number not in lost:
+                continue
+            with suppress(UpdateFinishedTrialError):
+                if self.storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING):
+                    self.storage.write_trial(trial_id(trial), [("system_attr", *item) for item in system_attrs.items()])
+                    return trial_id(trial)
+        new = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=system_attrs)
+        return self.storage.create_new_trial(study_id(self.study), new)
+
+    def put_back(self, trial_id: int) -> None:
+        """Let a running trial wait for the next process that asks. The caller holds the lock."""
+        self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
 
 class Claim:
-    """A trial that this process runs, until it is told or put back.
+    """A trial that this process runs, until it finishes the trial or puts it back.
 
-    As a context it says every now and then that the process is alive.
+    Used as a context, it updates the trial's heartbeat.
 
     Attributes:
         trial: The trial.
-        is_taken: Whether another process is known to have taken it over.
+        is_taken: Whether another process is known to have taken the trial over.
     """
 
     def __init__(self, claims: Claims, trial: optuna.Trial, owner: Owner) -> None:
@@ -100,7 +162,7 @@ class Claim:
         self._claims = claims
         self._owner = owner
         self._ended = threading.Event()
-        _claims_here.add(owner.claim)
+        OPEN_CLAIMS.add(owner.claim)
 
     def __enter__(self) -> Claim:
         threading.Thread(target=self._beat, daemon=True).start()
@@ -108,22 +170,25 @@ class Claim:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        _claims_here.discard(self._owner.claim)
+        OPEN_CLAIMS.discard(self._owner.claim)
 
     def tell(self, value: float | Sequence[float] | None, state: TrialState) -> FrozenTrial:
-        """Finish the trial, as ``study.tell`` does, if it is still this process that runs it.
+        """Finish the trial as ``study.tell`` does, but only if this process still owns it.
 
         Args:
-            value: One for each direction of the study; None unless complete.
+            value: One value for each direction of the study if the trial is complete; None otherwise.
             state: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
 
+        Returns:
+            The finished trial.
+
         Raises:
-            TrialTakenError: If another process has taken it over.
+            TrialTakenError: If another process has taken the trial over.
         """
         claims = self._claims
         with claims.lock():
             system_attrs = self._refuse_if_taken()
-            # what this process has set is known; reading hundreds of parameters back takes longer than all the rest
+            # Reading hundreds of parameters back takes longer than all the rest; this process knows what it has set.
             trial = copy.copy(known_state(self.trial))
             trial.system_attrs = system_attrs
             if state == TrialState.PRUNED and trial.last_step is not None:
@@ -138,29 +203,30 @@ class Claim:
             return trial
 
     def put_back(self) -> None:
-        """Let another process, or a later one, go on with the trial; does nothing if it is finished or taken over."""
+        """Let the next process that asks continue the trial. Does nothing if it is finished or was taken over."""
         with self._claims.lock():
             try:
                 self._refuse_if_taken()
             except TrialTakenError:
                 return
-            _requeue(self._claims.storage, trial_id(self.trial))
+            self._claims.put_back(trial_id(self.trial))
 
     def _refuse_if_taken(self) -> dict[str, Any]:
+        """Check that this process still owns the trial; returns the trial's system attributes."""
         state, system_attrs = TrialState.FAIL, dict[str, Any]()
-        with suppress(UpdateFinishedTrialError):  # what was kept of it came too late
+        with suppress(UpdateFinishedTrialError):  # another process finished the trial; what we kept of it is dropped
             state, system_attrs = self._claims.storage.read_state(trial_id(self.trial))
         if state != TrialState.RUNNING or system_attrs.get(OWNER) != asdict(self._owner):
             self.is_taken = True
             raise TrialTakenError(
-                f"trial {self.trial.number} must be run by one process, another one has taken it over: this one was"
-                f" not heard of for {self._claims.lease_s:.0f} s"
+                f"trial {self.trial.number} must be run by one process, another one has taken it over: this one gave no"
+                f" sign of life for {self._claims.lease_s:.0f} s"
             )
         return system_attrs
 
     def _beat(self) -> None:
         count = 0
-        while not self._ended.wait(self._claims.lease_s / 4):
+        while not self._ended.wait(self._claims.lease_s / _BEATS_PER_LEASE):
             count += 1
             try:
                 self._refuse_if_taken()
@@ -170,157 +236,4 @@ class Claim:
             except Exception as exc:
                 if not is_storage_error(exc):
                     raise
-                return  # whoever runs the trial will see it too
-
-
-class Claims:
-    """Hands out the trials of a study to this process and to others, on this machine and elsewhere.
-
-    Args:
-        study: The study.
-        storage: Its storage.
-        lock: Held by one process of the study at a time.
-        lease_s: How long a trial of another machine may stay unchanged.
-    """
-
-    def __init__(self, study: optuna.Study, storage: BatchedStorage, lock: Lock, lease_s: float = LEASE_S) -> None:
-        self.study = study
-        self.storage = storage
-        self._lock = lock
-        self.lease_s = lease_s
-        self._seen: dict[int, tuple[str, float]] = {}  # trial -> what was seen of it, and when first
-        self._n_outages = 0
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the study's lock; waits for it, and for a storage that is away."""
-        with ExitStack() as stack:
-            self.storage.patiently(lambda: stack.enter_context(self._lock()))
-            yield
-
-    def next(self, n_trials: int) -> Claim | None:
-        """A trial to run: one that was lost, one that waits, or a new one.
-
-        Args:
-            n_trials: Trials of the study in all.
-
-        Returns:
-            None if as many trials are finished or being run.
-        """
-        with self.lock():
-            trials = self.study.get_trials(deepcopy=False)
-            lost = self._requeue_lost(trials)
-            if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
-                return None
-            owner = Owner.me()
-            started = self._start(trials, lost, {OWNER: asdict(owner)})
-            trial = optuna.Trial(self.study, started)
-            # The sampler and the pruner would read the whole study once more.
-            others = [other for other in trials if trial_id(other) != started and other.number not in lost]
-            own = known_state(trial)
-            set_known_trials(self.study, sorted([*others, own], key=lambda one: one.number))
-            return Claim(self, trial, owner)
-
-    def _start(self, trials: Sequence[FrozenTrial], lost: Sequence[int], system_attrs: dict[str, Any]) -> int:
-        """As ``study.ask`` does, without another look at all trials: the first that waits, or a new one."""
-        for trial in trials:
-            if trial.state != TrialState.WAITING and trial.number not in lost:
-                continue
-            with suppress(UpdateFinishedTrialError):
-                if self.storage.set_trial_state_values(trial_id(trial), TrialState.RUNNING):
-                    self.storage.write_trial(trial_id(trial), [("system_attr", *item) for item in system_attrs.items()])
-                    return trial_id(trial)
-        new = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=system_attrs)
-        return self.storage.create_new_trial(study_id(self.study), new)
-
-    def requeue_lost(self, *, alone: bool = False) -> list[int]:
-        """Put back the running trials whose process is gone; to be called with the lock held.
-
-        Args:
-            alone: Whether nobody else runs the study: then every running trial is lost.
-
-        Returns:
-            Their numbers.
-        """
-        return self._requeue_lost(self.study.get_trials(deepcopy=False), alone=alone)
-
-    def _requeue_lost(self, trials: Sequence[FrozenTrial], *, alone: bool = False) -> list[int]:
-        if self.storage.n_outages != self._n_outages:  # nobody could be heard of for a while
-            self._n_outages = self.storage.n_outages
-            self._seen.clear()
-        lost = []
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and (alone or self._is_lost(trial)):
-                _requeue(self.storage, trial_id(trial))
-                lost.append(trial.number)
-        return lost
-
-    def _is_lost(self, trial: FrozenTrial) -> bool:
-        owner = trial.system_attrs.get(OWNER)
-        if owner is None:
-            return True  # its process ended between asking and claiming, both of which the lock covers
-        if Owner(**owner).is_here:
-            return Owner(**owner).is_gone
-        signs = json.dumps([owner, trial.system_attrs.get(BEAT), len(trial.intermediate_values)])
-        before, since = self._seen.get(trial_id(trial), ("", 0.0))
-        if signs != before:
-            self._seen[trial_id(trial)] = (signs, time.monotonic())
-            return False
-        return time.monotonic() - since > self.lease_s
-
-
-def _requeue(storage: BatchedStorage, trial_id: int) -> None:
-    storage.set_trial_state_values(trial_id, TrialState.WAITING)
-
-
-@cache
-def _machine() -> str:
-    """This start of this machine, and this container on it: process numbers mean something in there alone."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process of this machine started; None if there is none, 0 where the kernel does not say."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None if Path("/proc/self").exists() or not _answers(pid) else 0
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
-
-
-def _answers(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as exc:
-        return isinstance(exc, PermissionError)
-    return True
-
-
-@contextmanager
-def running(url: str, study_name: str, requeue: Callable[[bool], None]) -> Iterator[None]:
-    """Note, for as long as the context lasts, that this process runs a study of a file.
-
-    Args:
-        url: As in :func:`open_storage`.
-        study_name: The study.
-        requeue: Called once, with whether no other process runs the study; until it returns, none can begin to. Of a
-            database server nobody knows.
-    """
-    file = local_file(url)
-    if file is None:
-        requeue(False)
-        yield
-        return
-    path = file.with_name(f"{file.name}.{study_name}.runners")
-    try:
-        with file_lock(path, wait=False):
-            requeue(True)
-    except BlockingIOError:
-        requeue(False)
-    with file_lock(path, shared=True):
-        yield
+                return  # the thread that runs the trial will meet the same error

@@ -1,4 +1,7 @@
-"""What the scores of a study mean, recorded and compared."""
+"""The fingerprint of a study: what its scores mean, recorded once and compared at every start.
+
+Knows names and JSON values; what belongs into a fingerprint is for others to say.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from optuna_merge.storage.open import local_file, open_storage, storage_error
 
 
 def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
-    """The fingerprint that a study was started with; empty if it was not.
+    """The fingerprint that a study was started with; empty if it has not been started.
 
     Raises:
         StudyError: If the storage cannot be opened.
@@ -34,14 +37,14 @@ def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
 
 
 def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
-    """Record what the study's scores mean, or compare with what was recorded.
+    """Record the fingerprint of a new study; compare it with the recorded one if the study is not new.
 
     Args:
         study: The study, new or not.
-        fingerprint: Readable name to a JSON value.
+        fingerprint: Readable name to JSON value.
 
     Raises:
-        StudyMismatchError: If the study was made otherwise; one line for each difference.
+        StudyMismatchError: If the study was made from something else; one line for each difference.
     """
     if FINGERPRINT not in study.user_attrs:
         if study.get_trials(deepcopy=False):
@@ -54,7 +57,7 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
 
 
 def refuse_differences(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
-    """Compare a fingerprint, or a part of one, with that of a study, if it has one.
+    """Compare a fingerprint, or a part of one, with that of a study. A study without one passes.
 
     Raises:
         StudyMismatchError: With one line for each difference.
@@ -64,7 +67,7 @@ def refuse_differences(study: optuna.Study, fingerprint: Mapping[str, Any]) -> N
         return
     now = json.loads(json.dumps(fingerprint))
     changed = [key for key in now if then.get(key) != now[key]]
-    if len(changed) > 1:  # a digest changes with what it is made of, which has been named
+    if len(changed) > 1:  # the digest changes with its inputs, and they are named already
         changed = [key for key in changed if key != REQUESTS]
     lines = [
         f"study {name!r} was created with {key}={_shown(then.get(key))}, now it is {_shown(now[key])};"

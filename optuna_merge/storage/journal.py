@@ -1,7 +1,8 @@
-"""Optuna's journal file, made to outlive writers that are killed at any moment.
+"""Optuna's journal file, made safe against writers that are killed.
 
-A writer that is killed leaves its lock, for which all others would wait half a minute, or half a line, to which the
-next one would be glued. Here the lock's holder is known to be dead as soon as it is, and half a line is cut off.
+A killed writer leaves two things behind. Its lock, for which Optuna's other writers wait 30 s: here the lock is known
+to be stale as soon as its holder is dead. And half a line, to which the next writer would append: here it is cut off.
+This file knows the file and its lock, not what the lines mean.
 """
 
 from __future__ import annotations
@@ -9,36 +10,42 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal import JournalFileBackend
+
+from optuna_merge.internals.optuna import SymlinkLock
 
 
 class WholeLinesBackend(JournalFileBackend):
-    """A journal file, which always ends with a whole line before one is added.
+    """A journal file that ends with a whole line before a line is appended.
 
     Args:
         file: The journal; made if it is missing.
 
+    Attributes:
+        lock: The lock that writers hold.
+
     Raises:
-        ValueError: If it ends with something that is no journal's line.
+        ValueError: If the file ends with something that is not a line of a journal.
         OSError: If it cannot be written.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        super().__init__(str(file), _MortalLock(file))
+        self.lock = MortalLock(file)
+        super().__init__(str(file), self.lock)
         if _torn_line(file):
-            with get_lock_file(self._lock):  # its writer may be at it
+            with self.lock.held():  # another process may be writing the line
                 self._cut()
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Write some lines, together, and see them on disk."""
+        """Append some lines in one write, and sync them to disk."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with get_lock_file(self._lock):
+        with self.lock.held():
             self._cut()
             with self._file.open("ab") as file:
                 file.write(lines.encode())
@@ -53,24 +60,38 @@ class WholeLinesBackend(JournalFileBackend):
             os.truncate(self._file, self._file.stat().st_size - len(torn))
 
 
-class _MortalLock(JournalFileSymlinkLock):
-    """Optuna's own lock, a symbolic link, which others respect; ours are known to be stale as soon as they are.
+class MortalLock(SymlinkLock):
+    """Optuna's own lock, a symbolic link, that is known to be stale as soon as its holder is dead.
 
-    Who makes our link holds a kernel lock on the file that it points to. That ends with its process.
+    Optuna's processes respect the link. Ours point it to a ``.writer`` file and hold a kernel lock on that file. The
+    kernel lock ends with its process, so whoever gets it may remove a link to that file.
+
+    Args:
+        file: The journal.
     """
 
     def __init__(self, file: Path) -> None:
-        super().__init__(str(file))
-        self._lock_target_file = f"{file}.writer"  # exists: waiting processes of others look at its age
+        self._writer = Path(f"{file}.writer")
+        super().__init__(file, self._writer)
         self._held: list[int] = []
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
     def acquire(self) -> bool:
-        handle = os.open(self._lock_target_file, os.O_CREAT | os.O_RDWR, 0o666)
+        """Take the lock; waits for it."""
+        handle = os.open(self._writer, os.O_CREAT | os.O_RDWR, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             with suppress(OSError):
-                if str(Path(self._lock_file).readlink()) == self._lock_target_file:
-                    Path(self._lock_file).unlink()
+                if self.link.readlink() == self._writer:
+                    self.link.unlink()
             super().acquire()
         except BaseException:
             os.close(handle)
@@ -79,14 +100,16 @@ class _MortalLock(JournalFileSymlinkLock):
         return True
 
     def release(self) -> None:
+        """Give the lock back."""
         try:
             super().release()
         finally:
-            if self._held:  # not while Optuna's acquire takes the link of a process that hangs
+            if self._held:  # empty when Optuna's acquire breaks the lock of a process that hangs
                 os.close(self._held.pop())
 
 
 def _torn_line(file: Path) -> bytes:
+    """What follows the last newline of a file."""
     with file.open("rb") as handle:
         size = handle.seek(0, os.SEEK_END)
         if size == 0:

@@ -1,10 +1,11 @@
-"""A lock in a study's storage: one of all processes that run the study holds it, and it ends with its holder.
+"""A lock that all processes of a study share, kept where its storage is. It is released when its holder dies.
 
     SQLite, journal file    a kernel lock on a file beside it
-    PostgreSQL, MySQL       the server's own lock of a session
+    PostgreSQL, MySQL       the server's session lock
     grpc://                 a call to optuna-merge serve-storage that lasts as long as the lock
 
-Knows nothing of trials. A lock can be lost with the server that keeps it, so who tells a trial still looks whose it is.
+This file knows nothing of trials. A lock is lost when the server that keeps it goes away, so a process that finishes a
+trial must still check whether the trial is its own.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from optuna_merge.storage import proxy
 from optuna_merge.storage.outages import reason
 
 Lock = Callable[[], AbstractContextManager[None]]
-"""Makes a context in which this process holds the lock; waits until it does."""
+"""Makes a context in which this process holds the lock; entering it waits for the lock."""
 
 _MYSQL_WAIT_S = 3600
+"""MySQL wants a limit; a study's lock is held for seconds."""
 
 
 def make_lock(storage: BaseStorage, name: str, file: Path | None) -> Lock:
-    """The lock of that name in a storage.
+    """Make the lock of that name in a storage.
 
     Args:
-        storage: Where it is.
-        name: What is locked; who gives the same name waits for each other.
-        file: The file behind the storage, if it is one.
+        storage: The storage.
+        name: What is locked; two processes that lock the same name wait for each other.
+        file: The file behind the storage, if there is one.
 
     Raises:
-        StudyError: If the storage can keep no lock.
+        StudyError: If the storage has no locks.
     """
     backend = backend_of(storage)
     if file is not None:
@@ -49,22 +51,22 @@ def make_lock(storage: BaseStorage, name: str, file: Path | None) -> Lock:
         return lambda: server_lock(backend.engine, name)
     kind = backend.engine.name if isinstance(backend, RDBStorage) else type(backend).__name__
     raise StudyError(
-        f"storage must be an SQLite or journal file, PostgreSQL, MySQL or grpc://, got {kind}: workers lock each other"
-        " out there; use one of them"
+        f"storage must be an SQLite or journal file, PostgreSQL, MySQL or grpc://, got {kind}: workers need a lock"
+        " that it lacks; use one of them"
     )
 
 
 @contextmanager
 def file_lock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a kernel lock on a file, which is made if it is missing.
+    """Hold a kernel lock on a file.
 
     Args:
-        path: The file; it stays.
-        shared: Together with others who share it.
-        wait: Whether to wait for it.
+        path: The file; made if it is missing, and never removed.
+        shared: Whether other processes may hold it too, if theirs is shared as well.
+        wait: Whether to wait for the lock.
 
     Raises:
-        BlockingIOError: If somebody else holds it and ``wait`` is false.
+        BlockingIOError: If another process holds it and ``wait`` is false.
         StudyError: If the file cannot be written.
     """
     try:
@@ -78,13 +80,13 @@ def file_lock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterato
 
 
 def has_locks(engine: sqlalchemy.Engine) -> bool:
-    """Whether :func:`server_lock` knows the locks of a database server."""
+    """Whether :func:`server_lock` can lock on this kind of database server."""
     return engine.name in _SERVERS
 
 
 @contextmanager
 def server_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
-    """Hold a lock of a database server, in a connection of its own."""
+    """Hold a session lock of a database server, through a connection of its own."""
     take, give = _SERVERS[engine.name]
     key = hashlib.sha256(f"optuna-merge {name}".encode()).digest()
     given = {"key": int.from_bytes(key[:8], "big", signed=True), "name": f"optuna-merge {key.hex()[:40]}"}
@@ -96,7 +98,7 @@ def server_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
             try:
                 connection.execute(sqlalchemy.text(give), given)
             except sqlalchemy.exc.SQLAlchemyError:
-                connection.invalidate()  # the server has gone, and the lock with it
+                connection.invalidate()  # the server is gone, and the lock with it
 
 
 _SERVERS = {

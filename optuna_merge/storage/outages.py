@@ -1,4 +1,7 @@
-"""Which errors mean that a storage is away."""
+"""What an error of a storage means: that it is away for now, or that it is broken.
+
+Knows the errors of databases, files and gRPC, without importing grpc.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sqlalchemy
 
 
 def is_outage(exc: BaseException) -> bool:
-    """Whether an error says that the storage is away or busy for now, not that it cannot do what it was asked."""
+    """Whether an error says that the storage is away or busy for now, so that the same call may succeed later."""
     seen: BaseException | None = exc
     while seen is not None:
         if isinstance(seen, sqlalchemy.exc.DBAPIError):
@@ -17,20 +20,20 @@ def is_outage(exc: BaseException) -> bool:
                 seen, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError
             )
         code = getattr(seen, "code", None)
-        if callable(code) and getattr(code(), "name", None) in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):  # grpc's
+        if callable(code) and getattr(code(), "name", None) in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):  # of grpc
             return True
         seen = seen.__cause__
     return False
 
 
 def is_storage_error(exc: BaseException) -> bool:
-    """Whether an error comes from a storage: its database, its file or its server."""
+    """Whether an error was raised by a storage: by its database, its file or its server."""
     kinds = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
     return isinstance(exc, kinds) or any(kind.__module__.split(".")[0] == "grpc" for kind in type(exc).__mro__)
 
 
 def reason(exc: BaseException) -> str:
-    """The words of a storage's or the system's error, on one line."""
+    """What a storage or the system says about an error, on one line, without the library's own preamble."""
     cause = exc.__cause__ or exc
     cause = getattr(cause, "orig", None) or cause
     details = getattr(cause, "details", None)

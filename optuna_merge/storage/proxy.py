@@ -1,7 +1,8 @@
-"""Optuna's gRPC storage proxy, and what it lacks for workers on many hosts: a lock, and writes in batches.
+"""Optuna's gRPC storage proxy with two more calls: a lock, and writes in batches.
 
-The server hands an Optuna storage to other hosts; the client is Optuna's own, with two calls more. There is no
-authentication: whoever reaches the port can change every study.
+The server gives workers on other hosts access to an Optuna storage; the client is Optuna's own with the two calls
+added. There is no authentication: whoever reaches the port can change every study. This file knows the network, and
+nothing of studies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, GrpcStorageProxy
 
 from optuna_merge.errors import StudyError
+from optuna_merge.internals.optuna import add_storage_service, address_of, channel_of
 from optuna_merge.storage.writes import Write, write_trial
 
 if TYPE_CHECKING:
@@ -29,19 +31,25 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 13000
 
-_INSTALL = "pip install 'optuna-merge[grpc]'"
+_INSTALL = "which is not installed; pip install 'optuna-merge[grpc]'"
 _SERVICE = "optuna_merge.Storage"
-_MAX_CALLS = 1024  # a call that waits for the lock keeps a thread
+_MAX_CALLS = 1024
+"""A call that waits for a lock occupies a thread of the server."""
 _ANSWER_S = 20.0
-_ALIVE = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000))
-"""A host that loses its power says nothing: ask it now and then, so that its locks are freed."""
+"""How long to wait for a server's first answer."""
+_KEEPALIVE = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000))
+"""A host that loses its power does not close its connections; the server pings it, so that its locks are freed."""
 
 
 class ProxyStorage(GrpcStorageProxy):
-    """Optuna's client, with batches of writes."""
+    """Optuna's client, with writes in batches."""
 
     def write_trial(self, trial_id: int, writes: Sequence[Write]) -> None:
-        """Write parameters, attributes and intermediate values of a trial in one call.
+        """Write parameters, attributes and intermediate values of a trial in one call to the server.
+
+        Args:
+            trial_id: A trial that is not finished.
+            writes: See :data:`optuna_merge.storage.writes.Write`.
 
         Raises:
             KeyError: If there is no such trial.
@@ -50,7 +58,7 @@ class ProxyStorage(GrpcStorageProxy):
         import grpc
 
         try:
-            self._channel.unary_unary(f"/{_SERVICE}/Write")(json.dumps([trial_id, *writes]).encode())
+            channel_of(self).unary_unary(f"/{_SERVICE}/Write")(json.dumps([trial_id, *writes]).encode())
         except grpc.RpcError as exc:
             if exc.code() == grpc.StatusCode.NOT_FOUND:
                 raise KeyError(exc.details()) from exc
@@ -60,13 +68,13 @@ class ProxyStorage(GrpcStorageProxy):
 
 
 def connect(url: str) -> ProxyStorage:
-    """The client of a proxy that runs.
+    """Connect to a proxy that runs.
 
     Args:
         url: ``grpc://HOST:PORT``.
 
     Raises:
-        StudyError: If the URL is malformed, or nobody answers.
+        StudyError: If the URL is malformed, no server answers, or grpcio is not installed.
     """
     try:
         parts = urlsplit(url)
@@ -81,9 +89,7 @@ def connect(url: str) -> ProxyStorage:
             storage = ProxyStorage(host=host, port=port)
             storage.wait_server_ready(timeout=_ANSWER_S)
     except ImportError as exc:
-        raise StudyError(
-            f"storage {url} needs grpcio, which is not installed; pip install 'optuna-merge[grpc]'"
-        ) from exc
+        raise StudyError(f"storage {url} needs grpcio, {_INSTALL}") from exc
     except ConnectionError as exc:
         raise StudyError(
             f"storage {url} must answer, it has not for {_ANSWER_S:.0f} s; start it with optuna-merge serve-storage"
@@ -93,21 +99,25 @@ def connect(url: str) -> ProxyStorage:
 
 @contextmanager
 def hold(storage: GrpcStorageProxy, name: str) -> Iterator[None]:
-    """Hold a lock of the proxy's.
+    """Hold a lock that the proxy's server keeps: one call to it lasts as long as the lock.
+
+    Args:
+        storage: A client of the proxy.
+        name: What is locked.
 
     Raises:
-        StudyError: If the server is another one than ``optuna-merge serve-storage``.
+        StudyError: If the server is not ``optuna-merge serve-storage``.
     """
     import grpc
 
-    call = storage._channel.unary_stream(f"/{_SERVICE}/Hold")(name.encode())
+    call = channel_of(storage).unary_stream(f"/{_SERVICE}/Hold")(name.encode())
     try:
         next(call)
     except grpc.RpcError as exc:
         if exc.code() == grpc.StatusCode.UNIMPLEMENTED:
             raise StudyError(
-                f"storage grpc://{storage._host}:{storage._port} must be served by optuna-merge serve-storage, got a"
-                " proxy without locks; start that one instead"
+                f"storage grpc://{address_of(storage)} must be served by optuna-merge serve-storage, got a proxy"
+                " without locks; start that one instead"
             ) from exc
         raise
     except BaseException:
@@ -120,31 +130,27 @@ def hold(storage: GrpcStorageProxy, name: str) -> Iterator[None]:
 
 
 def make_server(storage: BaseStorage, host: str, port: int) -> tuple[grpc.Server, int]:
-    """A server that hands a storage to other hosts; not started yet.
+    """Make a server that gives other hosts access to a storage.
 
     Args:
-        storage: Of a database.
-        host: Address to listen on; ``localhost`` is reached from this host alone.
-        port: Port, 0 for a free one.
+        storage: A database's; Optuna's proxy serves no other.
+        host: Address to listen on; ``localhost`` can be reached from this host only.
+        port: Port; 0: any free one.
 
     Returns:
-        The server and its port.
+        The server, not started yet, and its port.
 
     Raises:
         StudyError: If grpcio is not installed, or the port is taken.
     """
     try:
         import grpc
-        from optuna.storages._grpc.auto_generated import api_pb2_grpc
-        from optuna.storages._grpc.servicer import OptunaStorageProxyService
+
+        options = [*_KEEPALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
+        server = grpc.server(ThreadPoolExecutor(max_workers=_MAX_CALLS), options=options)
+        add_storage_service(server, storage)
     except ImportError as exc:
-        raise StudyError(
-            "serve-storage needs grpcio, which is not installed; pip install 'optuna-merge[grpc]'"
-        ) from exc
-    options = [*_ALIVE, ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
-    server = grpc.server(ThreadPoolExecutor(max_workers=_MAX_CALLS), options=options)
-    add: Any = api_pb2_grpc.add_StorageServiceServicer_to_server
-    add(OptunaStorageProxyService(storage), server)
+        raise StudyError(f"serve-storage needs grpcio, {_INSTALL}") from exc
     service = _Service(storage)
     methods = {
         "Hold": grpc.unary_stream_rpc_method_handler(service.hold),
@@ -158,11 +164,14 @@ def make_server(storage: BaseStorage, host: str, port: int) -> tuple[grpc.Server
 
 
 class _Service:
+    """The two calls that Optuna's proxy lacks."""
+
     def __init__(self, storage: BaseStorage) -> None:
         self._storage = storage
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def hold(self, request: bytes, context: Any) -> Iterator[bytes]:
+        """Answer once the lock is held, and keep it until the client ends the call."""
         lock = self._locks[request.decode()]
         while not lock.acquire(timeout=1.0):
             if not context.is_active():
@@ -178,6 +187,7 @@ class _Service:
             lock.release()
 
     def write(self, request: bytes, context: Any) -> bytes:
+        """Write a batch; see :meth:`ProxyStorage.write_trial`."""
         import grpc
 
         trial_id, *writes = json.loads(request)

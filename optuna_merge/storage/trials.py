@@ -1,4 +1,7 @@
-"""Questions about a study's trials."""
+"""Which trials count, what their score is, and which is the best.
+
+Knows Optuna's trials and our attributes; knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -13,34 +16,35 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def generation(trial: FrozenTrial) -> int | None:
-    """The generation in which CMA-ES drew a trial, from 0 on; None if it did not."""
+    """The generation in which CMA-ES drew a trial, counted from 0; None if another way of drawing did."""
     found: int | None = next((value for key, value in trial.system_attrs.items() if key.endswith(":generation")), None)
     return found
 
 
 def score_of(trial: FrozenTrial) -> float | None:
-    """A trial's score: its value, or the sum of its values where there are several objectives; None without any."""
+    """A trial's score: its value, or with several objectives the sum of its values; None if it has no value."""
     return None if trial.values is None else math.fsum(trial.values)
 
 
 def n_finished(study: optuna.Study) -> int:
-    """Trials that count towards ``n_trials``: complete, pruned or failed."""
+    """How many trials count towards ``n_trials``: those that are complete, pruned or failed."""
     return len(study.get_trials(deepcopy=False, states=FINISHED))
 
 
 def best_merge(study: optuna.Study) -> FrozenTrial | None:
-    """The best trial that is a merge and was scored on every document; a source as it stands is none."""
+    """The best merge that was scored on every document; None if there is none. A source by itself is not a merge."""
     return next(iter(best_merges(study, 1)), None)
 
 
 def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
-    """The best merge, which may be a uniform one, and the next best trials that the search drew.
+    """The best merge, which may be a uniform one, followed by the next best trials that the search drew.
 
-    With several objectives the best has their largest sum, and the next are those on the front before all others.
+    With several objectives the best merge is the one with the largest sum. Of the next, those on the Pareto front come
+    before all others.
 
     Args:
         study: The study.
-        n: How many at most.
+        n: How many merges to return at most.
     """
     merges = [
         trial
@@ -54,11 +58,11 @@ def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
     return merges[:1] + drawn[: n - 1]
 
 
+def front_of(study: optuna.Study) -> list[FrozenTrial]:
+    """The Pareto front: complete trials that no other trial beats in every objective; empty with one objective."""
+    return study.best_trials if len(study.directions) > 1 else []
+
+
 def _score_or_worst(trial: FrozenTrial) -> float:
     score = score_of(trial)
     return -math.inf if score is None else score
-
-
-def front_of(study: optuna.Study) -> list[FrozenTrial]:
-    """The complete trials that no other beats in every objective; empty if there is one objective only."""
-    return study.best_trials if len(study.directions) > 1 else []

@@ -17,10 +17,13 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from optuna_merge.errors import TrialTakenError
-from optuna_merge.storage import claims as owners
-from optuna_merge.storage.claims import BEAT, OWNER, Claims, Owner
+from optuna_merge.internals.optuna import trial_id
+from optuna_merge.storage import claims as claims_module
+from optuna_merge.storage import owner as owners
+from optuna_merge.storage.claims import BEAT, OWNER, Claims
 from optuna_merge.storage.lock import make_lock
 from optuna_merge.storage.open import create_study, local_file
+from optuna_merge.storage.owner import Owner
 from tests.processes import forked
 
 KINDS = ["sqlite:///", "journal://"]
@@ -42,10 +45,10 @@ def states(claims: Claims) -> str:
     return " ".join(trial.state.name[0] for trial in claims.study.trials)
 
 
-def elsewhere(claims: Claims, trial_id: int) -> None:
+def elsewhere(claims: Claims, taken: int) -> None:
     """Let a trial be that of a process on another machine, whatever its clock says."""
     stranger = replace(Owner.me(), host="another-host")
-    claims.storage.write_trial(trial_id, [("system_attr", OWNER, asdict(stranger))])
+    claims.storage.write_trial(taken, [("system_attr", OWNER, asdict(stranger))])
 
 
 def test_the_lock_waits_for_a_storage_that_is_away(url: str) -> None:
@@ -72,7 +75,7 @@ def test_an_owner_is_gone_when_its_process_is() -> None:
     me = Owner.me()
     assert (me.host, me.pid) == (socket.gethostname(), os.getpid())
     assert me.is_gone  # no claim of ours
-    owners._claims_here.add(me.claim)
+    owners.OPEN_CLAIMS.add(me.claim)
     assert not me.is_gone
     assert replace(me, started=me.started - 1).is_gone  # an earlier process had our number
     assert not replace(me, host="another-host", pid=1).is_gone  # who knows
@@ -149,17 +152,17 @@ def test_a_process_of_another_machine_is_dead_when_its_trial_stands_still(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(owners.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
     claims = claims_of(url)
     trial = claims.study.ask()
-    elsewhere(claims, trial._trial_id)
+    elsewhere(claims, trial_id(trial))
     assert claims.next(1) is None  # seen for the first time, however long it has been so
     now[0] += 59
     assert claims.next(1) is None
     trial.report(0.5, step=0)  # it reports
     now[0] += 59
     assert claims.next(1) is None
-    claims.storage.write_trial(trial._trial_id, [("system_attr", BEAT, 7)])  # it lives, and has not reported for long
+    claims.storage.write_trial(trial_id(trial), [("system_attr", BEAT, 7)])  # it lives, and has not reported for long
     now[0] += 59
     assert claims.next(1) is None
     now[0] += 59
@@ -170,9 +173,9 @@ def test_a_process_of_another_machine_is_dead_when_its_trial_stands_still(
 
 def test_nobody_is_dead_because_the_storage_was_away(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(owners.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
     claims = claims_of(url)
-    elsewhere(claims, claims.study.ask()._trial_id)
+    elsewhere(claims, trial_id(claims.study.ask()))
     assert claims.next(1) is None
     now[0] += 600
     claims.storage.n_outages += 1
@@ -184,7 +187,7 @@ def test_nobody_is_dead_because_the_storage_was_away(url: str, monkeypatch: pyte
 def test_who_lost_a_trial_cannot_tell_it(url: str) -> None:
     claims = claims_of(url)
     slow = claims.next(1)
-    elsewhere(claims, slow.trial._trial_id)  # it was not heard of, and another machine has taken it over
+    elsewhere(claims, trial_id(slow.trial))  # it was not heard of, and another machine has taken it over
     with pytest.raises(TrialTakenError, match=r"trial 0 must be run by one process, another one has taken it over"):
         slow.tell(1.0, TrialState.COMPLETE)
     slow.put_back()
@@ -204,7 +207,7 @@ def test_a_process_says_that_it_lives_and_notices_that_its_trial_is_taken(url: s
             time.sleep(0.02)
         assert claims.study.trials[0].system_attrs[BEAT] >= 3
         assert not claim.is_taken
-        elsewhere(claims, claim.trial._trial_id)
+        elsewhere(claims, trial_id(claim.trial))
         while not claim.is_taken and time.monotonic() < deadline:
             time.sleep(0.02)
         assert claim.is_taken

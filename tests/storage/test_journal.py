@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import get_lock_file
 
 from optuna_merge.storage.journal import WholeLinesBackend
 from tests.processes import forked
@@ -50,7 +49,7 @@ def test_what_is_no_journal_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_a_killed_writer_s_lock_keeps_nobody_waiting(tmp_path: Path) -> None:
     def die() -> None:
-        with get_lock_file(WholeLinesBackend(tmp_path / "journal")._lock):
+        with WholeLinesBackend(tmp_path / "journal").lock.held():
             os.kill(os.getpid(), signal.SIGKILL)
 
     with forked(die) as [process]:

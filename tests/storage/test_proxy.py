@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from optuna_merge.errors import StudyError
+from optuna_merge.internals.optuna import add_storage_service, trial_id, with_cache
 from optuna_merge.storage import proxy
 from optuna_merge.storage.claims import Claims
 from optuna_merge.storage.lock import make_lock
@@ -21,7 +24,7 @@ pytest.importorskip("grpc")
 @pytest.fixture
 def served(tmp_path: Path):
     storage = open_storage(f"sqlite:///{tmp_path}/study.db")
-    server, port = proxy.make_server(optuna.storages.get_storage(storage), "127.0.0.1", 0)
+    server, port = proxy.make_server(with_cache(storage), "127.0.0.1", 0)
     server.start()
     yield f"grpc://127.0.0.1:{port}"
     server.stop(grace=None).wait()
@@ -49,7 +52,7 @@ def test_a_finished_trial_is_not_written_to(served: str) -> None:
     trial = study.ask()
     study.tell(trial, 1.0)
     with pytest.raises(UpdateFinishedTrialError):
-        storage.write_trial(trial._trial_id, [("user_attr", "a", 1)])
+        storage.write_trial(trial_id(trial), [("user_attr", "a", 1)])
     with pytest.raises(KeyError):
         storage.write_trial(99, [("user_attr", "a", 1)])
 
@@ -77,9 +80,10 @@ def test_the_lock_is_one_s_at_a_time_and_ends_with_its_connection(served: str) -
 
 
 def test_a_proxy_without_locks_is_refused(tmp_path: Path) -> None:
-    from optuna.storages._grpc.server import make_server
+    import grpc
 
-    server = make_server(optuna.storages.get_storage(f"sqlite:///{tmp_path}/study.db"), "127.0.0.1", 0)
+    server = grpc.server(ThreadPoolExecutor())
+    add_storage_service(server, RDBStorage(f"sqlite:///{tmp_path}/study.db"))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
