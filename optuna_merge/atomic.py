@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed into it."""
+"""Writes a file whole or not at all: under another name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that readers see complete or not at all; several processes may write it at once.
+    """Write a file that readers see either complete or not at all. Several processes may write it at once.
 
     Args:
-        path: The file; its folder is made if it is missing.
+        path: The file. Its folder is created if it is missing; a file that exists is replaced.
         content: Text is encoded as UTF-8.
 
     Raises:
-        OSError: If it cannot be written; a file that is there is left as it was.
+        OSError: If the file cannot be written; an existing file is left as it was.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,18 @@
-"""From a dataset to a reproducible sample on disk, which an eval task then reads.
+"""Draws a reproducible sample of a dataset and keeps it on disk, where an eval task reads it.
 
 An eval task declares its sample in its YAML, under ``metadata.sample``: dataset, split, fields, size, seed and
-method of drawing. `prepare_data` draws it from the hub or from a local copy and writes it as JSON lines with a
-``.source.json`` beside it that says where the documents come from; `read_sample` reads it back and refuses a
-file that no longer is what was written. This file knows nothing of studies, prompts or models.
+drawing method. `prepare_data` draws it from the hub or from a local copy and writes it as JSON lines, with a
+``.source.json`` beside it that says where the documents come from. `read_sample` reads it back and refuses a file that
+was changed since. This file knows nothing of studies, prompts or models.
 
-Accepted layouts of a local copy of ``org/name``, in the order in which they are looked for::
+A local copy of ``org/name`` is looked for in these folders, in this order::
 
     DIR/org__name/   DIR/org/name/   DIR/name/
 
-each either written by ``datasets.save_to_disk`` (a `Dataset`, taken to be the split, or a `DatasetDict`) or
-holding parquet, json, jsonl or csv files named as on the hub (``train-00000-of-00001.parquet``,
-``data/train.jsonl``; files whose names tell no split are the train split), for example a clone of the hub's
-repository. A list of texts in a csv file is written as JSON or as Python prints it.
+The folder may be written by ``datasets.save_to_disk`` (a `Dataset`, which is taken for the split, or a `DatasetDict`).
+Or it may hold parquet, json, jsonl or csv files named as on the hub (``train-00000-of-00001.parquet``,
+``data/train.jsonl``), such as a clone of the hub's repository; files whose names state no split are the train split. A
+csv file may hold a list of texts as JSON or as Python prints it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import ast
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,8 @@ import pandas as pd
 from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from optuna_merge.errors import DataError, TaskError
+from optuna_merge.atomic import write_atomically
+from optuna_merge.errors import DataError, TaskError, first_line
 
 __all__ = ["PreparedSample", "Provenance", "Sample", "prepare_data", "read_sample"]
 
@@ -44,20 +44,20 @@ Document = dict[str, Any]
 
 
 class Sample(BaseModel):
-    """What an eval task's YAML declares under ``metadata.sample``.
+    """The sample that an eval task's YAML declares under ``metadata.sample``.
 
     Attributes:
         dataset: Name on the hub, ``org/name``.
         config: The dataset's configuration (subset), where it has several.
         split: The split to draw from.
-        revision: Commit, tag or branch of the dataset; the hub's newest if not given.
-        fields: Fields that are kept, in this order, and what each holds: one text, a list of texts, an integer.
-        empty: Only rows in which these fields are empty (``""`` or null) are drawn from.
-        n: How many documents to draw.
+        revision: Commit, tag or branch of the dataset; the newest on the hub if not given.
+        fields: Fields to keep, in this order, and what each holds: a text, a list of texts or an integer.
+        empty: Draw only from rows in which these fields are empty (``""`` or null).
+        n: Number of documents to draw.
         seed: Seed of the draw.
-        method: ``datasets_shuffle``: those that ``Dataset.shuffle(seed)`` puts first. ``pandas_sample``: those that
-            ``DataFrame.sample(n, replace=False, random_state=seed)`` draws. Both in the order of the draw.
-        file: Where to write, relative to the YAML.
+        method: ``datasets_shuffle`` takes the first rows after ``Dataset.shuffle(seed)``; ``pandas_sample`` takes those
+            of ``DataFrame.sample(n, replace=False, random_state=seed)``. Both keep the order of the draw.
+        file: File to write, relative to the YAML.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -76,16 +76,16 @@ class Sample(BaseModel):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a sample comes from: the content of its ``.source.json``.
+    """Where a sample comes from: the content of its ``.source.json``, whose keys are these names.
 
-    It names no path of the machine and no date: the same documents give the same bytes.
+    It holds no path and no date, so that the same documents give the same bytes.
 
     Attributes:
-        revision: Commit of the dataset on the hub; None for a local copy, which does not tell.
+        revision: Commit of the dataset on the hub; None for a local copy, which does not state it.
         n_source: Rows in the split.
-        n_matching: Rows that the sample was drawn from, after ``empty``.
-        source_sha256: Digest of the split's rows in their order (fields of the sample only), the same for every
-            layout of a copy: two samples with equal digests were drawn from equal data.
+        n_matching: Rows that the sample was drawn from: those that ``empty`` allows.
+        source_sha256: Digest of the split's rows in their order, with the fields of the sample only. It is the same
+            for every layout of a copy, so samples with equal digests were drawn from equal data.
         sample_sha256: Digest of the JSON lines file.
     """
 
@@ -111,7 +111,7 @@ class PreparedSample:
     Attributes:
         task: Name of the eval task that declared it.
         path: The JSON lines file.
-        is_changed: False if the file already held these bytes and was left alone.
+        is_changed: False if the file already held these bytes and was not written again.
         provenance: Where the documents come from.
     """
 
@@ -121,35 +121,35 @@ class PreparedSample:
     provenance: Provenance
 
     def __str__(self) -> str:
-        source = self.provenance
-        matching = f" with empty {', '.join(source.empty)}" if source.empty else ""
+        drawn = self.provenance
+        matching = f" with empty {', '.join(drawn.empty)}" if drawn.empty else ""
         return (
-            f"{self.task}: {source.n:,} of {source.n_matching:,} documents{matching} of {source.dataset} "
-            f"({source.split}) by {source.method}, seed {source.seed} -> {self.path} "
-            f"({'written' if self.is_changed else 'unchanged'}, sha256 {source.sample_sha256[:12]})"
+            f"{self.task}: {drawn.n:,} of {drawn.n_matching:,} documents{matching} of {drawn.dataset} "
+            f"({drawn.split}) by {drawn.method}, seed {drawn.seed} -> {self.path} "
+            f"({'written' if self.is_changed else 'unchanged'}, sha256 {drawn.sample_sha256[:12]})"
         )
 
 
 def prepare_data(
-    task_names: Sequence[str], task_search_path: Sequence[Path], source_dir: Path | None = None
+    task_names: Sequence[str], task_search_path: Sequence[Path], copies_dir: Path | None = None
 ) -> list[PreparedSample]:
-    """Draw and write the samples that the named eval tasks declare.
+    """Draw and write the samples that eval tasks declare.
 
-    Nothing is written before every sample is drawn; each file is replaced as a whole or not at all.
+    Files are written once every sample is drawn; each is replaced as a whole or not at all.
 
     Args:
-        task_names: Eval tasks, groups or tags, as a study names them. One that ``task_search_path`` does not hold
-            is lm-eval's own, brings its dataset itself, and is passed over with a warning.
+        task_names: Eval tasks, groups or tags, as a study names them. A name that is not in ``task_search_path`` is
+            taken for a task of lm-eval, which brings its own dataset, and is skipped with a warning.
         task_search_path: Folders with eval task files; as in lm-eval, a later folder wins.
-        source_dir: Folder with local copies of the datasets, in the layouts of the module docstring; from the
-            hub if None.
+        copies_dir: Folder with local copies of the datasets, in the layouts of the module docstring; None to fetch
+            them from the hub.
 
     Returns:
         One entry for each sample, in the order of ``task_names``; equal inputs give equal bytes.
 
     Raises:
-        DataError: If no task declares a sample, a declaration is wrong, the dataset or a field of it is not
-            there, it has too few rows, or the sample cannot be written.
+        DataError: If no task declares a sample, a declaration is wrong, the dataset or a field of it is missing, it has
+            too few rows, or the sample cannot be written.
     """
     declared = list(_declared_samples(task_names, task_search_path))
     if not declared:
@@ -158,7 +158,7 @@ def prepare_data(
             f"{', '.join(task_names)}: one of the eval tasks must declare a sample (metadata.sample in its YAML), "
             f"none found in {folders}; check task_search_path"
         )
-    drawn = [(task, path, *_draw(sample, source_dir)) for task, path, sample in declared]
+    drawn = [(task, path, *_draw(sample, copies_dir)) for task, path, sample in declared]
     return [
         PreparedSample(task, path, is_changed=_write_sample(path, content, provenance), provenance=provenance)
         for task, path, content, provenance in drawn
@@ -170,18 +170,18 @@ def read_sample(path: Path, command: str) -> list[Document]:
 
     Args:
         path: The JSON lines file.
-        command: The command line that makes it, for the message to a reader who does not have it yet.
+        command: The command line that makes the file; messages show it.
 
     Returns:
         The documents, in the order of the draw.
 
     Raises:
-        TaskError: If the file is missing, unreadable, empty, or no longer what its ``.source.json`` says.
+        TaskError: If the file is missing, unreadable or empty, or was changed since it was written.
     """
     try:
         content = path.read_bytes()
-        source_path = _provenance_path(path)
-        expected = json.loads(source_path.read_bytes())["sample_sha256"] if source_path.exists() else None
+        provenance = _provenance_path(path)
+        expected = json.loads(provenance.read_bytes())["sample_sha256"] if provenance.exists() else None
         documents = [json.loads(line) for line in content.decode().split("\n") if line]
     except FileNotFoundError:
         raise TaskError(f"{path}: the documents must be prepared first, no such file; run: {command}") from None
@@ -194,7 +194,7 @@ def read_sample(path: Path, command: str) -> list[Document]:
     actual = _digest(content)
     if expected is not None and actual != expected:
         raise TaskError(
-            f"{path}: sha256 must be {expected[:12]} as in {source_path.name}, got {actual[:12]}: the file was "
+            f"{path}: sha256 must be {expected[:12]} as in {provenance.name}, got {actual[:12]}: the file was "
             f"changed since it was made; run: {command}"
         )
     return documents
@@ -203,7 +203,7 @@ def read_sample(path: Path, command: str) -> list[Document]:
 def _declared_samples(
     task_names: Sequence[str], task_search_path: Sequence[Path]
 ) -> Iterator[tuple[str, Path, Sample]]:
-    """Yield (eval task, file to write, sample), each file once."""
+    """Yield eval task, file to write and sample, each file once."""
     for folder in task_search_path:
         if not folder.is_dir():
             raise DataError(f"task_search_path: must be a folder with eval task files, got {folder}")
@@ -257,20 +257,20 @@ def _parse_sample(yaml_path: Path, declaration: object) -> Sample:
     return sample
 
 
-def _draw(sample: Sample, source_dir: Path | None) -> tuple[bytes, Provenance]:
-    """Return the sample as JSON lines, and where it comes from."""
-    # A local copy is converted in a folder of its own, as the shared cache would keep a second copy for good.
+def _draw(sample: Sample, copies_dir: Path | None) -> tuple[bytes, Provenance]:
+    """Draw the sample, as JSON lines, and say where it comes from."""
+    # A local copy is converted in a temporary cache: the shared cache would keep a second copy forever.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache_dir:
-        source = _load_local(sample, source_dir, cache_dir) if source_dir else _load_from_hub(sample)
+        dataset = _load_local(sample, copies_dir, cache_dir) if copies_dir else _load_from_hub(sample)
         where = f"{sample.dataset}, split {sample.split}"
-        if missing := [name for name in sample.fields if name not in source.column_names]:
+        if missing := [name for name in sample.fields if name not in dataset.column_names]:
             raise DataError(
-                f"{where}: fields must include {', '.join(missing)}, got {', '.join(source.column_names)}; "
+                f"{where}: fields must include {', '.join(missing)}, got {', '.join(dataset.column_names)}; "
                 "is this a copy of the right dataset?"
             )
-        rows = source.select_columns(list(sample.fields)).to_list()
-        revision = _revision(source) if source_dir is None else None
-        del source  # its memory maps keep the folder's files open
+        rows = dataset.select_columns(list(sample.fields)).to_list()
+        revision = _revision(dataset) if copies_dir is None else None
+        del dataset  # its memory maps keep the files of the folder open
     documents = [_document(sample, row, f"{where}, row {i}") for i, row in enumerate(rows)]
     matching = [i for i, doc in enumerate(documents) if not any(doc[name] for name in sample.empty)]
     if len(matching) < sample.n:
@@ -301,48 +301,48 @@ def _draw(sample: Sample, source_dir: Path | None) -> tuple[bytes, Provenance]:
 def _load_from_hub(sample: Sample) -> datasets.Dataset:
     try:
         return datasets.load_dataset(sample.dataset, sample.config, split=sample.split, revision=sample.revision)
-    # What a missing network, proxy, login, dataset or split raises differs between versions of four libraries.
+    # A missing network, proxy, login, dataset or split raises other errors in each version of four libraries.
     except Exception as exc:
         raise DataError(
-            f"{sample.dataset}: must be readable from the hub, got {type(exc).__name__}: {_first_line(exc)}; "
+            f"{sample.dataset}: must be readable from the hub, got {type(exc).__name__}: {first_line(exc)}; "
             "without a network, give a folder with a local copy: optuna-merge prepare-data FILE --from DIR"
         ) from exc
 
 
-def _load_local(sample: Sample, source_dir: Path, cache_dir: str) -> datasets.Dataset:
-    folder = _local_folder(sample.dataset, source_dir)
+def _load_local(sample: Sample, copies_dir: Path, cache_dir: str) -> datasets.Dataset:
+    folder = _local_folder(sample.dataset, copies_dir)
     try:
         if (folder / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(folder))[sample.split]
         if (folder / "state.json").exists():
             return datasets.load_from_disk(str(folder))
-        # pandas would read the texts "NA", "None" and "" as missing.
+        # By default pandas reads the texts "NA", "None" and "" as missing.
         options = {"keep_default_na": False} if any(folder.rglob("*.csv")) else {}
         return datasets.load_dataset(
             str(folder.resolve()), sample.config, split=sample.split, cache_dir=cache_dir, **options
         )
-    except Exception as exc:  # as for the hub
+    except Exception as exc:  # as above
         raise DataError(
             f"{folder}: must hold split {sample.split} of {sample.dataset} as parquet, json, jsonl or csv files or "
-            f"in a folder written by datasets' save_to_disk, got {type(exc).__name__}: {_first_line(exc)}"
+            f"in a folder written by datasets' save_to_disk, got {type(exc).__name__}: {first_line(exc)}"
         ) from exc
 
 
-def _local_folder(dataset: str, source_dir: Path) -> Path:
-    candidates = [source_dir / name for name in (dataset.replace("/", "__"), dataset, dataset.split("/")[1])]
+def _local_folder(dataset: str, copies_dir: Path) -> Path:
+    candidates = [copies_dir / name for name in (dataset.replace("/", "__"), dataset, dataset.split("/")[1])]
     for folder in candidates:
         if folder.is_dir():
             return folder
     looked_for = ", ".join(f"{folder}/" for folder in candidates)
     raise DataError(
-        f"{source_dir}: must hold a copy of {dataset}, found none of {looked_for}; put its parquet, json, jsonl or csv "
+        f"{copies_dir}: must hold a copy of {dataset}, found none of {looked_for}; put its parquet, json, jsonl or csv "
         "files or a folder written by datasets' save_to_disk there"
     )
 
 
-def _revision(source: datasets.Dataset) -> str | None:
-    """Return the commit in the URLs that the dataset was downloaded from (``hf://datasets/org/name@<sha>/...``)."""
-    urls = " ".join(source.info.download_checksums or {})
+def _revision(dataset: datasets.Dataset) -> str | None:
+    """The commit in the URLs that the dataset was downloaded from (``hf://datasets/org/name@<sha>/...``)."""
+    urls = " ".join(dataset.info.download_checksums or {})
     commits = set(re.findall(r"@([0-9a-f]{40})/", urls))
     return commits.pop() if len(commits) == 1 else None
 
@@ -354,7 +354,7 @@ def _document(sample: Sample, row: Mapping[str, Any], where: str) -> Document:
 
 
 def _field(value: Any, kind: str, may_be_null: bool, where: str) -> Any:
-    """Return the value as it is written, the same for every file format that it may come from."""
+    """The value as it is written to the sample, the same for every file format that it may come from."""
     if kind == "text" and value is None and may_be_null:
         return ""
     if kind == "texts" and isinstance(value, str):
@@ -370,7 +370,7 @@ def _field(value: Any, kind: str, may_be_null: bool, where: str) -> Any:
 
 
 def _parse_texts(written: str) -> object:
-    """Read a list that a csv file holds as JSON or as Python prints it; return it as it stands if it is neither."""
+    """Read a list that a csv file holds as JSON or as Python prints it; return the text itself if it is neither."""
     try:
         return json.loads(written)
     except ValueError:
@@ -379,12 +379,12 @@ def _parse_texts(written: str) -> object:
         value = ast.literal_eval(written)
     except (ValueError, SyntaxError):
         return written
-    # numpy prints ['a' 'b'], which Python would read as the one text 'ab'.
+    # numpy prints ['a' 'b'], which Python reads as one text, 'ab'.
     return value if repr(value) == written.strip() else written
 
 
 def _drawn_rows(sample: Sample, matching: list[int]) -> list[int]:
-    """Return the row numbers that the method draws; both look at nothing but the number of rows."""
+    """The row numbers that the method draws; they depend only on the number of rows."""
     if sample.method == "datasets_shuffle":
         shuffled = datasets.Dataset.from_dict({"row": matching}).shuffle(seed=sample.seed, keep_in_memory=True)
         return list(shuffled[: sample.n]["row"])
@@ -393,11 +393,10 @@ def _drawn_rows(sample: Sample, matching: list[int]) -> list[int]:
 
 def _write_sample(path: Path, content: bytes, provenance: Provenance) -> bool:
     """Write the sample and its provenance; return whether the sample's bytes changed."""
-    source = (json.dumps(asdict(provenance), indent=2, ensure_ascii=False) + "\n").encode()
+    described = (json.dumps(asdict(provenance), indent=2, ensure_ascii=False) + "\n").encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         is_changed = _replace_if_changed(path, content)
-        _replace_if_changed(_provenance_path(path), source)
+        _replace_if_changed(_provenance_path(path), described)
     except OSError as exc:
         raise DataError(
             f"{path}: must be writable, got {exc.strerror or exc}; make room or give write access, then run this again"
@@ -408,15 +407,7 @@ def _write_sample(path: Path, content: bytes, provenance: Provenance) -> bool:
 def _replace_if_changed(path: Path, content: bytes) -> bool:
     if path.is_file() and path.read_bytes() == content:
         return False
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, content)
     return True
 
 
@@ -430,7 +421,3 @@ def _json_lines(documents: Sequence[Document]) -> bytes:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or ["no message"])[0]

@@ -185,6 +185,56 @@ def test_what_is_no_recipe(text: str) -> None:
         Recipe.from_json(text)
 
 
+def changed(*path: Any, value: Any) -> str:
+    data = json.loads(RECIPE.to_json())
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
+        ("[]", "Input should be an object"),
+        (without("method"), "method: Field required"),
+        (without("seed"), "a key is missing"),
+        (without("groups", 0, "parameter_sets", 0, "shared"), "a key is missing"),
+        (changed("new", value=1), "new: Unexpected keyword argument"),
+        (changed("n_layers", value="3"), "n_layers: Input should be a valid integer"),
+        (changed("dtype", value="int8"), "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
+        (changed("groups", 0, "layers", value=[0, 1, 2]), "groups.0.layers: "),
+        (changed("groups", 0, "roles", value=["tail"]), "groups.0.roles.0: "),
+        (changed("groups", 0, "parameter_sets", 0, "shared", "lambda", value="1"), "groups.0.parameter_sets.0.shared."),
+    ],
+)
+def test_the_message_says_what_is_wrong(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_json(text)
+    message = str(caught.value)
+    assert message.startswith(f"recipe: not readable ({problem}")
+    assert "\n" not in message
+
+
+def test_types_of_options_survive() -> None:
+    options = {"a": True, "b": 1, "c": 1.0, "d": "1", "e": -0.0, "f": 10**20}
+    group = GroupRecipe("all", (0, 3), ("embedding", "head"), (ParameterSet(None, {"x": 3}, {"y": (1, 2.0)}),))
+    recipe = dataclasses.replace(RECIPE, options=options, groups=(group,))
+    again = Recipe.from_json(recipe.to_json())
+    assert repr(again) == repr(recipe)
+    assert (again.to_json(), again.digest()) == (recipe.to_json(), recipe.digest())
+
+
+def test_a_digest_that_was_recorded_stays() -> None:
+    assert RECIPE.digest() == "53587289fba2a16240147d1da0de9507c310168ab50e7576e37e0c78cc35c0a5"
+    assert (
+        passthrough("org/a", n_layers=2, dtype="float16").digest()
+        == "ed86bf04b832dc3c8a034c30dabafb0b8388f97d0b628ddfb72ff20050c7b846"
+    )
+
+
 def test_passthrough_covers_everything_with_one_model() -> None:
     recipe = passthrough("org/a", n_layers=2, dtype="float16", tokenizer_source="base")
     assert (recipe.method, recipe.models, recipe.base_model) == (PASSTHROUGH, ("org/a",), None)

@@ -16,7 +16,7 @@ import yaml
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.errors import ExportError, MergeError
 from optuna_merge.merging.export import export
-from optuna_merge.merging.mergekit import from_mergekit
+from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe
 from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
@@ -63,9 +63,10 @@ def test_card_and_merge_file_say_what_it_is(references: tuple[str, ...], tmp_pat
     folder = export(
         recipe, tmp_path / "my-merge", merger=Merger.open(references), comment=["trial 7"], results="| a | b |\n"
     )
+    merger = Merger.open(references)
     merge_file = (folder / "mergekit_config.yml").read_text()
     assert merge_file.startswith("# trial 7\nmerge_method: task_arithmetic\n")
-    assert from_mergekit(merge_file) == recipe
+    assert merge_file == to_mergekit(recipe, names=merger.names, architecture="LlamaForCausalLM", comment=["trial 7"])
     card = (folder / "README.md").read_text()
     _, metadata, text = card.split("---\n", 2)
     assert yaml.safe_load(metadata)["tags"] == ["merge", "mergekit", "optuna-merge"]
@@ -140,7 +141,7 @@ def test_nothing_is_left_when_the_disk_is_full(
         Path(str(args[1])).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("optuna_merge.checkpoints.checkpoint.save_file", full)
+    monkeypatch.setattr("optuna_merge.checkpoints.write.save_file", full)
     with pytest.raises(
         ExportError, match=r"out: must be writable, got: No space left on device \(ENOSPC\); nothing was"
     ):
@@ -154,8 +155,8 @@ def test_a_file_size_limit_is_one_line(references: tuple[str, ...], tmp_path: Pa
         import resource, signal, sys
         from pathlib import Path
         from optuna_merge.errors import ExportError
-        from optuna_merge.export import export
-        from optuna_merge.merge import Merger
+        from optuna_merge.merging.export import export
+        from optuna_merge.merging.merger import Merger
         from optuna_merge.recipe import Recipe
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         recipe = Recipe.from_json(sys.argv[1])
@@ -212,12 +213,12 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(references: tuple[str, 
         """
         import os, signal, sys
         from pathlib import Path
-        import optuna_merge.export as module
-        from optuna_merge.merge import Merger
+        from optuna_merge.merging import export, whole_folder
+        from optuna_merge.merging.merger import Merger
         from optuna_merge.recipe import Recipe
         recipe = Recipe.from_json(sys.argv[1])
-        module._flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)
-        module.export(recipe, Path(sys.argv[2]), merger=Merger.open(recipe.references))
+        whole_folder._flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+        export.export(recipe, Path(sys.argv[2]), merger=Merger.open(recipe.references))
         """
     )
     done = subprocess.run([sys.executable, "-c", script, recipe_of(references).to_json(), str(tmp_path / "out")])

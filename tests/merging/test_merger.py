@@ -112,7 +112,7 @@ def test_chunk_size_threads_and_shards_change_no_bit(
 
 def test_hash_seed_changes_no_bit(references: tuple[str, ...]) -> None:
     script = (
-        "import sys, hashlib; from optuna_merge.merge import Merger; from optuna_merge.recipe import Recipe\n"
+        "import sys, hashlib; from optuna_merge.merging.merger import Merger; from optuna_merge.recipe import Recipe\n"
         "recipe = Recipe.from_json(sys.argv[1]); digest = hashlib.sha256()\n"
         "for name, tensor in Merger.open(recipe.references).merge(recipe):\n"
         "    digest.update(name.encode() + tensor.numpy().tobytes())\n"

@@ -27,9 +27,9 @@ def test_a_recipe_as_text_merges_to_the_same_tensors(tiny_models: Path) -> None:
 
 def test_what_cannot_be_opened_or_read(tiny_models: Path) -> None:
     gone = json.loads(describe_merger([resolve(str(tiny_models / "base"))], None, "cpu"))
-    source = open_merger(json.dumps(gone), "cpu")
+    merge = open_merger(json.dumps(gone), "cpu")
     with pytest.raises(RecipeError, match="not readable"):
-        list(source("{}"))
+        list(merge("{}"))
     gone["models"][0]["path"] = str(tiny_models / "nothing")
     with pytest.raises(CheckpointError, match="nothing"):
         open_merger(json.dumps(gone), "cpu")
