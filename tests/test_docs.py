@@ -1,7 +1,11 @@
-"""What the documentation shows, command lines, study files, Python and links, is read here; run where that is cheap."""
+"""The documentation keeps its promises: what it shows exists and, where that is cheap, runs.
+
+Checked are command lines, study files, Python, links, and the names of files, folders and modules.
+"""
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -12,10 +16,15 @@ import yaml
 from typer.main import get_command
 
 from optuna_merge.cli.app import app
-from optuna_merge.config.read import load_study
+from optuna_merge.config.engine import EngineConfig, VLLMConfig
 from optuna_merge.config.genome import GenomeConfig
+from optuna_merge.config.pruner import HyperbandConfig, MedianConfig, SuccessiveHalvingConfig, WilcoxonConfig
+from optuna_merge.config.read import load_study
+from optuna_merge.config.sampler import CmaEsConfig
 from optuna_merge.config.search import SearchConfig
+from optuna_merge.config.study import StudyOptions
 from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.config.tasks import TaskConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -24,6 +33,17 @@ PAGES = [
     ROOT / "eval_tasks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+FOLDERS = ("benchmarks", "docs", "eval_tasks", "optuna_merge", "studies", "tests")
+PATHS = {f"/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*")}
+PATHS |= {f"/{folder}" for folder in FOLDERS}
+TREE_PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+TREE_PAGES += [ROOT / "docs" / "architecture.md", ROOT / "docs" / "benchmarks.md"]
+"""Pages whose folders are ours; the other pages name those of a study."""
+    "CHANGELOG.md",
+    "README.md",
+    "architecture.md",
+    "benchmarks.md",
+)  # others name a study's folders
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -80,10 +100,14 @@ def test_a_study_of_the_project_loads_and_asks_a_question(file: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "study-file.md").read_text()
-    for section in (StudyConfig, GenomeConfig, SearchConfig):
-        for key in section.model_fields:
-            if key not in ("path", "ranges"):
+    sections = [StudyConfig, GenomeConfig, TaskConfig, StudyOptions, EngineConfig, VLLMConfig, SearchConfig]
+    for section in sections:
+        for key in section.known_keys():
+            if key != "ranges":
                 assert f"`{key}`" in text, key
+    for member in (CmaEsConfig, WilcoxonConfig, MedianConfig, HyperbandConfig, SuccessiveHalvingConfig):
+        for key in member.known_keys():
+            assert f"{key}: " in text, key
 
 
 @pytest.mark.parametrize(("page", "block"), blocks("python"))
@@ -104,5 +128,54 @@ def test_the_samplers_example_runs() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if not target.startswith("https://"):
+            linked = page.parent / target if target else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The links to a page's headings, made as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_and_folders_exist(page: Path) -> None:
+    text = page.read_text()
+    named = set(re.findall(r"`(?:python )?([\w/]+\.py)\b", text)) | set(re.findall(r"\bpython ([\w/]+\.py)\b", text))
+    if page in TREE_PAGES:
+        named |= {folder.rstrip("/") for folder in re.findall(r"`([\w/]+/)`", text)}
+    missing = {name for name in named if not any(path.endswith(f"/{name}") for path in PATHS)}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_modules_exist(page: Path) -> None:
+    for name in set(re.findall(r"`(optuna_merge(?:\.\w+)+)", page.read_text())):
+        parts, found = name.split(".")[1:], importlib.import_module("optuna_merge")
+        for part in parts:
+            if not hasattr(found, part):
+                importlib.import_module(f"{found.__name__}.{part}")
+            found = getattr(found, part)
+
+
+def test_the_architecture_names_every_room() -> None:
+    package = ROOT / "optuna_merge"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    rooms |= {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert {room for room in rooms if f"`{room}`" not in text} == set()
+
+
+def test_the_summary_of_the_benchmarks_repeats_figures_of_the_details() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    _, _, rest = text.partition("## Summary\n")
+    summary, _, details = rest.partition("\n## ")
+    rows = [line.split("|")[1:-1] for line in summary.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 15
+    known = set(re.findall(r"\d[\d,.]*\d|\d", details))
+    for what, figure, _, _, date in rows:
+        assert set(re.findall(r"\d[\d,.]*\d|\d", figure)) <= known, what
+        assert not date.strip() or date.strip() in details, what

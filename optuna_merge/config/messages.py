@@ -7,7 +7,7 @@ contradict each other.
 from __future__ import annotations
 
 import difflib
-from functools import reduce
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic_core import ErrorDetails
@@ -49,21 +49,27 @@ _NOT_IN_THE_FILE = {(SearchConfig, "ranges"), (HoldoutConfig, "fraction"), (Hold
 """Fields whose value may stand in the place of the section itself."""
 
 
-def describe(error: ErrorDetails) -> Problem:
+def describe(error: ErrorDetails) -> Iterator[Problem]:
     """Say one of pydantic's errors in our words."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind in UNKNOWN_KEY:
-        return _unknown_key(error)
-    key = reduce(join_key, _Trace(error["loc"]).keys, "")
-    if kind == "value_error":
-        return Problem(key, f"be {context['error']}", short(value), "correct it")
+        *outer, last = error["loc"]
+        yield _unknown_key(_Trace(outer), last, value)
+        return
+    trace = _Trace(error["loc"])
     if kind == "union_tag_invalid":
         rule = f"be one of {context['expected_tags']}"
-        return Problem(f"{key}.name", rule, short(value["name"]), "choose one of them")
-    if kind not in _RULES:
-        return Problem(key, f"be valid ({error['msg']})", short(value), "correct it")
-    rule, fix = _RULES[kind]
-    return Problem(key, f"be {rule.format(**context)}", "nothing" if kind == "missing" else short(value), fix)
+        yield Problem(join_key(trace.key, "name"), rule, short(value["name"]), "choose one of them")
+        known = [key for section in trace.choices for key in section.known_keys()]
+        yield from (_no_key(trace.key, key, known) for key in value if key not in known)
+    elif kind == "value_error":
+        yield Problem(trace.key, f"be {context['error']}", short(value), "correct it")
+    elif kind in _RULES:
+        rule, fix = _RULES[kind]
+        got = "nothing" if kind == "missing" else short(value)
+        yield Problem(trace.key, f"be {rule.format(**context)}", got, fix)
+    else:
+        yield Problem(trace.key, f"be valid ({error['msg']})", short(value), "correct it")
 
 
 def no_section(key: str, value: Any) -> Problem:
@@ -72,34 +78,33 @@ def no_section(key: str, value: Any) -> Problem:
     return Problem(key, f"be {rule}", short(value), fix)
 
 
-def _unknown_key(error: ErrorDetails) -> Problem:
-    """Name the sections that have the key, else the nearest known key."""
-    *outer, last = error["loc"]
-    trace = _Trace(tuple(outer))
-    key = join_key(reduce(join_key, trace.keys, ""), str(last))
+def _unknown_key(trace: _Trace, key: Any, value: Any) -> Problem:
     others = [section for section in trace.choices if section is not trace.section]
-    owners = [_name(section) for section in others if last in section.model_fields]
-    if owners:
-        rule = f"be absent for {_name(trace.section)}"
-        return Problem(key, rule, short(error["input"]), f"it belongs to {' and '.join(owners)}: remove it")
-    names = [name for name, field in trace.section.model_fields.items() if field.validation_alias is None]
-    near = difflib.get_close_matches(str(last), names, n=1)
-    fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(names))}"
-    return Problem(key, "be a known key", repr(str(last)), fix)
+    owners = [_name(section) for section in others if key in section.known_keys()]
+    if not owners:
+        return _no_key(trace.key, key, trace.section.known_keys())
+    rule, fix = f"be absent for {_name(trace.section)}", f"it belongs to {' and '.join(owners)}: remove it"
+    return Problem(join_key(trace.key, key), rule, short(value), fix)
+
+
+def _no_key(outer: str, key: Any, known: list[str]) -> Problem:
+    near = difflib.get_close_matches(str(key), known, n=1)
+    fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(set(known)))}"
+    return Problem(join_key(outer, str(key)), "be a known key", repr(str(key)), fix)
 
 
 class _Trace:
     """Where in the file an error is.
 
     Attributes:
-        keys: The keys in the file that lead there: without the names that pydantic gives to the members of a union,
-            and without the fields that the file may leave out.
+        key: The key in the file: without the names that pydantic gives to the members of a union, and without the
+            fields that the file may leave out.
         section: The section that is reached.
         choices: The members of the union that it belongs to; else the section alone.
     """
 
-    def __init__(self, location: tuple[int | str, ...]) -> None:
-        self.keys: list[int | str] = []
+    def __init__(self, location: Sequence[int | str]) -> None:
+        self.key = ""
         self.section: type[Section] = StudyConfig
         self.choices: list[type[Section]] = [StudyConfig]
         is_chosen = True
@@ -110,7 +115,7 @@ class _Trace:
                 self.section, is_chosen = (named or self.choices)[-1], True
                 continue
             if (self.section, part) not in _NOT_IN_THE_FILE:
-                self.keys.append(part)
+                self.key = join_key(self.key, part)
             field = self.section.model_fields.get(str(part))
             if field is not None and (inner := _sections_in(field.annotation)):
                 self.section, self.choices, is_chosen = inner[0], inner, len(inner) == 1

@@ -76,7 +76,8 @@ def _validate(data: dict[str, Any], path: Path) -> tuple[StudyConfig | None, lis
             errors = [error for error in exc.errors(include_url=False) if not _repeats_its_items(error)]
         # What a removed value leaves behind, such as a missing key, is not the file's fault.
         own = [error for error in errors if not any(at[: len(error["loc"])] == error["loc"] for at in removed)]
-        problems += map(describe, sorted(own, key=lambda error: error["type"] not in UNKNOWN_KEY))
+        for error in sorted(own, key=lambda error: error["type"] not in UNKNOWN_KEY):
+            problems += describe(error)
         places = [place for error in errors if (place := _innermost(data, error["loc"]))]
         if not places:
             return None, problems

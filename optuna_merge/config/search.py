@@ -137,7 +137,7 @@ class SearchConfig(Section):
     @classmethod
     def own_keys(cls) -> list[str]:
         """The keys that are not a parameter of a merge method."""
-        return [key for key in cls.model_fields if key != "ranges"]
+        return [key for key in cls.known_keys() if key != "ranges"]
 
     @model_validator(mode="before")
     @classmethod

@@ -19,12 +19,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """The keys as they are written in the file."""
+        return [name for name, field in cls.model_fields.items() if field.validation_alias is None]
+
     @model_validator(mode="before")
     @classmethod
     def _leave_out_nulls(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {key: item for key, item in value.items() if item is not None or key not in cls.model_fields}
+        return {key: item for key, item in value.items() if item is not None or key not in cls.known_keys()}
 
 
 class OpenSection(Section):

@@ -11,8 +11,11 @@ from pydantic import BaseModel
 from optuna_merge.config.benchmarks import KNOWN_BENCHMARKS, is_benchmark
 from optuna_merge.config.genome import GenomeConfig
 from optuna_merge.config.paths import absolute_storage
+from optuna_merge.config.problem import Problem, short
+from optuna_merge.config.pruner import HyperbandConfig, MedianConfig, SuccessiveHalvingConfig, WilcoxonConfig
 from optuna_merge.config.read import load_study
-from optuna_merge.config.search import Range
+from optuna_merge.config.sampler import CmaEsConfig, OptunaSamplerConfig, RandomSamplerConfig
+from optuna_merge.config.search import Range, StructuredPrior
 from optuna_merge.config.section import Section
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.config.tasks import TaskConfig
@@ -337,6 +340,11 @@ ADDED = {
         " apply_chat_template, engine, fewshot_as_multiturn, genome, holdout, limit, num_fewshot, random_init, search,"
         " shuffle, storage_path, study, task_search_path, tasks"
     ),
+    "path:": (
+        ":7: path must be a known key, got 'path'; known keys: allow_benchmark_tasks, allow_unsafe_code,"
+        " apply_chat_template, engine, fewshot_as_multiturn, genome, holdout, limit, num_fewshot, random_init, search,"
+        " shuffle, storage_path, study, task_search_path, tasks"
+    ),
     "engin:": ":7: engin must be a known key, got 'engin'; did you mean 'engine'?",
     "engine:\n  3: x": (
         ":8: engine.3 must be a known key, got '3'; known keys: backend, batch_size, device, dtype, merge_device,"
@@ -369,7 +377,8 @@ CHANGED = {
         f" did you mean 'task_arithmetic'? (known: {', '.join(sorted(METHODS))})"
     ],
     ("  base_model: base\n", ""): [
-        ":1: genome.base_model must be given for task_arithmetic, got nothing; name the model that all sources were tuned from"
+        ":1: genome.base_model must be given for task_arithmetic, got nothing; name the model that all sources were"
+        " tuned from"
     ],
     ("  base_model: base\n", "  base_model: base\n  layer_granularity: -1\n"): [
         ":5: genome.layer_granularity must be at least 0, got -1; raise it"
@@ -432,6 +441,28 @@ def test_rules_of_a_method_s_declaration(problems: Any, monkeypatch: pytest.Monk
     text = STUDY.replace("task_arithmetic", "pair").replace("[a, b]", "[a]")
     assert problems(text) == [
         "my_study.yaml:2: genome.models must name 2 to 4 models for pair, got 1; add or remove some"
+    ]
+
+
+def test_a_pruner_that_is_none_still_has_its_unknown_options_named(problems: Any) -> None:
+    assert problems(STUDY + "study:\n  pruner: {name: medain, n_warmup_steps: 1, min_resorce: 2}\n") == [
+        "my_study.yaml:8: study.pruner.name must be one of 'wilcoxon', 'median', 'hyperband', 'successive_halving',"
+        " 'none', got 'medain'; choose one of them",
+        "my_study.yaml:8: study.pruner.min_resorce must be a known key, got 'min_resorce';"
+        " did you mean 'min_resource'?",
+    ]
+
+
+def test_what_a_wrong_value_leaves_behind_is_no_problem_of_its_own(problems: Any) -> None:
+    text = (
+        STUDY
+        + "holdout: {fraction: 2}\nsearch: {weight: {low: x, high: 1, start: 3}, lambda: {low: 2, high: 1, a: }}\n"
+    )
+    assert [line.split(", got")[0] for line in problems(text)] == [
+        "my_study.yaml:8: search.lambda.a must be a known key",
+        "my_study.yaml:8: search.weight.low must be a number",
+        "my_study.yaml:7: holdout must be less than 1.0",
+        "my_study.yaml:8: search.lambda must be a range whose low is not above its high",
     ]
 
 
@@ -565,6 +596,56 @@ def test_a_key_without_a_value_means_its_default(load: Any, key: str) -> None:
     assert load(text) == load(STUDY)
 
 
+UNION_OPTIONS = [
+    (section, name, option)
+    for section, members in (
+        ("study.sampler", (CmaEsConfig,)),
+        ("study.pruner", (WilcoxonConfig, MedianConfig, HyperbandConfig, SuccessiveHalvingConfig)),
+        ("search.prior", (StructuredPrior,)),
+    )
+    for member in members
+    for name in [member.model_fields["name"].default]
+    for option in member.known_keys()
+    if option != "name"
+]
+
+
+@pytest.mark.parametrize(("section", "name", "option"), [*UNION_OPTIONS, ("study.sampler", "tpe", "multivariate")])
+def test_an_option_without_a_value_means_its_default(load: Any, section: str, name: str, option: str) -> None:
+    outer, inner = section.split(".")
+    assert load(f"{STUDY}{outer}: {{{inner}: {{name: {name}, {option}: }}}}\n") == load(
+        f"{STUDY}{outer}: {{{inner}: {name}}}\n"
+    )
+
+
+def test_an_option_without_a_name_is_the_default_s(load: Any) -> None:
+    text = "study: {sampler: {popsize: 5}, pruner: {name: , p_threshold: 0.2}}\nsearch: {prior: {common: 0.3}}\n"
+    config = load(STUDY + text)
+    assert config.study.sampler == CmaEsConfig(popsize=5)
+    assert config.study.pruner == WilcoxonConfig(p_threshold=0.2)
+    assert config.search.prior == StructuredPrior(common=0.3)
+
+
+def test_the_options_of_a_sampler_or_pruner(load: Any) -> None:
+    config = load(
+        STUDY + "study: {sampler: {name: tpe, n_startup_trials: 20}, pruner: {name: median, n_warmup_steps: 2}}"
+    )
+    assert config.study.sampler == OptunaSamplerConfig.model_validate({"name": "tpe", "n_startup_trials": 20})
+    assert (config.study.sampler.options, config.study.pruner.options) == (
+        {"n_startup_trials": 20},
+        {"n_warmup_steps": 2},
+    )
+    assert config.study.cmaes == CmaEsConfig()
+    assert load(STUDY + "study: {sampler: {sigma0: 0.1}}").study.cmaes.sigma0 == 0.1
+    assert isinstance(load(STUDY + "study: {sampler: random}").study.sampler, RandomSamplerConfig)
+
+
+@pytest.mark.parametrize("text", ["", "study: {sampler: tpe, pruner: none}\nsearch: {prior: isotropic}\n"])
+def test_a_config_is_written_as_json_without_a_warning(load: Any, text: str) -> None:
+    dumped = load(STUDY + text).model_dump(mode="json")
+    assert (dumped["path"], dumped["study"]["name"]) == (str(load(STUDY).path), "my_study")
+
+
 @pytest.mark.parametrize("key", ["weight", "metric", "metadata"])
 def test_a_key_of_a_task_without_a_value_means_its_default(load: Any, key: str) -> None:
     assert load(f"{STUDY}    {key}:\n") == load(STUDY)
@@ -595,6 +676,32 @@ def test_overrides_are_checked_too(problems: Any) -> None:
     assert problems(STUDY + "study: mine\n", {"study.n_trials": 3}) == [
         "my_study.yaml:7: study must be a mapping of keys, got 'mine'; indent the keys below it"
     ]
+
+
+# --- problems
+
+
+@pytest.mark.parametrize(
+    ("key", "where"),
+    [
+        ("tasks[1].weight", "s.yaml:6"),
+        ("tasks[2].weight", "s.yaml:4"),
+        ("genome.base_model", "s.yaml:1"),
+        ("limit", "s.yaml"),
+        ("study.n_trials", "s.yaml"),
+    ],
+)
+def test_a_problem_names_the_line_of_its_key_or_of_the_section_that_lacks_it(key: str, where: str) -> None:
+    lines = {"genome": 1, "tasks": 4, "tasks[1]": 5, "tasks[1].weight": 6, "study": 7, "study.n_trials": 0}
+    problem = Problem(key, "be at least 1 (a must b: c)", "0", "raise it")
+    assert problem.located(Path("s.yaml"), lines) == (
+        f"{where}: {key} must be at least 1 (a must b: c), got 0; raise it"
+    )
+
+
+def test_a_long_value_is_cut() -> None:
+    assert short("x" * 100) == "'" + "x" * 76 + "..."
+    assert (short(0.1), short(float("nan")), short([1])) == ("0.1", "nan", "[1]")
 
 
 # --- the rest
