@@ -39,11 +39,6 @@ PATHS |= {f"/{folder}" for folder in FOLDERS}
 TREE_PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
 TREE_PAGES += [ROOT / "docs" / "architecture.md", ROOT / "docs" / "benchmarks.md"]
 """Pages whose folders are ours; the other pages name those of a study."""
-    "CHANGELOG.md",
-    "README.md",
-    "architecture.md",
-    "benchmarks.md",
-)  # others name a study's folders
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
