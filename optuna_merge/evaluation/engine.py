@@ -1,13 +1,13 @@
 """The seam between scoring and the libraries that run a model.
 
 An engine holds one model of a fixed shape, overwrites its weights in place and answers requests. It knows nothing
-of eval tasks, of metrics or of merging: a request is lm-eval's plain data, a response is what lm-eval's own
-``LM`` returns for it.
+of eval tasks, metrics or merging: a request is lm-eval's plain data, and a response is what lm-eval's own ``LM``
+returns for it.
 
     load_weights(stream)  ->  respond(prepared)  ->  load_weights(stream)  ->  respond(prepared)  -> ...
 
-``prepare`` does everything that does not depend on weights, once. This file imports neither torch nor lm-eval when
-it is loaded; ``hf.py`` and ``vllm.py`` are the engines.
+``prepare`` does once everything that does not depend on weights. Importing this file imports neither torch nor lm-eval;
+the engines are in ``engines/``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "MakingEngine", "Prepared", "Request", "Response"]
 
 Response = tuple[float, bool] | float | str
-"""What answers a request, by its kind.
+"""The answer to a request, by its kind.
 
 ``loglikelihood``: natural log-probability of the continuation, and whether greedy decoding would give it;
 ``loglikelihood_rolling``: natural log-probability of the whole text; ``generate_until``: the generated text.
@@ -44,16 +44,18 @@ class Request(Protocol):
 
 
 class Prepared(Protocol):
-    """Requests with all that an engine computed for them ahead of the weights; opaque to everyone else.
+    """Requests with all that an engine computed for them without the weights; opaque to everyone else.
+
+    The last three are for planning memory; they are 0 for an engine that plans its own.
 
     Attributes:
-        n_requests: How many responses :meth:`Engine.respond` will return.
-        n_tokens: Tokens that one pass puts through the model, padding and generated tokens not counted.
-        cost: The same with padding, and with what each forward pass takes before its first token, in tokens.
+        n_requests: Number of responses that :meth:`Engine.respond` will return.
+        n_tokens: Tokens that go through the model to answer them, without padding and generated tokens.
+        cost: The same with padding, plus the fixed cost of each forward pass, in tokens.
         longest: Tokens in the longest input sequence.
-        n_padded: Tokens of one forward pass at most, padding included; 0 for an engine that plans its own memory.
-        n_scored: Places of one forward pass whose logits are held, at most; likewise.
-        n_cached: Tokens whose keys and values are held at once to generate text; likewise.
+        n_padded: Most tokens in one forward pass, padding included.
+        n_scored: Most places in one forward pass whose logits are held.
+        n_cached: Most tokens whose keys and values are held at once to generate text.
     """
 
     @property
@@ -82,10 +84,10 @@ class Engine(Protocol):
     """One resident model whose weights change and whose shape does not.
 
     Attributes:
-        dtype: Of the resident weights: ``float32``, ``float16`` or ``bfloat16``.
+        dtype: The resident weights' dtype: ``float32``, ``float16`` or ``bfloat16``.
         device: Where they live: ``cpu`` or ``cuda:<i>``; ``meta`` for an engine without weights, which prepares
             requests but answers none.
-        batch_tokens: Padded tokens that fill one forward pass; fewer at once waste the device.
+        batch_tokens: Padded tokens that fill one forward pass; fewer leave the device partly idle.
         tokenizer_name: As lm-eval names it.
         has_chat_template: Whether :meth:`apply_chat_template` works.
         eot_text: Text of the end-of-sequence token.
@@ -114,17 +116,17 @@ class Engine(Protocol):
 
         Args:
             chat_history: Messages with ``role`` and ``content``.
-            add_generation_prompt: Whether the prompt ends where the assistant starts to speak; otherwise the last
+            add_generation_prompt: Whether the prompt ends with the start of the assistant's turn; if not, the last
                 message is left open.
         """
         ...
 
     def resident(self, name: str) -> Tensor | None:
-        """The tensor that the checkpoint tensor ``name`` is loaded into, for writing into it without a copy.
+        """The tensor that the checkpoint tensor ``name`` is loaded into; a merge may be written into it directly.
 
         Returns:
-            The resident tensor itself, in the engine's dtype and on its device; None where there is no such tensor
-            (another process owns it, or several checkpoint tensors are fused into one). Who writes into it must
+            The resident tensor itself, in the engine's dtype and on its device; None if there is no such tensor
+            (another process owns it, or several checkpoint tensors are fused into one). Whoever writes into it must
             still deliver it through :meth:`load_weights`, in the same load.
         """
         ...
@@ -132,12 +134,13 @@ class Engine(Protocol):
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrite the model's weights in place.
 
-        The stream is consumed one tensor at a time and no tensor is kept. Until a load has gone through, and after
-        one that has not, the engine refuses to score; the next full load makes it right again.
+        The stream is consumed one tensor at a time and no tensor is kept. The engine refuses to score until a load
+        succeeds, and again after a load that fails, until the next one succeeds.
 
         Args:
-            tensors: Every tensor of the checkpoint once, in any order, under its name there, in its shape, of any
-                float dtype and device; rounded once to ``dtype``. A tensor that :meth:`resident` gave is only checked.
+            tensors: Every tensor of the checkpoint once, in any order, with the checkpoint's names and shapes, of any
+                float dtype, on any device; each is rounded once to ``dtype``. A tensor that :meth:`resident` returned
+                is only checked.
 
         Raises:
             NonFiniteMergeError: If a tensor holds NaN or infinity after rounding; names it.
@@ -149,7 +152,7 @@ class Engine(Protocol):
         """Do everything that does not depend on weights: tokenizing, grouping by context, planning batches.
 
         Args:
-            requests: Of any kinds, mixed.
+            requests: Of any kinds, in any mixture.
 
         Raises:
             EngineError: If a request cannot be answered by this model, such as a continuation longer than its window.
@@ -159,7 +162,7 @@ class Engine(Protocol):
     def respond(self, prepared: Prepared) -> list[Response]:
         """Answer prepared requests with the weights that are loaded.
 
-        Equal weights give equal responses, whatever was asked before.
+        Equal weights give equal responses, no matter what was asked before.
 
         Args:
             prepared: What :meth:`prepare` of this engine returned.
@@ -178,15 +181,15 @@ class Engine(Protocol):
 
 
 class MakingEngine(Engine, Protocol):
-    """An engine whose workers make the tensors themselves, where the weights are."""
+    """An engine whose workers make the tensors themselves, in the processes that hold the weights."""
 
     def load_made(self, request: str) -> None:
-        """Overwrite the weights with what the workers' source makes of a request; as :meth:`Engine.load_weights`.
+        """Overwrite the weights with tensors that the workers make of a request; see :meth:`Engine.load_weights`.
 
         Args:
-            request: Plain text that the source understands.
+            request: Plain text that says what to make.
 
         Raises:
-            EngineDiedError: If the engine dies over it, is started again and dies again.
+            EngineDiedError: If the engine dies during the load, is started again and dies again.
         """
         ...

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from optuna_merge.errors import EngineDiedError, EngineError, NonFiniteMergeError
 from optuna_merge.evaluation.engines.hf import HFEngine
-from optuna_merge.evaluation.engines.vllm import VLLMEngine, require_vllm
+from optuna_merge.evaluation.engines.vllm import VLLMEngine
+from optuna_merge.evaluation.engines.vllm_instance import require_vllm
+from optuna_merge.internals.vllm import THREADS
 from optuna_merge.testing.conformance import EngineConformance, TextRequest
 from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
 
@@ -263,7 +265,7 @@ class TestHazards:
             assert abs(alone[0] - response[0]) < 1e-5
             tokens = [*item.context, *item.continuation]
             parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-            [output] = engine._llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
+            [output] = engine._instance._llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)
             pairs = list(zip(tokens, output.prompt_logprobs, strict=True))[len(item.context) :]
             assert abs(sum(found[token].logprob for token, found in pairs) - response[0]) < 1e-5
 
@@ -284,7 +286,7 @@ class TestHazards:
         engine, _, weights = resident
         name = list(weights[0])[-3]
         broken = {**weights[1], name: weights[1][name] * torch.nan}
-        source = tmp_path / "source"
+        folder = tmp_path / "weights"
         prepared = engine.prepare(REQUESTS)
         engine.load_weights(weights[0].items())
         expected, n_starts = engine.respond(prepared), engine.n_starts
@@ -293,11 +295,11 @@ class TestHazards:
             ({k: v for k, v in weights[1].items() if k != name}, EngineError, f"{name}: must be delivered"),
             ({**weights[1], "no.such": weights[1][name].clone()}, EngineError, "no.such: must be in the checkpoint"),
         ):
-            source.mkdir(exist_ok=True)
-            save_file(tensors, source / "model.safetensors")
-            engine._source = ("optuna_merge.evaluation.engines.vllm_worker:open_folder", "")
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / "model.safetensors")
+            engine._weights_factory = ("optuna_merge.evaluation.engines.vllm_worker:open_folder", "")
             with pytest.raises(error, match=message):
-                engine.load_made(str(source))
+                engine.load_made(str(folder))
             with pytest.raises(EngineError, match="load a merge first"):
                 engine.respond(prepared)
             engine.load_weights(weights[0].items())
@@ -388,4 +390,4 @@ def test_an_engine_that_dies_is_started_once_again(tmp_path: Path, engine_of: Ca
     assert engine.n_starts == 3
     engine.close()
     # such threads can abort a process that ends
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("MPClient", "EngineCore"))]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]

@@ -1,12 +1,12 @@
 """Which tokens go through a model together: continuations grouped by context, rows cut into batches.
 
-Knows tokens only: no tokenizer, no tensors, no model.
+Knows tokens only; no tokenizer, no tensors and no model.
 
     context  a b c ── d e      row     a b c d e f g h
                   └── f g h    parent  - a b c d c f g      two continuations after one context, computed once
 
-A row is a tree in depth-first order, or several end to end. Token ``i`` may look at token ``j`` if
-``j <= i < ends[j]``: at itself and its ancestors. A row of a single branch is an ordinary causal sequence, a chain.
+A row is a tree in depth-first order, or several trees end to end. Token ``i`` attends to token ``j`` if
+``j <= i < ends[j]``: to itself and its ancestors. A row of a single branch is an ordinary causal sequence, a chain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 SHARED_ROW_TOKENS = 1024
 PASS_TOKENS = 1 / 6
-"""What a forward pass costs before its first token, as a share of a batch: that much padding may avoid a pass."""
+"""Fixed cost of a forward pass as a share of a batch: so much padding is worth saving a pass."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Item:
     """Tokens whose log-probabilities are wanted.
 
     Attributes:
-        context: What comes first; not empty.
-        continuation: What is scored; not empty. Its last token is scored without being read.
+        context: The tokens before; not empty.
+        continuation: The tokens that are scored; not empty. The last one is scored without being an input.
     """
 
     context: tuple[int, ...]
@@ -39,7 +39,7 @@ class Row:
     Attributes:
         tokens: Inputs, in depth-first order.
         positions: Distance of each token from the start of its branch.
-        ends: For each token, the end (exclusive) of what may look at it.
+        ends: For each token, the end (exclusive) of the tokens that attend to it.
         scored: For each item in this row, its index and the tokens whose outputs predict its continuation.
     """
 
@@ -53,12 +53,12 @@ class Row:
 
     @property
     def is_chain(self) -> bool:
-        """Whether every token sees all before it."""
+        """Whether every token attends to all before it."""
         return all(end == len(self.tokens) for end in self.ends)
 
     @property
     def n_scored(self) -> int:
-        """Different tokens whose outputs are wanted."""
+        """Number of different tokens whose outputs are wanted."""
         return len({node for _, nodes in self.scored for node in nodes})
 
 
@@ -66,10 +66,10 @@ def make_rows(items: Sequence[Item], *, share: bool, longest_shared: int | None 
     """Lay out items so that each context is computed once.
 
     Args:
-        items: Any order; equal ones are computed once.
-        share: Whether different continuations may follow one context in a row; otherwise only continuations that
-            differ in their last token, or are cut off one another, share a row.
-        longest_shared: Tokens that a row of several branches may have at most; longer ones are laid out apart.
+        items: In any order; equal ones are computed once.
+        share: Whether different continuations may follow one context in a row. If not, continuations share a row only
+            if they differ in nothing but the last token, or one is the beginning of the other.
+        longest_shared: Tokens that a row of several branches may have at most; longer ones are split.
 
     Returns:
         Rows, longest first.
@@ -91,13 +91,13 @@ def make_rows(items: Sequence[Item], *, share: bool, longest_shared: int | None 
 def make_batches(
     rows: Sequence[Row], *, batch_tokens: int, batch_scored: int, longest_shared: int | None = None
 ) -> list[list[Row]]:
-    """Cut rows into batches by size, longest first; where a mask is needed anyway, short rows are put end to end.
+    """Cut rows into batches by size, longest first; if a mask is needed anyway, short rows are put end to end.
 
     Args:
         rows: Longest first.
-        batch_tokens: Tokens of a batch, padding included, about: up to half more, so that no small rest is left
-            over. A longer row is a batch of its own.
-        batch_scored: Scored tokens of a batch at most, likewise.
+        batch_tokens: Approximate number of tokens in a batch, padding included: up to half more, so that no small
+            batch is left over. A longer row is a batch of its own.
+        batch_scored: Scored tokens that a batch may have at most; a row with more is a batch of its own.
         longest_shared: Longer rows, which are chains, are kept out of batches that need a mask.
 
     Returns:
@@ -145,7 +145,7 @@ class _Batch:
         return len(self.rows) * len(self.rows[0])
 
     def add(self, part: Row, n_tokens: float, n_scored: float) -> bool:
-        """Take a row in, if the batch then has at most so many tokens, padding included, and scored tokens."""
+        """Take a row in, unless the batch would then have more tokens, padding included, or more scored tokens."""
         scored = self.n_scored + part.n_scored
         if self.rows and scored > n_scored:
             return False
@@ -166,7 +166,7 @@ class _Batch:
 
 
 def _end_to_end(row: Row, other: Row) -> Row:
-    """Two rows as one whose second part sees nothing of the first."""
+    """Two rows as one; its second part does not attend to the first."""
     n = len(row)
     return Row(
         row.tokens + other.tokens,
@@ -204,11 +204,11 @@ class _Tree:
         self._open: list[int] = []
 
     def extends(self, branch: tuple[int, ...]) -> bool:
-        """Whether adding the branch closes none."""
+        """Whether adding the branch leaves the open one open."""
         return self._n_common(branch) == len(self._open)
 
     def n_new(self, branch: tuple[int, ...]) -> int:
-        """Tokens that adding the branch adds."""
+        """Number of tokens that the branch would add."""
         return len(branch) - self._n_common(branch)
 
     def add(self, index: int, branch: tuple[int, ...]) -> None:

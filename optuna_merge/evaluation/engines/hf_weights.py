@@ -1,7 +1,7 @@
 """A transformers model on a device whose weights are overwritten from checkpoint tensors.
 
-Knows how names and layouts in a checkpoint become parameters: transformers' own rules for prefixes, renamed and
-fused tensors, ties and tensors that a model no longer has. It does not know what the model is used for.
+Knows how names and layouts in a checkpoint become parameters, by transformers' own rules: prefixes, renamed and fused
+tensors, ties, and tensors that a model no longer has. It does not know what the model is used for.
 """
 
 from __future__ import annotations
@@ -29,23 +29,28 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import no_init_weights
 
-from optuna_merge.errors import EngineError, NonFiniteMergeError
+from optuna_merge.errors import EngineError, NonFiniteMergeError, first_line
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a checkpoint tensor goes: a resident tensor, or the converter that makes resident tensors of several."""
+    """Where a checkpoint tensor goes: into a resident tensor, or into a converter that fuses several tensors.
+
+    Attributes:
+        target: Name of the resident tensor; "" for a tensor that the model no longer has.
+        pattern: Pattern of the converter that takes the tensor; None: it is loaded as it is.
+    """
 
     target: str
     pattern: str | None = None
 
 
 class ResidentModel:
-    """One model, built once, loaded many times.
+    """One model, built once and loaded many times.
 
     Attributes:
-        model: In evaluation mode; its weights are undefined until a load has gone through.
-        is_complete: Whether the last load has gone through.
+        model: In evaluation mode; its weights are undefined until a load succeeds.
+        is_complete: Whether the last load succeeded.
     """
 
     def __init__(
@@ -62,9 +67,9 @@ class ResidentModel:
 
         Args:
             path: The folder.
-            dtype: Of the model.
+            dtype: The model's dtype.
             device: Where it lives.
-            names: Of the tensors that will be loaded; None: those of the weights in the folder.
+            names: Names of the tensors that will be loaded; None: those of the weights in the folder.
             trust_remote_code: Run model code that the folder brings.
             attention: An attention implementation of transformers; None lets it choose.
 
@@ -80,7 +85,7 @@ class ResidentModel:
             self.model = _build(config, options, torch.device("meta"))
             self._map()
             if self._stores_both_sides_of_a_tie(stored):
-                # transformers unties a model whose checkpoint holds both tensors and they differ, as merged ones may
+                # transformers unties a model whose checkpoint holds both tensors, if they differ; merged ones may
                 config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
                 config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
                 self.model = _build(config, options, torch.device("meta"))
@@ -90,20 +95,20 @@ class ResidentModel:
             if (path / "generation_config.json").is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(path)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
-            raise EngineError(f"{path}: transformers cannot build the model: {_first_line(exc)}") from exc
+            raise EngineError(f"{path}: transformers cannot build the model: {first_line(exc)}") from exc
         self._groups = self._group(stored or self._default_names())
         self._finite = _FiniteCheck(1 if device.type == "cpu" else None)
         self.is_complete = False
 
     def resident(self, name: str) -> Tensor | None:
-        """The tensor that checkpoint tensor ``name`` alone is loaded into, if there is one."""
+        """The tensor that the checkpoint tensor ``name`` is loaded into; None if there is none or it is fused."""
         place = self._place(name)
         if place is None or place.pattern is not None or place.target not in self._resident:
             return None
         return cast(Tensor, self._resident[place.target].data)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """As ``Engine.load_weights``; a fused parameter's tensors are held until it is complete."""
+        """Overwrite the weights; see ``Engine.load_weights``. A fused parameter's tensors are kept until all came."""
         self.is_complete = False
         self._finite.clear()
         delivered: set[str] = set()
@@ -149,7 +154,7 @@ class ResidentModel:
         return self._places[name]
 
     def _find(self, name: str) -> _Place | None:
-        """Follows ``convert_and_load_state_dict_in_model`` of transformers; a target of "" means: leave it out."""
+        """Follow ``convert_and_load_state_dict_in_model`` of transformers; None for an unknown tensor."""
         prefix = self.model.base_model_prefix
         for renamings, converters in ((self._renamings, self._converters), ([], [])):
             target, pattern = rename_source_key(name, renamings, converters, prefix, self._meta)
@@ -180,7 +185,7 @@ class ResidentModel:
     def _stores_both_sides_of_a_tie(self, stored: Iterable[str]) -> bool:
         targets = {place.target for name in stored if (place := self._place(name)) is not None}
         ties = getattr(self.model, "all_tied_weights_keys", {})
-        return any({target, source} <= targets for target, source in ties.items())
+        return any({name, other} <= targets for name, other in ties.items())
 
     def _converted(self, target: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         patterns = {name: cast("_Place", self._place(name)).pattern for name in tensors}
@@ -209,10 +214,10 @@ class ResidentModel:
 
 
 class _FiniteCheck:
-    """Looks whether tensors are finite; on a GPU all together, since each look waits for all that was asked of it."""
+    """Checks that tensors are finite; on a GPU all together, because each check waits for the GPU's pending work."""
 
     def __init__(self, n_together: int | None) -> None:
-        """Look at so many tensors at once; None: at all that were added."""
+        """Check ``n_together`` tensors at once; None: all that were added."""
         self._n_together = n_together
         self._added: list[tuple[str, Tensor]] = []
 
@@ -229,7 +234,7 @@ class _FiniteCheck:
                 self.check()
 
     def check(self) -> None:
-        """Raise an error that names the first tensor that was not finite."""
+        """Refuse the first tensor that was not finite when it was added."""
         are_finite = torch.stack([is_finite for _, is_finite in self._added]).tolist() if self._added else []
         for (name, _), is_finite in zip(self._added, are_finite, strict=True):
             if not is_finite:
@@ -246,7 +251,7 @@ def _build(config: Any, options: dict[str, Any], device: torch.device) -> transf
 
 
 def _stored_names(path: Path) -> list[str]:
-    """Names of the checkpoint's tensors; none if the folder holds no weights."""
+    """Names of the tensors in a checkpoint folder; empty if it holds no weights."""
     index = path / "model.safetensors.index.json"
     try:
         if index.is_file():
@@ -255,13 +260,9 @@ def _stored_names(path: Path) -> list[str]:
             with safe_open(path / "model.safetensors", framework="pt") as file:
                 return list(file.keys())
     except (OSError, ValueError, KeyError, SafetensorError) as exc:
-        raise EngineError(f"{path}: the names of its tensors cannot be read: {_first_line(exc)}") from exc
+        raise EngineError(f"{path}: the names of its tensors cannot be read: {first_line(exc)}") from exc
     return []
 
 
 def _any_ends(names: Iterable[str], end: str) -> bool:
     return any(name.endswith(end) for name in names)
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

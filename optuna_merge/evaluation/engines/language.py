@@ -1,7 +1,7 @@
 """Requests as tokens: text is encoded, paired and cut to a model's window as lm-eval does it for a Hugging Face model.
 
-All engines tokenize here, so that one request is the same tokens to each of them. Knows nothing of weights: the model
-that lm-eval wants to see may lie on ``meta``.
+All engines tokenize here, so that a request is the same tokens for each of them. Knows nothing of weights: the model
+that lm-eval wants to see may lie on the ``meta`` device.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoTokenizer
 
-from optuna_merge.errors import EngineError
-from optuna_merge.evaluation.engine import Request
+from optuna_merge.errors import EngineError, first_line
+from optuna_merge.evaluation.engine import Request, Response
 from optuna_merge.evaluation.engines.batches import Item
 from optuna_merge.evaluation.quiet import quietly
+from optuna_merge.internals.lm_eval import encode_pair, get_rolling_token_windows, make_disjoint_window
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Encoded:
     """Requests as tokens.
 
     Attributes:
-        n_requests: How many.
-        items: What is to be scored.
-        scored: A request's index, its items, and whether it is a rolling one, whose items are summed.
-        generated: A request's index, the request, and its context's tokens, not cut.
+        n_requests: Number of requests.
+        items: What is scored.
+        scored: For each scored request: its index, the indices of its items, and whether it is a rolling one, whose
+            items are summed.
+        generated: For each request answered by text: its index, the request, and the tokens of its context, not cut.
         longest: Tokens in the longest input sequence.
     """
 
@@ -40,13 +41,30 @@ class Encoded:
     generated: list[tuple[int, Request, list[int]]]
     longest: int
 
+    def responses(self, answers: Sequence[tuple[float, bool]], texts: Sequence[str]) -> list[Response]:
+        """Responses to the requests, in their order.
+
+        Args:
+            answers: Log-probability of each item, and whether greedy decoding would give it.
+            texts: Text for each of ``generated``.
+        """
+        responses: list[Response] = [0.0] * self.n_requests
+        for index, items, rolling in self.scored:
+            if rolling:
+                responses[index] = float(sum(answers[item][0] for item in items))
+            else:
+                [responses[index]] = [answers[item] for item in items]
+        for (index, _, _), text in zip(self.generated, texts, strict=True):
+            responses[index] = text
+        return responses
+
 
 class Language:
     """The tokenizer of a model folder, as lm-eval uses it.
 
     Attributes:
         lm: lm-eval's model around the tokenizer.
-        window: Tokens that one input may have; may be lowered.
+        window: Tokens that one input may have.
         eot_text: Text of the end-of-sequence token.
     """
 
@@ -54,8 +72,8 @@ class Language:
         """Load the tokenizer.
 
         Args:
-            model: A transformers model; only its configuration is looked at.
-            folder: With the tokenizer.
+            model: A transformers model; only its configuration is read.
+            folder: Holds the tokenizer.
             trust_remote_code: Run tokenizer code that the folder brings.
 
         Raises:
@@ -67,12 +85,12 @@ class Language:
 
     @property
     def name(self) -> str:
-        """As lm-eval names the tokenizer."""
+        """The tokenizer's name, as lm-eval spells it."""
         return cast(str, self.lm.tokenizer_name)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer has one."""
+        """Whether the tokenizer has a chat template."""
         return getattr(self.lm.tokenizer, "chat_template", None) is not None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -80,7 +98,7 @@ class Language:
         return cast(str, self.lm.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt))
 
     def encode(self, requests: Sequence[Request]) -> Encoded:
-        """Turn requests into tokens, cut from the left to the window.
+        """Turn requests into tokens; contexts are cut from the left to fit the window.
 
         Raises:
             EngineError: If a request has no tokens to score, or more of them than the window holds.
@@ -119,7 +137,7 @@ class Language:
             return [make_disjoint_window(window) for window in windows]
         context, continuation = request.args[:2]
         if context != "":
-            return [lm._encode_pair(context, continuation)]
+            return [encode_pair(lm, context, continuation)]
         tokens = lm.tok_encode(continuation, add_special_tokens=False)
         if tokens and tokens[0] == lm.prefix_token_id:
             return [(tokens[:1], tokens[1:])]
@@ -143,7 +161,7 @@ class Language:
 
 
 class _CachingHFLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
-    """Encodes a context once for all of its continuations."""
+    """Encodes a context once for all its continuations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -161,5 +179,4 @@ def _language_model(model: Any, folder: Path, trust_remote_code: bool) -> HFLM:
     except (OSError, ValueError, ImportError, KeyError, AssertionError) as exc:
         if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.tiktoken")):
             raise EngineError(f"{folder}: must hold a tokenizer, found no file of one; copy it there") from exc
-        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
-        raise EngineError(f"{folder}: the tokenizer cannot be loaded: {reason}") from exc
+        raise EngineError(f"{folder}: the tokenizer cannot be loaded: {first_line(exc)}") from exc

@@ -1,14 +1,14 @@
 """Log-probabilities of continuations as questions for the next token, for an engine that remembers prefixes.
 
-Knows tokens only: no tokenizer, no tensors, no model.
+Knows tokens only; no tokenizer, no tensors and no model.
 
     context  a b c ── d e      questions   a b c    ->  d, f
                   └── f g                  a b c d  ->  e
                                            a b c f  ->  g
 
-Choices of one token are one question together. An engine with a prefix cache computes of a longer prefix only what
-comes after its last full block. Where that would cost more than computing the sequence whole, as for long texts, it
-is asked for whole, with the log-probabilities of its prompt.
+Choices of one token are asked in one question. An engine with a prefix cache computes only the part of a longer prefix
+that comes after its last cached block. If that would still cost more than computing the sequence whole, as for long
+texts, the whole sequence is asked for, with the log-probabilities of its prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from optuna_merge.evaluation.engines.batches import Item
 
 MAX_TOKENS = 128
-"""Tokens that one question may name: vLLM's bound."""
+"""Tokens that one question may name; vLLM's limit."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NextTokens:
     """One question: what comes after a prompt?
 
     Attributes:
-        prompt: Not empty.
+        prompt: The tokens before; not empty.
         tokens: Different tokens whose log-probabilities are wanted, in ascending order; at most ``MAX_TOKENS``.
     """
 
@@ -37,7 +37,7 @@ class NextTokens:
 
 @dataclass(frozen=True)
 class Whole:
-    """A sequence that is computed in one go: the log-probabilities of its prompt and of what comes after it.
+    """A sequence that is computed in one go: the log-probabilities of its prompt and of the token after it.
 
     Attributes:
         tokens: Context and continuation; at least two of the latter.
@@ -49,20 +49,20 @@ class Whole:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """All but the last token, which is scored without being read."""
+        """All but the last token, which is scored without being an input."""
         return self.tokens[:-1]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to ask, and how items are answered by it.
+    """What to ask, and which answers belong to which item.
 
     Attributes:
-        questions: A prefix comes before what extends it.
+        questions: In an order in which a prefix comes before what extends it.
         wholes: Sequences to compute in one go.
-        steps: For each item, the question and token of each token of its continuation; None: see ``whole_of``.
-        whole_of: Item to its sequence.
-        n_tokens: Tokens that are computed, about: what contexts have in common is counted for each.
+        steps: For each item, the question and the token for each token of its continuation; None: see ``whole_of``.
+        whole_of: Index of an item to the index of its whole sequence.
+        n_tokens: Approximate number of computed tokens: what contexts have in common is counted for each.
     """
 
     questions: list[NextTokens]
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
-        """Of the questions, then of the sequences."""
+        """Prompts of the questions, then of the whole sequences."""
         return [question.prompt for question in self.questions] + [whole.prompt for whole in self.wholes]
 
 
@@ -81,7 +81,7 @@ def make_plan(items: Sequence[Item], *, block_size: int) -> Plan:
     """Decide what to ask.
 
     Args:
-        items: Any order; equal ones are computed once.
+        items: In any order; equal ones are computed once.
         block_size: Tokens in a block of the engine's prefix cache, at least 1.
     """
     questions: list[NextTokens] = []
@@ -115,13 +115,13 @@ def make_plan(items: Sequence[Item], *, block_size: int) -> Plan:
 
 
 def _asked(wanted: Mapping[tuple[int, ...], set[int]], context: tuple[int, ...], block_size: int) -> int:
-    """Tokens that are computed for the questions of one context, if full blocks are remembered."""
-    longer = sum(len(prefix) - _remembered(prefix, block_size) for prefix in wanted if prefix != context)
+    """Tokens that are computed for the questions of one context, if full blocks are cached."""
+    longer = sum(len(prefix) - _n_cached(prefix, block_size) for prefix in wanted if prefix != context)
     repeated = sum((_n_questions(tokens) - 1) * block_size for tokens in wanted.values())
     return len(context) + longer + repeated
 
 
-def _remembered(prefix: tuple[int, ...], block_size: int) -> int:
+def _n_cached(prefix: tuple[int, ...], block_size: int) -> int:
     # the last token is always computed
     return (len(prefix) - 1) // block_size * block_size
 
@@ -133,7 +133,7 @@ def _n_questions(tokens: set[int]) -> int:
 def _ask(
     questions: list[NextTokens], wanted: Mapping[tuple[int, ...], set[int]]
 ) -> dict[tuple[tuple[int, ...], int], int]:
-    """Add questions; prefix and token to the question that has them."""
+    """Add questions; return the index of the question for each prefix and token."""
     question_of: dict[tuple[tuple[int, ...], int], int] = {}
     for prefix in sorted(wanted, key=len):
         tokens = sorted(wanted[prefix])

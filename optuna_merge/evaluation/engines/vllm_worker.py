@@ -1,14 +1,13 @@
-"""What runs inside vLLM's workers: tensors from a source, checked, into the model that is resident there.
+"""What runs inside vLLM's workers: tensors are made, checked, and loaded into the model that is resident there.
 
-The worker is told where its tensors come from by an import path and plain text, so that nothing but text goes
-between processes. It knows nothing of merging. Written for the V1 engine of vLLM 0.32.
+A worker is told what makes its tensors by an import path and plain text, so that only text goes between processes. It
+knows nothing of merging.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import signal
 import threading
@@ -23,86 +22,64 @@ from torch import Tensor
 
 from optuna_merge import errors
 from optuna_merge.errors import EngineError, NonFiniteMergeError, OptunaMergeError
+from optuna_merge.internals.vllm import model_of, reload_weights, zero_kv_caches
 
-Source = Callable[[str], Iterator[tuple[str, Tensor]]]
-"""Makes the tensors that a request, which is plain text, asks for: each a new one that nothing else refers to."""
+TensorMaker = Callable[[str], Iterator[tuple[str, Tensor]]]
+"""Makes the tensors that a request, plain text, asks for; each is new, and nothing else refers to it."""
 
-Answer = dict[str, Any]
-"""What a worker says: ``n_tensors``, or ``error`` (a class of ours) and ``message``."""
+Answer = dict[str, str]
+"""What a worker answers: nothing if all went well, else ``error`` (the name of an error of ours) and ``message``."""
 
 
 class WeightsWorker:
     """Methods that vLLM adds to its workers (``worker_extension_cls``)."""
 
-    model_runner: Any
     device: Any
     model_config: Any
-    reload_weights: Callable[..., None]
 
     def load_from(self, factory: str, argument: str, request: str, shapes: str, study: int) -> Answer:
-        """Overwrite the weights with what a source makes.
+        """Overwrite the weights with tensors that are made here.
 
-        The worker's part of a tensor-parallel model is filled; each worker makes all tensors itself.
+        Of a tensor-parallel model each worker holds a part; each makes all tensors and keeps its part.
 
         Args:
-            factory: ``module:function``; called once with ``argument`` and the device, it returns a source.
+            factory: ``module:function``; called once with ``argument`` and the device, it returns a tensor maker.
             argument: For the factory.
-            request: For the source.
-            shapes: JSON: name of every tensor that must come to its shape.
-            study: Process that the worker must not outlive.
+            request: For the tensor maker.
+            shapes: JSON: name of each tensor that must come to its shape.
+            study: Process id of the study, which the worker must not outlive.
         """
         if not self.__dict__.setdefault("_weights_watched", False):
             self.__dict__["_weights_watched"] = True
             _die_with(study)
         try:
-            stream = self._source(factory, argument)(request)
+            stream = self._tensor_maker(factory, argument)(request)
             expected = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
-            return {"n_tensors": self._reload(checked(stream, expected, self.model_config.dtype))}
+            self._reload(checked(stream, expected, self.model_config.dtype))
         except OptunaMergeError as exc:
             return {"error": type(exc).__name__, "message": str(exc)}
+        return {}
 
     def process_id(self) -> int:
-        """Of the worker."""
+        """Process id of this worker."""
         return os.getpid()
 
-    def _source(self, factory: str, argument: str) -> Source:
-        opened: dict[tuple[str, str], Source] = self.__dict__.setdefault("_weights_sources", {})
+    def _tensor_maker(self, factory: str, argument: str) -> TensorMaker:
+        opened: dict[tuple[str, str], TensorMaker] = self.__dict__.setdefault("_weights_makers", {})
         if (factory, argument) not in opened:
             opened.clear()
             module, _, function = factory.partition(":")
             opened[factory, argument] = getattr(importlib.import_module(module), function)(argument, str(self.device))
         return opened[factory, argument]
 
-    def _reload(self, stream: Iterator[tuple[str, Tensor]]) -> int:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        model = self.model_runner.get_model()
-        on_cpu = torch.device(self.device).type == "cpu"
-        if on_cpu:
-            _forget_packed_experts(model)
-        if self.model_config.quantization is None:
-            # at each load it warns of layers that only have buffers; of weights, _check_loaded says it
-            logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        counted = _Counted(stream)
-        with torch.no_grad(), _Recorded(model) as loaded:
-            try:
-                self.reload_weights(weights_iterator=counted)
-            except BaseException:
-                # otherwise the model stays between two loads, and the next one does too
-                finalize_layerwise_reload(model, self.model_config)
-                raise
-        _check_loaded(model, loaded.names, self.model_config.quantization)
-        if on_cpu:
-            _pack_heads_again(model)
-        for cache in self.model_runner.kv_caches:
-            # a NaN left there outlives the prompt that made it: masked attention multiplies it by 0
-            if isinstance(cache, Tensor):
-                cache.zero_()
-        return counted.n
+    def _reload(self, stream: Iterator[tuple[str, Tensor]]) -> None:
+        loaded = reload_weights(self, stream)
+        _check_loaded(model_of(self), loaded, self.model_config.quantization)
+        zero_kv_caches(self)
 
 
-def open_folder(argument: str, device: str) -> Source:
-    """A source that reads a folder of safetensors files; the request is the folder's path."""
+def open_folder(argument: str, device: str) -> TensorMaker:
+    """A factory: what it returns reads a folder of safetensors files; the request is the folder's path."""
 
     def stream(folder: str) -> Iterator[tuple[str, Tensor]]:
         for path in sorted(Path(folder).glob("*.safetensors")):
@@ -117,12 +94,12 @@ def open_folder(argument: str, device: str) -> Source:
 def checked(
     stream: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors on that may reach an engine, in its dtype.
+    """Pass on the tensors that may reach an engine, in its dtype.
 
     Args:
         stream: Names and tensors.
-        shapes: Every tensor that must come.
-        dtype: Of the engine.
+        shapes: Name of each tensor that must come to its shape.
+        dtype: The engine's dtype.
 
     Raises:
         NonFiniteMergeError: If a tensor holds NaN or infinity after rounding; it is not passed on.
@@ -159,48 +136,16 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def raise_first(answers: Iterable[Answer]) -> None:
-    """Raise what a worker refused for, as the error of ours that it was."""
+    """Raise the first error among the workers' answers, as the class that it was there."""
     for answer in answers:
         if "error" in answer:
             raise getattr(errors, answer["error"])(answer["message"])
 
 
-class _Counted:
-    def __init__(self, stream: Iterator[tuple[str, Tensor]]) -> None:
-        self._stream = stream
-        self.n = 0
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for pair in self._stream:
-            self.n += 1
-            yield pair
-
-
-class _Recorded:
-    """Keeps which parameters the model says it loaded, while the context is open."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.names: set[str] | None = None
-
-    def __enter__(self) -> _Recorded:
-        original = self._model.load_weights
-
-        def load_weights(*args: Any, **kwargs: Any) -> Any:
-            self.names = original(*args, **kwargs)
-            return self.names
-
-        self._model.load_weights = load_weights
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        del self._model.load_weights
-
-
 def _die_with(study: int) -> None:
     """End this worker, and vLLM's process between it and the study, once the study is gone.
 
-    vLLM stays when the process that started it is killed, and with it the memory that the next start needs.
+    vLLM keeps running when the process that started it is killed, and keeps the memory that the next start needs.
     """
     parent = os.getppid()
     if os.getpid() == study or study not in (parent, _parent_of(parent)):
@@ -224,7 +169,7 @@ def _parent_of(pid: int) -> int | None:
 
 
 def _check_loaded(model: Any, loaded: set[str] | None, quantization: str | None) -> None:
-    """What vLLM checks when it loads from a folder, and only logs when it reloads."""
+    """Refuse a checkpoint that lacks a weight; vLLM refuses one that it loads from a folder, but not at a reload."""
     if loaded is None or quantization is not None:
         return
     if lacking := sorted({name for name, _ in model.named_parameters()} - loaded):
@@ -232,20 +177,3 @@ def _check_loaded(model: Any, loaded: set[str] | None, quantization: str | None)
             f"{lacking[0]}: the checkpoint must hold every weight of vLLM's {type(model).__name__}, it lacks"
             f" {len(lacking)}; use engine.backend: hf"
         )
-
-
-def _forget_packed_experts(model: Any) -> None:
-    """On a CPU the experts' kernel keeps weights of its own, which a reload would leave as they were."""
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
-
-
-def _pack_heads_again(model: Any) -> None:
-    """On a CPU an output layer multiplies by a packed copy; a tied one is not among the layers that are reloaded."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)

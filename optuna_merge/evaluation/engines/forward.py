@@ -1,0 +1,174 @@
+"""Forward passes of a transformers model that compute logits only where something is scored.
+
+Knows tensors, masks and positions. It does not know requests, texts or how rows were chosen (``batches.py``).
+
+Departure from lm-eval: the softmax is taken in float32 whatever the model's dtype, where lm-eval rounds
+log-probabilities to the model's dtype. In float32 both agree to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optuna_merge.evaluation.engines.batches import Item, Row
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass
+class Batch:
+    """The inputs of one forward pass, its tensors already on the device.
+
+    Shapes: ``n`` rows, ``length`` tokens, ``n_scored`` different places, ``n_wanted`` tokens of continuations.
+    """
+
+    tokens: Tensor  # [n, length]
+    positions: Tensor | None  # [n, length]; None if all rows are chains
+    ends: Tensor | None  # [n, length]
+    rows: Tensor  # [n_scored]
+    columns: Tensor  # [n_scored]
+    places: Tensor  # [n_wanted], index into the scored places
+    wanted: Tensor  # [n_wanted], token ids
+    items: list[int]  # indices of the scored items
+    starts: list[int]  # where each item begins among the wanted tokens
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Row], items: Sequence[Item], device: torch.device) -> Batch:
+        """Lay out rows, the longest first, as one forward pass.
+
+        Args:
+            rows: The rows.
+            items: What the rows' scored indices refer to.
+            device: Where the tensors go.
+        """
+        length = len(rows[0])
+        tokens = np.zeros((len(rows), length), dtype=np.int64)
+        positions = np.zeros_like(tokens)
+        # padding comes last and sees the padding before it in its row, so that no row of the mask is empty
+        ends = np.full_like(tokens, length)
+        places: dict[tuple[int, int], int] = {}
+        place_of: list[int] = []
+        wanted: list[int] = []
+        scored: list[int] = []
+        starts: list[int] = []
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = row.tokens
+            positions[number, : len(row)] = row.positions
+            ends[number, : len(row)] = row.ends
+            for item, nodes in row.scored:
+                scored.append(item)
+                starts.append(len(wanted))
+                wanted.extend(items[item].continuation)
+                place_of.extend(places.setdefault((number, node), len(places)) for node in nodes)
+        where = np.array(list(places), dtype=np.int64).reshape(-1, 2)
+        # attention without a mask has faster kernels
+        is_tree = not all(row.is_chain for row in rows)
+
+        def moved(array: Any) -> Tensor:
+            return torch.as_tensor(array, device=device)
+
+        return cls(
+            tokens=moved(tokens),
+            positions=moved(positions) if is_tree else None,
+            ends=moved(ends) if is_tree else None,
+            rows=moved(where[:, 0]),
+            columns=moved(where[:, 1]),
+            places=moved(np.array(place_of, dtype=np.int64)),
+            wanted=moved(np.array(wanted, dtype=np.int64)),
+            items=scored,
+            starts=starts,
+        )
+
+
+class Forward:
+    """Forward passes that compute logits only where something is scored.
+
+    Attributes:
+        may_share: Whether the model's design allows several continuations in one row.
+        window: Tokens that such a row may have at most; None: any number.
+        vocabulary: Size of the output layer.
+        width: Size of a hidden state.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Hook into the model's output layer."""
+        self._model = model
+        self._parameters = inspect.signature(model.forward).parameters
+        config = model.config.get_text_config()
+        self.may_share = _takes_trees(model, config, self._parameters)
+        # sliding_window, window_size, attention_window, attention_chunk_size ...
+        windows = [
+            value
+            for key, value in config.to_dict().items()
+            if re.search(r"window(?!_layers)|attention_chunk", key) and isinstance(value, int) and value > 1
+        ]
+        self.window = min(windows) if windows else None
+        self.vocabulary = int(config.vocab_size)
+        self.width = int(config.hidden_size)
+        self._scored: tuple[Tensor, Tensor] | None = None
+        self._selected = False
+        head = model.get_output_embeddings()
+        self._hook = head.register_forward_pre_hook(self._select) if head is not None else None
+
+    def close(self) -> None:
+        """Remove the hook."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def score(self, batch: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Log-probability of each wanted token, and whether it is the likeliest one; both ``[n_wanted]``."""
+        logits = self._logits(batch).float()  # [n_scored, vocabulary]
+        normalizer = logits.logsumexp(-1)
+        log_probabilities = logits[batch.places, batch.wanted] - normalizer[batch.places]
+        greedy = logits.argmax(-1)[batch.places] == batch.wanted
+        both = torch.stack([log_probabilities.double(), greedy.double()]).cpu().numpy()
+        return both[0], both[1] == 1
+
+    def _logits(self, batch: Batch) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": batch.tokens}
+        if "use_cache" in self._parameters:
+            inputs["use_cache"] = False
+        if batch.ends is not None:
+            inputs["attention_mask"] = _tree_mask(batch.ends, self._model.dtype)
+            inputs["position_ids"] = batch.positions
+        self._scored, self._selected = (batch.rows, batch.columns), False
+        try:
+            logits = cast(Tensor, self._model(**inputs).logits)
+        finally:
+            self._scored = None
+        return logits[0] if self._selected else logits[batch.rows, batch.columns]
+
+    def _select(self, _module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Give the output layer the scored places only; what the model does to logits afterwards stays in force."""
+        if self._scored is None or not args or args[0].dim() != 3:
+            return None
+        self._selected = True
+        rows, columns = self._scored
+        return (args[0][rows, columns].unsqueeze(0), *args[1:])  # [1, n_scored, hidden]
+
+
+def _takes_trees(model: Any, config: Any, parameters: Any) -> bool:
+    """Whether attention follows a given mask and positions: no recurrence, no distances of its own."""
+    layers = set(getattr(config, "layer_types", None) or ())
+    return (
+        {"position_ids", "attention_mask"} <= set(parameters)
+        and not getattr(config, "alibi", False)
+        and not getattr(model, "_is_stateful", False)
+        and layers <= _ATTENTION_LAYERS
+    )
+
+
+def _tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask ``[n, 1, length, length]``: token i sees token j if ``j <= i < ends[j]``."""
+    index = torch.arange(ends.shape[1], device=ends.device)
+    seen = (index[None, :, None] >= index[None, None, :]) & (index[None, :, None] < ends[:, None, :])
+    mask = torch.zeros(seen.shape, dtype=dtype, device=ends.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
