@@ -153,7 +153,7 @@ def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
 
 def _make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
     """The vLLM engine of a study, its workers told where the models are; vLLM itself starts with the first merge."""
-    from optuna_merge.evaluation.engines.vllm import require_vllm
+    from optuna_merge.evaluation.engines.vllm_instance import require_vllm
 
     require_vllm()
     plan = plan_memory(config, models, _vllm_engine(config, models))
@@ -170,7 +170,7 @@ def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str
         models.described,
         shapes={name: models.template.shape(name) for name in models.names},
         dtype=models.refs.dtype,
-        source=(FACTORY, description),
+        weights_factory=(FACTORY, description),
         options={**(defaults or {}), **config.engine.vllm.options},
         trust_remote_code=config.engine.trust_remote_code,
     )
