@@ -24,11 +24,12 @@ from optuna_merge.errors import OptunaMergeError, TrialTakenError
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
-from optuna_merge.storage.claims import Claim, Claims, running
+from optuna_merge.storage.claims import Claim, Claims
 from optuna_merge.storage.fingerprint import check_fingerprint, recorded_fingerprint
 from optuna_merge.storage.lock import make_lock
 from optuna_merge.storage.open import create_study, local_file, storage_error, storage_url
 from optuna_merge.storage.outages import is_storage_error
+from optuna_merge.storage.runners import running
 from optuna_merge.storage.trials import best_merge, n_finished
 from optuna_merge.study.folder import write_best_config
 from optuna_merge.study.objective import MergeObjective

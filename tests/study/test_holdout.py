@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from optuna_merge.cli.options import open_started
+from optuna_merge.errors import StudyError
 from optuna_merge.report.summary import summarize
 from optuna_merge.storage import attributes
 from optuna_merge.storage.trials import best_merges
 from optuna_merge.study.holdout import score_holdout, two_sided_p
-from optuna_merge.study.holdout_file import HOLDOUT_FILE
+from optuna_merge.study.holdout_file import HOLDOUT_FILE, HoldoutRow, TaskFigure, read_holdout, write_holdout
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
 from tests.study.test_objective import fake_objective
@@ -50,6 +51,22 @@ def test_what_is_written_is_what_the_report_shows(objective: MergeObjective) -> 
     shown = {row.trial: row.holdout for row in summarize(study, objective.config, 5).rows}
     assert {number: row for number, row in shown.items() if row is not None} == rows
     assert all(row is not None for row in shown.values())
+
+
+def test_the_file_gives_back_what_it_was_given(objective: MergeObjective) -> None:
+    study, folder = open_started(objective.config), objective.config.storage_path
+    best = best_merges(study, 1)[0]
+    figures = {"one": TaskFigure("acc,none", 0.5, None, 10), "two": TaskFigure("acc,none", 1.0, 0.1, 10)}
+    rows = [HoldoutRow(best.number, 0.75, figures, 0.0, math.inf, 1.0), HoldoutRow(0, 0.25, {}, 0.5, 0.1, 0.0)]
+    write_holdout(folder, study, best, rows)
+    assert read_holdout(folder, study, best) == {best.number: rows[0], 0: rows[1]}
+    assert read_holdout(folder, study, study.trials[0]) == {}  # made for another best merge
+    data = json.loads((folder / HOLDOUT_FILE).read_text())
+    assert list(data) == ["study", "best_trial", "recipe", "rows"]
+    del data["rows"][1]["p_value"]
+    (folder / HOLDOUT_FILE).write_text(json.dumps(data))
+    with pytest.raises(StudyError, match=r"holdout.json: must hold .*, got rows.1.p_value: Field required; delete it"):
+        read_holdout(folder, study, best)
 
 
 def test_differences_are_from_the_merge_that_the_searched_documents_chose(objective: MergeObjective) -> None:

@@ -61,6 +61,17 @@ def test_a_plain_optuna_user_can_optimize_it(objective: MergeObjective) -> None:
     assert first.user_attrs[attributes.DOCUMENTS] == objective.scorer.n_documents == 60
 
 
+def test_who_scores_a_trial_may_follow_its_chunks(objective: MergeObjective) -> None:
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=1))
+    n_scored: list[int] = []
+    trial = study.ask()
+    value = objective.evaluate(trial, n_scored.append)
+    assert n_scored == [1, 2, 3, 4, 5]
+    assert value == objective.scorer.score_all().value
+    objective(study.ask())
+    assert n_scored == [1, 2, 3, 4, 5]  # only the call that passed it
+
+
 def test_any_sampler_pruner_and_storage_will_do(objective: MergeObjective) -> None:
     study = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=0), pruner=optuna.pruners.MedianPruner()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import multiprocessing.connection
 import os
 import random
@@ -32,7 +34,7 @@ from optuna_merge.storage.documents import DocumentScores
 from optuna_merge.storage.open import open_storage, open_study, storage_url
 from optuna_merge.storage.trials import FINISHED, best_merge, score_of
 from optuna_merge.study import run as study
-from optuna_merge.study.folder import BEST_CONFIG, write_best_config
+from optuna_merge.study.folder import BEST_CONFIG, OWNER_FILE, write_best_config
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
 from optuna_merge.study.watcher import Watcher
@@ -200,13 +202,18 @@ def test_a_study_that_is_not_there_is_named(objective: MergeObjective) -> None:
     assert not objective.config.storage_path.exists()
 
 
-def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective) -> None:
+def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective, monkeypatch: pytest.MonkeyPatch) -> None:
     run_study(objective.config, objective)
     file = objective.config.storage_path / BEST_CONFIG
     before = file.read_text()
-    file.with_name(f"{BEST_CONFIG}.partial").symlink_to("/dev/full")
-    with pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*No space left"):
-        write_best_config(open_started(objective.config), objective)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*No space left"):
+            write_best_config(open_started(objective.config), objective)
     with (
         processes.files_up_to(100),
         pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*File too large"),
@@ -265,13 +272,19 @@ def test_memory_that_is_out_while_merging_stops_the_study_and_more_lets_it_go_on
 
 def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:
     run_study(objective.config, objective)
-    before = (objective.config.storage_path / BEST_CONFIG).read_text()
+    folder = objective.config.storage_path
+    assert json.loads((folder / OWNER_FILE).read_text()) == {"study": "tiny"}
+    before = (folder / BEST_CONFIG).read_text()
     options = objective.config.study.model_copy(update={"name": "tiny, too"})
     objective.config = objective.config.model_copy(update={"study": options})
     message = r"best_config.yaml: must be of study 'tiny, too', got that of study 'tiny'; choose another storage_path"
     with pytest.raises(StudyError, match=message):
         run_study(objective.config, objective)
-    assert (objective.config.storage_path / BEST_CONFIG).read_text() == before
+    assert (folder / BEST_CONFIG).read_text() == before
+    (folder / OWNER_FILE).write_text("{}")
+    with pytest.raises(StudyError, match=r"study.json: must name the study of its folder, got 'study'; delete it"):
+        run_study(objective.config, objective)
+    assert (folder / BEST_CONFIG).read_text() == before
 
 
 class Doomed(Watcher):
