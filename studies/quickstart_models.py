@@ -2,13 +2,13 @@
 
     python studies/quickstart_models.py
 
-The base reads a corpus of letters: runs of the alphabet, lists that are echoed, and the questions of all three
-skills, answered almost always by a guess. So it knows the forms and hardly any rule. Each fine-tune starts from
-the base and reads one skill's questions with right answers, mixed with the base's corpus against forgetting.
-Nothing here looks at a merge or at a document of the eval tasks. The rules, and the split that keeps the
-documents' lists out of training, are in ``eval_tasks/quickstart/letters.py``.
+The base is trained on a corpus of letters: runs of the alphabet, lists that are echoed, and the questions of all
+three skills, nearly all of them answered by a guess. So it learns the form of a question, but hardly any rule. Each
+fine-tune starts from the base and is trained on one skill's questions with right answers, mixed with the base's corpus
+so that it forgets nothing. Nothing here looks at a merge or at a document of the eval tasks. The rules are in
+``eval_tasks/quickstart/letters.py``, and so is the split that keeps the documents' lists out of training.
 
-On one machine the same settings give the same bytes: each model is trained by one thread of one process.
+On one machine, the same settings give the same bytes: one thread of one process trains each model.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _MARKER = "settings.json"
 _BOS, _EOS, _PAD = "<s>", "</s>", "<pad>"
 _IGNORED = -100  # the label that transformers' loss leaves out
 
-Text = tuple[str, str]  # what is only read, what is learned
+Text = tuple[str, str]  # the part that is only read, and the part that is learned
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that decides what is trained; sizes are those of a Llama."""
+    """Everything that decides what is trained. The model is a Llama of these sizes."""
 
     seed: int = 7
     n_layers: int = 6
@@ -51,19 +51,19 @@ class Settings:
     batch_size: int = 64
     base_steps: int = 350
     base_learning_rate: float = 2e-3
-    base_right_share: float = 0.03  # of the questions in the base's corpus: the rest are answered by a guess
+    base_right_share: float = 0.03  # share of the base's questions with right answers; the others get a guess
     skill_steps: int = 120
     skill_learning_rate: float = 1e-3
-    replay_share: float = 0.5  # of a fine-tune's texts: these come from the base's corpus
+    replay_share: float = 0.5  # share of a fine-tune's texts that come from the base's corpus
     tokenizer_texts: int = 2000
 
 
 def base_texts(rng: random.Random, right_share: float, skip: str | None = None) -> Iterator[Text]:
-    """An endless corpus of letters: two runs of the alphabet and two echoes to six questions, on average.
+    """An endless corpus of letters: on average two runs of the alphabet and two echoes for six questions.
 
     Args:
-        rng: Where all draws come from.
-        right_share: Share of the questions that are answered by the rule, in [0, 1].
+        rng: Makes all random draws.
+        right_share: Share of the questions whose answer follows the rule, in [0, 1].
         skip: A skill whose questions are left out.
     """
     skills = [skill for skill in RULES if skill != skip]
@@ -83,7 +83,7 @@ def base_texts(rng: random.Random, right_share: float, skip: str | None = None) 
 
 
 def skill_texts(rng: random.Random, skill: str, replay_share: float, right_share: float) -> Iterator[Text]:
-    """An endless corpus of one skill's questions with right answers, and of ``base_texts`` without that skill."""
+    """An endless corpus: one skill's questions with right answers, mixed with ``base_texts`` without that skill."""
     replay = base_texts(rng, right_share, skip=skill)
     while True:
         if rng.random() < replay_share:
@@ -94,13 +94,13 @@ def skill_texts(rng: random.Random, skill: str, replay_share: float, right_share
 
 
 def make_models(out: Path, settings: Settings, n_processes: int = 1, say: Callable[[str], None] = print) -> bool:
-    """Train the base and one fine-tune for each skill into folders of ``out``, unless they are there.
+    """Train the base and one fine-tune for each skill, unless ``out`` holds them already.
 
     Args:
-        out: Receives ``base``, one folder for each skill and a marker file, which is written last.
+        out: Folder that gets ``base``, one folder for each skill, and last a marker file with the settings.
         settings: What to train.
-        n_processes: How many fine-tunes are trained at the same time; decides nothing else.
-        say: Told of the progress, one line at a time.
+        n_processes: How many fine-tunes are trained at the same time; does not change the result.
+        say: Called with each line of progress.
 
     Returns:
         Whether anything was trained: False if ``out`` holds complete models of these settings.
@@ -121,7 +121,7 @@ def make_models(out: Path, settings: Settings, n_processes: int = 1, say: Callab
         for skill in RULES:
             train_skill(out / skill, out / BASE, skill, settings)
     else:
-        # Spawned, for a forked copy of torch's thread pool may hang.
+        # Spawned, because a forked copy of torch's thread pool may hang.
         with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
             futures = [pool.submit(train_skill, out / skill, out / BASE, skill, settings) for skill in RULES]
             for future in futures:
@@ -134,7 +134,7 @@ def make_models(out: Path, settings: Settings, n_processes: int = 1, say: Callab
 
 
 def train_base(folder: Path, settings: Settings) -> None:
-    """Train the tokenizer and the base from nothing; write both to ``folder``."""
+    """Train the tokenizer and the base from scratch; write both to ``folder``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -216,7 +216,7 @@ def _train(model, tokenizer, texts: Iterator[Text], n_steps: int, learning_rate:
 
 
 def _rate(step: int, n_steps: int) -> float:
-    """A warm-up of at most 50 steps, then level up to the half, then a line down to 2 %."""
+    """Factor of the learning rate: a warm-up of at most 50 steps, then 1 until half-way, then linearly down to 0.02."""
     warm_up = min(50, max(1, n_steps // 2))
     return min(1.0, (step + 1) / warm_up, max(0.02, 2 * (1 - step / n_steps)))
 
@@ -227,7 +227,7 @@ def _batch(tokenizer, texts: list[Text]):
     read = tokenizer([read for read, _ in texts])["input_ids"]
     learned = tokenizer([learned + _EOS for _, learned in texts])["input_ids"]
     width = max(len(a) + len(b) for a, b in zip(read, learned, strict=True))
-    # Padded on the right without an attention mask: a causal model's earlier positions do not see the padding.
+    # Padded on the right, so no attention mask is needed: in a causal model earlier positions do not see later ones.
     tokens = torch.full((len(texts), width), tokenizer.pad_token_id)
     labels = torch.full((len(texts), width), _IGNORED)
     for row, (before, after) in enumerate(zip(read, learned, strict=True)):
@@ -248,7 +248,7 @@ def _save(model, tokenizer, folder: Path) -> None:
 
 
 def _digest(settings: Settings) -> str:
-    """A digest of the settings and of the first texts they give, so that a changed rule is a change too."""
+    """A digest of the settings and of the first texts that they give, so that a changed rule changes it too."""
     corpora = [base_texts(random.Random(0), settings.base_right_share)]
     corpora += [skill_texts(random.Random(0), s, settings.replay_share, settings.base_right_share) for s in RULES]
     samples = [next(texts) for texts in corpora for _ in range(100)]

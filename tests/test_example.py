@@ -1,4 +1,4 @@
-"""The project's example for three 7 B models, as it stands, on miniatures of its models and of its datasets."""
+"""Runs the example study of three 7 B models unchanged, on tiny models and datasets that take the names of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def invoke(*arguments: object) -> Result:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The project's studies and eval tasks; the hub's models as folders of their names, Hermes with two more tokens."""
+    """Copies of ``studies/`` and ``eval_tasks/``; folders named like the hub's models, Hermes with two more tokens."""
     for name in ("studies", "eval_tasks"):
         skip = shutil.ignore_patterns("*.jsonl", "data", "quickstart_*", "*_study", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)

@@ -1,4 +1,4 @@
-"""The quickstart's models and eval tasks: made twice at miniature scale, and the full-scale generators looked at."""
+"""The quickstart's models are trained at miniature scale; its full-scale generators and eval tasks are checked."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def made(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def documents(letters: ModuleType, skill: str) -> list[dict[str, Any]]:
-    """The documents as the task's file asks for them."""
+    """The documents of a skill's task, with the arguments in its file."""
     return list(letters.documents(**TASK_FILES[skill]["dataset_kwargs"])["test"])
 
 
@@ -155,7 +155,7 @@ def test_no_document_is_asked_in_training(script: ModuleType, letters: ModuleTyp
         asked = {document["question"].split("\nanswer:")[0].split(": ")[1] for document in documents(letters, skill)}
         assert len(asked) == TASK_FILES[skill]["dataset_kwargs"]["n_documents"]
         assert not asked & asked_in_training
-        # Not by luck: the two sides of the split cannot meet, whatever is drawn.
+        # Not by luck: the two sides of the split never overlap, whatever is drawn.
         assert all(letters.is_for_documents(each.replace(" ", "")) for each in asked)
     assert not any(letters.is_for_documents(each.replace(" ", "")) for each in asked_in_training)
 
@@ -184,7 +184,7 @@ def test_documents_are_sound_and_balanced(letters: ModuleType, skill: str) -> No
 
 
 class ConstantAnswer(LM):
-    """Likes the choice at one position, whatever is asked."""
+    """Prefers the choice at one position, whatever the question is."""
 
     def __init__(self, position: int) -> None:
         super().__init__()
