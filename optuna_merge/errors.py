@@ -1,24 +1,24 @@
 """The errors that optuna-merge raises on purpose.
 
     OptunaMergeError
-    ├── ConfigError          a study file: every problem found in it, one line each
-    ├── RecipeError          a recipe that cannot be read, or does not fit the models
+    ├── ConfigError          a study file, with one line for each problem in it
+    ├── RecipeError          a recipe that cannot be read or does not fit the models
     ├── CheckpointError      a model reference or a file of weights
     ├── MethodError          a merge method or one of its parameters
     ├── MergeError           merging one trial
-    │   └── NonFiniteMergeError    NaN or infinity in the result: fails that trial only
+    │   └── NonFiniteMergeError    NaN or infinity in the result; fails only that trial
     ├── TaskError            an eval task, its metrics or its documents
     ├── EngineError          the engine that scores
-    │   └── EngineDiedError        it died, was started again and died again: fails that trial only
+    │   └── EngineDiedError        the engine died twice in one trial; fails only that trial
     ├── StudyError           a study or its storage
-    │   ├── StudyMismatchError     the study was made from other inputs
-    │   └── TrialTakenError        another process has taken a trial over
+    │   ├── StudyMismatchError     the storage holds a study with other inputs
+    │   └── TrialTakenError        another process has taken over a trial
     ├── WorkerError          worker processes
     ├── ExportError          writing a merged model or a recipe
     └── DataError            preparing the documents of an eval task
 
-A message reads ``<where>: <name> must be <rule>, got <value>; <what to do>``. The command line prints it as
-one line and exits with 1; anything else that escapes is a defect of ours.
+A message reads ``<where>: <name> must be <rule>, got <value>; <what to do>``. The command line prints it and exits
+with 1; any other exception that escapes is a bug.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ConfigError(OptunaMergeError):
     """A study file that cannot be used.
 
     Attributes:
-        problems: One line for each problem, all that were found.
+        problems: One line for each problem that was found.
     """
 
     def __init__(self, problems: Sequence[str] | str) -> None:
@@ -43,7 +43,7 @@ class ConfigError(OptunaMergeError):
 
 
 class RecipeError(OptunaMergeError):
-    """A recipe that cannot be read, or does not fit the models."""
+    """A recipe that cannot be read or does not fit the models."""
 
 
 class CheckpointError(OptunaMergeError):
@@ -67,7 +67,7 @@ class MergeError(OptunaMergeError):
 
 
 class NonFiniteMergeError(MergeError):
-    """A merged tensor holds NaN or infinity; the trial fails, the study goes on."""
+    """A merged tensor holds NaN or infinity; the trial fails, the study continues."""
 
 
 class TaskError(OptunaMergeError):
@@ -79,7 +79,7 @@ class EngineError(OptunaMergeError):
 
 
 class EngineDiedError(EngineError):
-    """The engine died twice over one trial; the trial fails, the study goes on."""
+    """The engine died twice in one trial; the trial fails, the study continues."""
 
 
 class StudyError(OptunaMergeError):
@@ -87,7 +87,7 @@ class StudyError(OptunaMergeError):
 
 
 class StudyMismatchError(StudyError):
-    """The storage holds a study whose scores mean something else."""
+    """The storage holds a study whose scores are not comparable with those of this study file."""
 
 
 class TrialTakenError(StudyError):
@@ -107,11 +107,11 @@ class DataError(OptunaMergeError):
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
-    """Whether an error of torch or Python says that a device or the host has no memory left."""
+    """Whether an error of torch or Python says that a device or the host is out of memory."""
     texts = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
     return isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and any(text in str(exc) for text in texts))
 
 
 def first_line(exc: BaseException) -> str:
-    """The first line of an error's text, for a message of ours; the name of its type if it has none."""
+    """The first line of an exception's text, or the name of its type if it has none."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0]

@@ -1,1 +1,1 @@
-"""A recipe and checkpoints to merged tensors, a model folder or a mergekit file."""
+"""From a recipe and checkpoints to merged tensors, a model folder or a mergekit file."""

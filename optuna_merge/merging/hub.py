@@ -1,4 +1,4 @@
-"""Upload of an exported model to the Hugging Face hub."""
+"""Uploads an exported model to the Hugging Face hub. Knows nothing of how it was made."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from optuna_merge.errors import ExportError
 
 
 class Hub(Protocol):
-    """What an upload asks of ``huggingface_hub.HfApi``."""
+    """The part of ``huggingface_hub.HfApi`` that an upload uses."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> object:
-        """Make a repository; it may exist."""
+        """Create a repository, unless it exists."""
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> object:
         """Upload a folder's files in one commit."""
 
 
 def check_name(repository: str) -> None:
-    """Refuse what is no ``org/name``, before a model is merged for it.
+    """Check the name of a repository, before a model is merged for it.
 
     Raises:
-        ExportError: If it is none.
+        ExportError: If it is not ``org/name``.
     """
     organisation, _, name = repository.partition("/")
     if not organisation or not name or "/" in name:
-        raise ExportError(f"--push must be org/name, got {repository!r}; write for example my-org/my-merge")
+        raise ExportError(f"--push must be org/name, got {repository!r}; for example my-org/my-merge")
 
 
 def push(folder: Path, repository: str, *, message: str, private: bool = True, hub: Hub | None = None) -> str:
@@ -38,10 +38,10 @@ def push(folder: Path, repository: str, *, message: str, private: bool = True, h
 
     Args:
         folder: An exported model.
-        repository: ``org/name``; made if it does not exist.
-        message: Of the commit.
-        private: Whether a new repository is private; one that exists stays what it is.
-        hub: Where to; the Hugging Face hub, with the reader's own token, by default.
+        repository: ``org/name``; created if it does not exist.
+        message: Message of the commit.
+        private: Whether a new repository is private; an existing one stays as it is.
+        hub: None means the Hugging Face hub, with the user's own token.
 
     Returns:
         The repository's address.

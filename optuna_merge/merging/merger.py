@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,14 @@ from torch import Tensor
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import common_names
 from optuna_merge.checkpoints.reference import ResolvedReference
-from optuna_merge.checkpoints.tensor_names import Place, is_buffer, place_of
 from optuna_merge.checkpoints.unify import unify
 from optuna_merge.errors import MergeError, first_line, is_out_of_memory
 from optuna_merge.merging.placement import Placement, count_disk_waits, free_host_bytes, place_checkpoints
+from optuna_merge.merging.plan import MergePlan, MergeStep, Numbers
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
 from optuna_merge.merging.staging import Stage
-from optuna_merge.methods import MergeMethod, find_method
-from optuna_merge.methods.function import MergeFunction, MergeInput
-from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
+from optuna_merge.methods.function import MergeInput
+from optuna_merge.recipe import Recipe
 
 Destination = Callable[[str], Tensor | None]
 """Maps a tensor name to the memory that its merged tensor is written into, or to None for a new tensor."""
@@ -129,8 +126,8 @@ class Merger:
             MergeError: If the recipe does not fit the checkpoints, a method fails, or a tensor does not fit into memory
                 even in small pieces; the message names the tensor.
         """
-        plan = _Plan.make(recipe, self.checkpoints)
-        steps = [_Step.of(plan, name, None if out is None else out(name)) for name in self.names]
+        plan = MergePlan.make(recipe, self.checkpoints)
+        steps = [MergeStep.of(plan, name, None if out is None else out(name)) for name in self.names]
         n_reads = count_disk_waits()
         try:
             for step, following in zip(steps, [*steps[1:], None], strict=True):
@@ -155,7 +152,7 @@ class Merger:
         first = next(iter(self.checkpoints.values()))
         return sum(math.prod(first.shape(name)) for name in self.names) >= _COMPILED_FROM
 
-    def _merge_that_fits(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
+    def _merge_that_fits(self, plan: MergePlan, step: MergeStep, following: MergeStep | None) -> Tensor:
         """Merge a tensor. If memory runs out, continue in smaller pieces from then on, which change no result."""
         while True:
             try:
@@ -181,7 +178,7 @@ class Merger:
             " smaller engine.batch_size or fewer workers, and run the same command again"
         ) from exc
 
-    def _merge_tensor(self, plan: _Plan, step: _Step, following: _Step | None) -> Tensor:
+    def _merge_tensor(self, plan: MergePlan, step: MergeStep, following: MergeStep | None) -> Tensor:
         name, result = step.name, step.destination
         if result is None:
             result = torch.empty(plan.template.shape(name), dtype=step.dtype, device=self.device)
@@ -206,11 +203,11 @@ class Merger:
             self._written[result.data_ptr()] = step.record
         return result
 
-    def _is_written(self, step: _Step) -> bool:
+    def _is_written(self, step: MergeStep) -> bool:
         """Whether the destination already holds the result."""
         return step.destination is not None and self._written.get(step.destination.data_ptr()) == step.record
 
-    def _begin(self, plan: _Plan, name: str) -> None:
+    def _begin(self, plan: MergePlan, name: str) -> None:
         """Start to read and copy the tensor that is merged next."""
         if self._reads_ahead:
             for checkpoint in plan.read:
@@ -218,7 +215,7 @@ class Merger:
         if self._stage.is_ahead:
             self._stage.start(name, plan.tensors(name))
 
-    def _inputs(self, plan: _Plan, name: str, numbers: _Numbers, tensors: list[Tensor]) -> MergeInput:
+    def _inputs(self, plan: MergePlan, name: str, numbers: Numbers, tensors: list[Tensor]) -> MergeInput:
         assert plan.method is not None
         recipe = plan.recipe
         base, models = (None, tensors) if plan.base is None else (tensors[0], tensors[1:])
@@ -240,113 +237,9 @@ class Merger:
         )
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """Method parameters of one tensor, shared ones and those with a value for each model that is used."""
-
-    shared: dict[str, float]
-    per_model: dict[str, tuple[float, ...]]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The merge of one tensor.
-
-    Attributes:
-        name: The tensor's name.
-        destination: Memory to write it into; None for a new tensor.
-        dtype: Dtype of the result.
-        numbers: Its method parameters; None if it is copied.
-        record: Everything that it is made from; destinations with equal records hold equal tensors.
-    """
-
-    name: str
-    destination: Tensor | None
-    dtype: torch.dtype
-    numbers: _Numbers | None
-    record: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, plan: _Plan, name: str, destination: Tensor | None) -> _Step:
-        """The step that merges the tensor ``name``."""
-        recipe, stored = plan.recipe, plan.template.dtype(name)
-        dtype = getattr(torch, recipe.dtype) if stored.is_floating_point else stored
-        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
-            return cls(name, destination, dtype, None, (name, PASSTHROUGH, recipe.dtype, id(plan.template)))
-        place = place_of(name, plan.template.layer_stack)
-        shared, per_model = _parameters(plan.method, recipe, name, place)
-        numbers = _Numbers(shared, {p: tuple(values[i] for i in plan.used) for p, values in per_model.items()})
-        return cls(name, destination, dtype, numbers, (name, plan.settings, numbers))
-
-
-class _Plan:
-    """A recipe whose names are resolved to objects.
-
-    Attributes:
-        used: Indices of the recipe's models that enter the merge: all but the base, if the method has one.
-        read: The checkpoints to read: the base, if the method has one, and the models that enter the merge.
-    """
-
-    def __init__(self, recipe: Recipe, models: list[Checkpoint], base: Checkpoint | None) -> None:
-        self.recipe = recipe
-        self.models = models
-        self.template = base or models[0]
-        self.method = None if recipe.method == PASSTHROUGH else find_method(recipe.method)
-        self.base = None if self.method is None or self.method.base in ("none", "unused") else base
-        self.used = tuple(i for i, m in enumerate(recipe.models) if self.base is None or m != recipe.base_model)
-        self.read = [self.template] if self.method is None else [models[i] for i in self.used]
-        if self.base is not None:
-            self.read.insert(0, self.base)
-        self.function: MergeFunction = _no_function if self.method is None else self.method.load()
-
-    def tensors(self, name: str) -> list[Tensor]:
-        """The tensor ``name`` of every checkpoint that is read."""
-        return [checkpoint.get(name) for checkpoint in self.read]
-
-    @cached_property
-    def settings(self) -> tuple[Any, ...]:
-        """What every tensor is made from, besides its method parameters."""
-        recipe = self.recipe
-        options = tuple(sorted(recipe.options.items()))
-        return (recipe.method, recipe.dtype, recipe.seed, options, *(id(checkpoint) for checkpoint in self.read))
-
-    @cached_property
-    def identities(self) -> tuple[str, ...]:
-        """A text for each model that stands for its content, so that a random mask moves with its model."""
-        return tuple(model.weights_digest for model in self.models)
-
-    @classmethod
-    def make(cls, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> _Plan:
-        if unknown := [reference for reference in recipe.references if reference not in checkpoints]:
-            raise MergeError(f"recipe: models must be among {sorted(checkpoints)}, got {unknown[0]!r}")
-        models = [checkpoints[model] for model in recipe.models]
-        plan = cls(recipe, models, None if recipe.base_model is None else checkpoints[recipe.base_model])
-        if plan.template.n_layers != recipe.n_layers:
-            raise MergeError(
-                f"recipe: n_layers must be {plan.template.n_layers} as in the models, got {recipe.n_layers}"
-            )
-        if plan.method is not None:
-            _check_models(plan.method, recipe)
-        return plan
-
-
 def _with_index(device: torch.device) -> torch.device:
     """``cuda:<i>`` instead of ``cuda``, as tensors name their device."""
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def _no_function(inputs: MergeInput, out: Tensor) -> None:
-    raise AssertionError("passthrough has no arithmetic")
-
-
-def _check_models(method: MergeMethod, recipe: Recipe) -> None:
-    if method.base == "required" and recipe.base_model is None:
-        raise MergeError(f"recipe: {method.name} must have a base_model, got none")
-    least, greatest = method.n_models_for(recipe.base_model is not None)
-    n_models = len([model for model in recipe.models if model != recipe.base_model or method.base != "required"])
-    if n_models < least or (greatest is not None and n_models > greatest):
-        rule = f"at least {least}" if greatest is None else f"{least} to {greatest}"
-        raise MergeError(f"recipe: {method.name} must have {rule} models besides the base, got {n_models}")
 
 
 def _check_destination(
@@ -361,19 +254,3 @@ def _check_destination(
     got = (tuple(destination.shape), destination.dtype, destination.device.type)
     if wanted != got or not destination.is_contiguous():
         raise MergeError(f"{name}: destination must be contiguous, {wanted}, got {got}")
-
-
-def _parameters(
-    method: MergeMethod, recipe: Recipe, name: str, place: Place
-) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
-    given: ParameterSet = recipe.parameters_for(name, place.role, place.layer)
-    n_models = len(recipe.models)
-    shared: dict[str, float] = {}
-    per_model: dict[str, tuple[float, ...]] = {}
-    for parameter in method.parameters:
-        default = 1 / n_models if parameter.default is None else parameter.default
-        if parameter.per_model:
-            per_model[parameter.name] = given.per_model.get(parameter.name, (default,) * n_models)
-        else:
-            shared[parameter.name] = given.shared.get(parameter.name, default)
-    return shared, per_model

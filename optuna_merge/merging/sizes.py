@@ -1,15 +1,15 @@
-"""How many elements are merged, and bytes staged, at once."""
+"""How many elements are merged at a time, and how many bytes are staged at a time."""
 
 from __future__ import annotations
 
 PIECE_ELEMENTS = 1 << 24
-"""Elements of a tensor that are merged at a time on a GPU, in float32."""
+"""Elements of a piece on a GPU, in float32."""
 
 KERNEL_ELEMENTS = 1 << 26
-"""The same, by compiled arithmetic, which makes nothing on its way: as stored."""
+"""Elements of a piece on a GPU for compiled arithmetic, which needs no float32 copies."""
 
 STAGED_BYTES = 1 << 29
-"""The tensors of all models that have one name are brought to a GPU whole up to this size, and in pieces beyond."""
+"""Up to this many bytes, the tensors that all models have under one name are copied to a GPU whole; else in pieces."""
 
 SCRATCH_PIECES = 6
-"""Pieces in float32 that a method makes which is not compiled, or not whole."""
+"""Float32 pieces that a method holds at a time if it is not compiled entirely."""

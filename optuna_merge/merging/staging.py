@@ -1,4 +1,4 @@
-"""Brings what is merged next to the device that merges, while it merges what came before.
+"""Copies the tensors that are merged next to the device, while the device merges the ones before.
 
 Knows tensors and devices; knows nothing of models and recipes.
 """
@@ -15,21 +15,21 @@ from optuna_merge.merging.sizes import STAGED_BYTES
 
 
 class Stage:
-    """Copies to a device, on a stream of their own, of the tensors that are merged next.
+    """Copies the tensors that are merged next to a device, on a stream of its own.
 
-    A copy lies in memory of the device's current stream, and begins when that stream has done what it was told by
-    then: so memory can go from a tensor that was merged to the next copy, and to whatever follows the merge.
+    A copy takes memory of the device's current stream, and starts when that stream has finished the work it had by
+    then. So memory of a merged tensor can be reused by the next copy, and memory of a copy by whatever follows.
 
     Attributes:
-        is_ahead: Whether there is anything to be gained by starting before tensors are taken.
+        is_ahead: Whether starting to copy early gains anything.
     """
 
     def __init__(self, device: torch.device, *, is_ahead: bool | None = None) -> None:
-        """Copies to ``device``.
+        """Set up copying to ``device``.
 
         Args:
-            device: Where tensors are merged.
-            is_ahead: Whether tensors are copied; None: unless it is the CPU.
+            device: Device that merges.
+            is_ahead: Whether to copy ahead; None to do so on every device but the CPU.
         """
         self.is_ahead = device.type != "cpu" if is_ahead is None else is_ahead
         self._device = device
@@ -38,10 +38,10 @@ class Stage:
         self._started: tuple[str, list[Tensor], Any] | None = None
 
     def start(self, name: str, tensors: list[Tensor]) -> None:
-        """Begin to copy; nothing waits for it, if the tensors lie in page-locked memory."""
+        """Start to copy the tensors of a name. If they are in page-locked memory, nothing waits for it."""
         self.drop()
         n_bytes = sum(tensor.nbytes for tensor in tensors)
-        if not self.is_ahead or n_bytes > STAGED_BYTES or self._are_here(tensors):
+        if not self.is_ahead or n_bytes > STAGED_BYTES or self._are_on_device(tensors):
             self._started = name, tensors, None
             return
         current = self._streams.current_stream(self._device)
@@ -57,11 +57,11 @@ class Stage:
             self._started = name, copies, self._copying.record_event()
 
     def take(self, name: str, read: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """The tensors of a name, which ``read`` reads where they were not started with.
+        """Take the tensors of a name; ``read`` reads them if they were not started.
 
         Returns:
-            Copies on the device, which what is done there from now on waits for; or, where they are too large to be
-            brought whole, or on the device already, the tensors themselves.
+            Copies on the device, for which its further work waits. If the tensors are too large to be copied whole, or
+            on the device already, the tensors themselves.
         """
         if self._started is None or self._started[0] != name:
             self.start(name, read())
@@ -71,15 +71,15 @@ class Stage:
         return tensors
 
     def drop(self) -> None:
-        """Let go of what was begun; what the device does from now on, in its memory too, waits until it is done."""
+        """Release the copies that were started; further work of the device and reuse of their memory wait for them."""
         if self._started is not None and self._started[2] is not None:
             self._streams.current_stream(self._device).wait_event(self._started[2])
         self._started = None
 
     def stop(self) -> None:
-        """Take no more memory: from now on tensors stay where they are."""
+        """Stop copying, which takes memory: from now on tensors stay where they are."""
         self.drop()
         self.is_ahead = False
 
-    def _are_here(self, tensors: list[Tensor]) -> bool:
+    def _are_on_device(self, tensors: list[Tensor]) -> bool:
         return self._device.type != "cpu" and all(tensor.device == self._device for tensor in tensors)
