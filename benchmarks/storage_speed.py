@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial
 from optuna_merge.cli.progress import TerminalWatcher
 from optuna_merge.config.read import load_study
 from optuna_merge.merging.merger import Merger
-from optuna_merge.report.dashboard import DashboardWatcher
+from optuna_merge.report.dashboard_watcher import DashboardWatcher
 from optuna_merge.search.named import GP_EVERY
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes

@@ -1,8 +1,8 @@
-"""Draw the quickstart's holdout scores.
+"""Draw the holdout scores of the quickstart study.
 
     optuna-merge report studies/quickstart.yaml --json | python docs/quickstart_picture.py
 
-Writes ``docs/quickstart.svg``: a bar for each model, its standard error, and the best merge's lead.
+Writes ``docs/quickstart.svg``: a bar for each model with its standard error, and the best merge's lead over it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import sys
 from pathlib import Path
 
+from optuna_merge.report.palette import LIGHT
+
 WIDTH, ROW, LEFT, BAR = 760, 30, 150, 400
-COLOURS = {"source": "#8c9bb0", "base": "#c3ccd8", "uniform": "#e0a458", "best": "#2f7d5b"}
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',
         ' font-family="sans-serif" font-size="14">',
-        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<rect width="{WIDTH}" height="{height}" fill="{LIGHT["ground"]}"/>',
         '<text x="14" y="26" font-size="15" font-weight="bold">',
         "Quickstart: mean accuracy on documents that the search never saw</text>",
     ]
@@ -36,10 +37,11 @@ def main() -> None:
         middle = y + ROW / 2 - 2
         parts += [
             f'<text x="{LEFT - 10}" y="{middle + 5}" text-anchor="end"{weight}>{row["name"]}</text>',
-            f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{ROW - 8}" fill="{COLOURS[row["kind"]]}"/>',
-            f'<path d="M{LEFT + length - error:.1f} {middle - 1}h{2 * error:.1f}" stroke="#1c2733" stroke-width="2"/>',
+            f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{ROW - 8}" fill="{LIGHT[row["kind"]]}"/>',
+            f'<path d="M{LEFT + length - error:.1f} {middle - 1}h{2 * error:.1f}" stroke="{LIGHT["ink"]}"'
+            ' stroke-width="2"/>',
             f'<text x="{LEFT + length + error + 8:.1f}" y="{middle + 5}"{weight}>{held["value"]:.3f}</text>',
-            f'<text x="{WIDTH - 14}" y="{middle + 5}" text-anchor="end" fill="#5a6776">{lead}</text>',
+            f'<text x="{WIDTH - 14}" y="{middle + 5}" text-anchor="end" fill="{LIGHT["quiet"]}">{lead}</text>',
         ]
     Path(__file__).with_name("quickstart.svg").write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Make the screenshots of the README from the quickstart's study, which must have been run: ``make screenshots``.
+"""Take the screenshots of the README from the quickstart study, which must have been run: ``make screenshots``.
 
 Writes ``docs/dashboard.png`` and ``docs/report.png`` with a headless Chromium.
 """
@@ -14,16 +14,17 @@ from tempfile import TemporaryDirectory
 
 from optuna_merge.cli.options import open_started
 from optuna_merge.config.read import load_study
-from optuna_merge.report.dashboard import make_dashboard, refresh
+from optuna_merge.report.dashboard import refresh
+from optuna_merge.report.dashboard_server import make_dashboard
 from optuna_merge.report.page import page
-from optuna_merge.report.pictures import pictures
+from optuna_merge.report.study_pictures import pictures_of_study
 from optuna_merge.report.summary import summarize
 
 DOCS = Path(__file__).parent
 
 
 def main() -> None:
-    """Take both."""
+    """Take both screenshots."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("no chromium on this machine; install it")
@@ -36,7 +37,7 @@ def main() -> None:
     thread.start()
     with TemporaryDirectory() as folder:
         report = Path(folder, "report.html")
-        report.write_text(page(summary, config, pictures(study, summary, config)), encoding="utf-8")
+        report.write_text(page(summary, config, pictures_of_study(study, summary, config)), encoding="utf-8")
         shoot(browser, server.url, DOCS / "dashboard.png", "1280,2250", folder)
         shoot(browser, report.as_uri(), DOCS / "report.png", "1020,1500", folder)
     server.server.shutdown()
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def shoot(browser: str, url: str, target: Path, size: str, folder: str) -> None:
-    """One picture of a page, once it is drawn."""
+    """Take the screenshot of a page, once it is drawn."""
     options = [
         "--headless=new",
         "--no-sandbox",

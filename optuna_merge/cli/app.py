@@ -1,7 +1,7 @@
-"""The command line: joins the commands, and turns expected errors into one line and an exit code.
+"""The command line: joins the commands, and turns an expected error into a line on stderr and an exit code.
 
-Exit codes: 0 done, 1 an expected error, 2 wrong usage, 130 interrupted. Results go to stdout, all else to stderr.
-Commands import what is heavy when they run, so that ``--help`` answers at once.
+Exit codes: 0 done, 1 expected error, 2 wrong usage, 130 interrupted. Results go to stdout, everything else to stderr.
+A command imports heavy libraries when it runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("run-study", short_help="Start a study, or go on with it.")(run_study.run_study)
-app.command("check", short_help="Check a study file; load no weights.")(check.check)
-app.command("status", short_help="Say how far a study is.")(status.status)
-app.command("report", short_help="Compare the best merge with the rest.")(report.report)
-app.command("dashboard", short_help="Show the study in the browser.")(dashboard.dashboard)
-app.command("explain", short_help="Say which layer groups and models matter.")(explain.explain)
-app.command("export", short_help="Write a trial's merge as a model.")(export.export)
+app.command("run-study", short_help="Run a study, or continue it.")(run_study.run_study)
+app.command("check", short_help="Validate a study file without loading weights.")(check.check)
+app.command("status", short_help="Show the progress of a study.")(status.status)
+app.command("report", short_help="Compare the best merges with the baselines.")(report.report)
+app.command("dashboard", short_help="Show a study in the browser.")(dashboard.dashboard)
+app.command("explain", short_help="Show which layer groups and models matter.")(explain.explain)
+app.command("export", short_help="Write the merge of a trial as a model.")(export.export)
 app.command("methods", short_help="List the merge methods.")(methods.methods)
-app.command("serve-storage", short_help="Hand a storage to workers on other hosts.")(serve_storage.serve_storage)
-app.command("prepare-data", short_help="Make the documents of the eval tasks.")(prepare_data.prepare_data)
+app.command("serve-storage", short_help="Serve a storage to workers on other hosts.")(serve_storage.serve_storage)
+app.command("prepare-data", short_help="Prepare the documents of the eval tasks.")(prepare_data.prepare_data)
 
 
 def _print_version(asked: bool) -> None:
@@ -80,13 +80,13 @@ def _root(
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     try:
         app()
     except SystemExit as exc:
         if "vllm" not in sys.modules:
             raise
-        # Threads of its libraries have aborted the interpreter's way out, when all had been done and said.
+        # Threads of vLLM's libraries have aborted the interpreter at exit, after all work and output was done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exc.code if isinstance(exc.code, int) else exc.code is not None)

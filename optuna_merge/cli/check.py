@@ -1,4 +1,4 @@
-"""``check``: what a study file would do, and everything that is wrong with it. Loads no weights."""
+"""``check``: validates a study file and shows the plan, without loading weights."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optuna_merge.cli.options import Json, StudyFile, TaskSearchPath, overrides_of, print_json
+from optuna_merge.cli import options, output
 
 if TYPE_CHECKING:
     from optuna_merge.study.check import Check
 
 
 def check(
-    file: StudyFile,
-    task_search_path: TaskSearchPath = None,
-    vllm: Annotated[bool, typer.Option("--vllm", help="For scoring with vLLM.")] = False,
+    file: options.StudyFile,
+    task_search_path: options.TaskSearchPath = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Plan for scoring with vLLM.")] = False,
     card: Annotated[
         str | None,
-        typer.Option("--card", metavar="SIZE", help="A GPU's memory, such as 24GB; by default the one here."),
+        typer.Option("--card", metavar="SIZE", help="Memory of the GPU, such as 24GB; default: that of the GPU here."),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Check a study file against its models and eval tasks, in seconds, without loading weights.
+    """Validate the study file and show the plan, in seconds, without loading weights.
 
-    It checks, and prints: the study file; the number of dimensions and the population; names, shapes and vocabularies
-    of the models against each other; eval tasks, metrics and number of documents; memory on device and host, and
-    whether it fits into the card.
+    It checks the study file; the number of dimensions and the population; that names, shapes and vocabularies of the
+    models agree; eval tasks, metrics and numbers of documents; and that the memory of device and host suffices.
 
     Example: optuna-merge check studies/quickstart.yaml --card 24GB
     """
@@ -34,10 +33,11 @@ def check(
     from optuna_merge.study.check import check_study
     from optuna_merge.study.memory import parse_size
 
-    overrides = overrides_of(task_search_path=task_search_path) | ({"engine.backend": "vllm"} if vllm else {})
-    result = check_study(load_study(file, overrides), None if card is None else parse_size(card))
+    backend = {"engine.backend": "vllm" if vllm else None}
+    config = load_study(file, options.overrides_of(task_search_path=task_search_path, more=backend))
+    result = check_study(config, None if card is None else parse_size(card))
     if as_json:
-        print_json(result.as_dict())
+        output.print_json(result.as_dict())
         return
     for line in _lines(result):
         typer.echo(line)

@@ -1,4 +1,4 @@
-"""``dashboard``: the study in the browser."""
+"""``dashboard``: shows a study in the browser."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ from typing import Annotated
 
 import typer
 
-from optuna_merge.cli.options import StoragePath, StorageUrl, StudyFile, open_started, overrides_of
+from optuna_merge.cli import options
 
 
 def dashboard(
-    file: StudyFile,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8080,
+    file: options.StudyFile,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any free port.")] = 8080,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on; whoever reaches it can delete the study.")
+        str,
+        typer.Option(metavar="ADDRESS", help="Address to listen on; everyone who reaches it can delete the study."),
     ] = "127.0.0.1",
-    storage_path: StoragePath = None,
-    storage: StorageUrl = None,
+    storage_path: options.StoragePath = None,
+    storage: options.StorageUrl = None,
 ) -> None:
-    """Show the study in the browser with optuna-dashboard, while it runs or afterwards. Ctrl-C ends it.
+    """Show a study in the browser with optuna-dashboard, while it runs or afterwards. Ctrl-C stops the server.
 
     Example: optuna-merge dashboard studies/quickstart.yaml
 
-    The pictures are under Analytics, the note under Note, and each trial has its merge file and its documents' scores.
+    Pictures are under Analytics and a summary is under Note. Each trial has its merge file and its document scores.
     """
-    from optuna_merge.config.read import load_study
-    from optuna_merge.report.dashboard import make_dashboard, refresh
+    from optuna_merge.report.dashboard import refresh
+    from optuna_merge.report.dashboard_server import make_dashboard
 
-    config = load_study(file, overrides_of(storage_path, storage))
-    refresh(open_started(config), config)
+    config, study = options.open_study_file(file, storage_path, storage)
+    refresh(study, config)
     server = make_dashboard(config, host, port)
     typer.echo(server.url)
     server.serve()

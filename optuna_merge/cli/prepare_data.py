@@ -1,4 +1,4 @@
-"""``prepare-data``: make the documents of a study's eval tasks."""
+"""``prepare-data``: prepares the documents of a study's eval tasks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
-from optuna_merge.cli.options import Json, StudyFile, print_json
+from optuna_merge.cli import options, output
 
 
 def prepare_data(
-    file: StudyFile,
-    source: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="Local copies of the datasets instead of the hub.")
+    file: options.StudyFile,
+    copies: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Read local copies of the datasets instead of the hub.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Make the samples that the study's eval tasks declare, the same ones every time.
+    """Draw the samples that the study's eval tasks declare; they are the same every time.
 
     Example: optuna-merge prepare-data studies/spartqa_alpaca.yaml
     """
@@ -26,9 +26,9 @@ def prepare_data(
     from optuna_merge.data import prepare_data
 
     config = load_study(file)
-    samples = prepare_data([task.name for task in config.tasks], config.task_search_path, source)
+    samples = prepare_data([task.name for task in config.tasks], config.task_search_path, copies)
     if as_json:
-        print_json([{key: str(value) for key, value in asdict(sample).items()} for sample in samples])
+        output.print_json([{key: str(value) for key, value in asdict(sample).items()} for sample in samples])
         return
     for sample in samples:
         typer.echo(str(sample))

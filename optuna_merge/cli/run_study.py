@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,7 +54,9 @@ _MergeCuda = Annotated[
 ]
 _InMemory = Annotated[
     bool,
-    typer.Option("--in-memory/--no-in-memory", help="For mergekit-evolve's command lines; merges are in memory anyway."),
+    typer.Option(
+        "--in-memory/--no-in-memory", help="For mergekit-evolve's command lines; merges are in memory anyway."
+    ),
 ]
 _Vllm = Annotated[bool, typer.Option("--vllm", help="Score with vLLM.")]
 _Wandb = Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases; WANDB_MODE=offline works too.")]
@@ -115,36 +117,127 @@ def run_study(
         return
     if not in_memory:
         raise OptunaMergeError("--no-in-memory must be absent: every merge is made in memory; drop the option")
-    more = {
-        "study.n_trials": n_trials,
-        "study.timeout": timeout,
-        "study.sampler.sigma0": sigma0,
-        "engine.device": device,
-        "engine.batch_size": batch_size,
-        "engine.backend": "vllm" if vllm else None,
-        "engine.trust_remote_code": trust_remote_code or None,
-        "engine.merge_device": {True: "cuda", False: "cpu", None: None}[merge_cuda],
-    }
+    overrides = options.overrides_of(
+        storage_path,
+        storage,
+        task_search_path,
+        seed,
+        {
+            "study.n_trials": n_trials,
+            "study.timeout": timeout,
+            "study.sampler.sigma0": sigma0,
+            "engine.device": device,
+            "engine.batch_size": batch_size,
+            "engine.backend": "vllm" if vllm else None,
+            "engine.trust_remote_code": trust_remote_code or None,
+            "engine.merge_device": {True: "cuda", False: "cpu", None: None}[merge_cuda],
+        },
+    )
     from optuna_merge.config.read import load_study
 
-    overrides = options.overrides_of(storage_path, storage, task_search_path, seed, more)
     config = load_study(file, overrides)
-    trackers = _make_trackers(config, tracker or (), (wandb_project, wandb_entity) if wandb else None)
+    trackers = _make_trackers(tracker or ())
+    if wandb:
+        trackers.append(_make_wandb(config, wandb_project, wandb_entity))
     on = _worker_devices(workers, devices)
+    if len(on) > 1 and trackers:
+        raise StudyError("--wandb and --tracker follow one process, got --workers or --devices; leave one out")
     if len(on) > 1:
-        if trackers:
-            raise StudyError("--wandb and --tracker follow one process, got --workers or --devices; leave one out")
         overrides["study.n_workers"] = max(len(on), config.study.n_workers)
     config = load_study(file, overrides | ({} if on[0] is None else {"engine.device": on[0]}))
-    objective, interrupted = _run(file, config, trackers, overrides, on)
-    summary = _finish(file, config, objective, interrupted)
+    summary, interrupted = _run(file, config, overrides, on, trackers)
     if as_json:
         output.print_json(summary.as_dict())
     else:
         print_summary(summary)
         if summary.best_trial is not None:
-            from optuna_merge.study.folder import BEST_CONFIG
-
-            typer.echo(f"recipe: {config.storage_path / BEST_CONFIG}")
+            typer.echo(f"recipe: {_best_config(config)}")
             typer.echo(f"model:  {options.export_line(file, storage_path, storage, seed)}")
-    _exit(config, summary, interrupted)
+    _exit(config, summary, interrupted=interrupted)
+
+
+def _make_trackers(paths: Sequence[str]) -> list[Tracker]:
+    from optuna_merge.report.trackers import make_tracker
+
+    return [make_tracker(path) for path in paths]
+
+
+def _make_wandb(config: StudyConfig, project: str, entity: str | None) -> Tracker:
+    from optuna_merge.report.trackers import WandbTracker
+
+    if find_spec("wandb") is None:
+        raise StudyError("--wandb must have the package wandb, got none; pip install 'optuna-merge[wandb]'")
+    return WandbTracker(config.storage_path, project, entity)
+
+
+def _worker_devices(workers: int | None, devices: str | None) -> list[str | None]:
+    """The device of each process that runs the study; None for the study file's."""
+    from optuna_merge.study.workers import parse_devices
+
+    names = [*parse_devices(devices)] if devices else [None]
+    return [*islice(cycle(names), workers or len(names))]
+
+
+def _run(
+    file: Path,
+    config: StudyConfig,
+    overrides: dict[str, Any],
+    devices: Sequence[str | None],
+    trackers: Sequence[Tracker],
+) -> tuple[Summary, bool]:
+    """Run the study, then score the holdout unless the run was interrupted; returns whether it was."""
+    from optuna_merge.cli.processes import run_here, run_in_workers
+    from optuna_merge.report.summary import summarize
+    from optuna_merge.study.holdout import score_holdout
+    from optuna_merge.study.holdout_file import N_BEST
+    from optuna_merge.study.run import keep_n_chunks
+
+    objective = None
+    if len(devices) == 1:
+        objective = _objective(file, config)
+        interrupted = run_here(keep_n_chunks(config), objective, trackers)
+    else:
+        interrupted = run_in_workers(file, overrides, devices)
+    study = options.open_started(config)
+    if not interrupted:
+        objective = objective or _objective(file, config)
+        score_holdout(study, objective, output.note)
+    if objective is not None:
+        objective.close()
+    return summarize(study, config, N_BEST), interrupted
+
+
+def _objective(file: Path, config: StudyConfig) -> MergeObjective:
+    from optuna_merge.study.objective import MergeObjective
+    from optuna_merge.study.run import keep_n_chunks
+
+    output.note(f"reading models and eval tasks of {file}")
+    objective = MergeObjective.from_config(keep_n_chunks(config))
+    for line in objective.describe():
+        output.note(line)
+    return objective
+
+
+def _best_config(config: StudyConfig) -> Path:
+    from optuna_merge.study.folder import BEST_CONFIG
+
+    return config.storage_path / BEST_CONFIG
+
+
+def _exit(config: StudyConfig, summary: Summary, *, interrupted: bool) -> None:
+    """Say how the run ended, if not as planned.
+
+    Raises:
+        typer.Exit: If the run was interrupted.
+        StudyError: If no merge has a score.
+    """
+    progress = f"{summary.n_finished} of {config.study.n_trials} trials; the same command continues"
+    if interrupted:
+        output.note(f"interrupted after {progress}")
+        raise typer.Exit(options.INTERRUPTED)
+    if summary.best_trial is None:
+        raise StudyError(
+            f"study {config.study.name!r} must have a merge with a score, got none; see the failures above"
+        )
+    if summary.n_finished < config.study.n_trials:
+        output.note(f"timeout after {progress}")

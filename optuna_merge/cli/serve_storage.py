@@ -1,4 +1,4 @@
-"""``serve-storage``: hand a study's storage to workers on other hosts."""
+"""``serve-storage``: serves a storage to workers on other hosts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from optuna_merge.cli.options import note
+from optuna_merge.cli import output
 
 
 def serve_storage(
@@ -14,19 +14,21 @@ def serve_storage(
         str, typer.Argument(metavar="URL", help="Storage to serve: sqlite:///FILE, postgresql://... or mysql://...")
     ],
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other hosts in.")
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 admits other hosts.")
     ] = "localhost",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 13000,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes any free port.")
+    ] = 13000,
 ) -> None:
-    """Serve a storage over gRPC, to be named grpc://HOST:PORT by run-study on other hosts.
+    """Serve a storage over gRPC, so that run-study on other hosts can use it as grpc://HOST:PORT.
 
     Example: optuna-merge serve-storage sqlite:///studies/study.db --host 0.0.0.0
 
-    There is no password: whoever reaches the port can change every study. Listen on a network that you trust.
+    There is no password: everyone who reaches the port can change every study. Listen on a network that you trust.
     """
     from pathlib import Path
 
-    from optuna_merge.config.read import absolute_storage
+    from optuna_merge.config.paths import absolute_storage
     from optuna_merge.errors import StudyError
     from optuna_merge.storage.batched import BatchedStorage
     from optuna_merge.storage.open import open_storage, shown_url
@@ -38,7 +40,7 @@ def serve_storage(
     storage = BatchedStorage(open_storage(url), shown_url(url), batched=False)
     server, port = make_server(storage, host, port)
     server.start()
-    note(f"serving {shown_url(url)} as grpc://{host}:{port}; Ctrl-C ends it")
+    output.note(f"serving {shown_url(url)} as grpc://{host}:{port}; stop with Ctrl-C")
     try:
         server.wait_for_termination()
     except KeyboardInterrupt:

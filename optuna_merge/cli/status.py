@@ -1,4 +1,4 @@
-"""``status``: how far a study is, without disturbing it."""
+"""``status``: shows the progress of a study without disturbing it."""
 
 from __future__ import annotations
 
@@ -7,39 +7,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optuna_merge.cli.options import Json, StoragePath, StorageUrl, StudyFile, open_started, overrides_of, print_json
+from optuna_merge.cli import options, output
 
 if TYPE_CHECKING:
     import optuna
 
+    from optuna_merge.report.summary import Summary
+
 
 def status(
-    file: StudyFile,
-    storage_path: StoragePath = None,
-    storage: StorageUrl = None,
+    file: options.StudyFile,
+    storage_path: options.StoragePath = None,
+    storage: options.StorageUrl = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again every two seconds until the study is done.")
+        bool, typer.Option("--watch", help="Show a live view, refreshed every two seconds, until the study is done.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Say how far a study is and what leads, while it runs or afterwards. Loads no model.
+    """Show the progress of a study and what leads, while it runs or afterwards. Loads no model.
 
     Example: optuna-merge status studies/quickstart.yaml --watch
     """
-    from optuna_merge.config.read import load_study
     from optuna_merge.report.summary import summarize
 
-    config = load_study(file, overrides_of(storage_path, storage))
-    study = open_started(config)
+    config, study = options.open_study_file(file, storage_path, storage)
     if watch:
         _watch(study)
     summary = summarize(study, config)
     if as_json:
-        print_json(summary.as_dict())
-        return
-    finished = sum(summary.states.get(state, 0) for state in ("complete", "pruned", "fail"))
-    states = ", ".join(f"{count} {state}" for state, count in sorted(summary.states.items()))
-    typer.echo(f"study {summary.study}: {finished} of {max(finished, summary.n_trials)} trials ({states})")
+        output.print_json(summary.as_dict())
+    else:
+        _print(summary)
+
+
+def _print(summary: Summary) -> None:
+    typer.echo(f"study {summary.study}: {summary.progress} ({summary.state_counts})")
     baselines = [row for row in summary.rows if row.kind != "best"]
     if baselines:
         leader = max(baselines, key=lambda row: row.value)

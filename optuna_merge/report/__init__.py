@@ -1,1 +1,1 @@
-"""What a study shows: tables, pictures, pages, the dashboard and trackers."""
+"""Shows a study: figures, tables, pictures, the HTML page, the dashboard and trackers."""

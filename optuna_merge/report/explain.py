@@ -1,9 +1,10 @@
-"""Which layer groups and models matter: Optuna's parameter importances over a study. Loads no torch."""
+"""Which layer groups and models matter: Optuna's parameter importances, summed. Loads no torch."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,19 +18,19 @@ from optuna_merge.storage import attributes
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 from optuna_merge.storage.trials import score_of
 
-_N_LEAST = 10
+_MIN_TRIALS = 10
 
 
 @dataclass(frozen=True)
 class Importances:
-    """How much of what sets good merges apart lies in which parameter; shares that sum to 1.
+    """How much each parameter contributes to what sets good merges apart. The shares sum to 1.
 
     Attributes:
-        study: Its name.
-        n_trials: Trials that were compared; pruned ones with their estimate.
+        study: Name of the study.
+        n_trials: Number of trials that were compared, pruned ones with their estimates.
         parameters: Parameter to its share, largest first.
         groups: Layer group to the sum of its parameters' shares, from the first layer on.
-        models: Model (or method parameter without a model) to the sum of its shares, largest first.
+        models: Model (or method parameter that belongs to no model) to the sum of its shares, largest first.
     """
 
     study: str
@@ -46,11 +47,11 @@ class Importances:
 def explain(study: optuna.Study) -> Importances:
     """Compare the best tenth of a study's merges with all of them, parameter by parameter (PED-ANOVA).
 
-    A share says where the search came to prefer some values over others, not in which direction, and nothing of
-    parameters that matter together only. CMA-ES does not draw uniformly, which shares reflect too.
+    A share tells how much the best tenth prefers some values of a parameter, not which values. It misses parameters
+    that matter only together. CMA-ES does not draw uniformly, and the shares reflect that too.
 
     Args:
-        study: The study; pruned trials count with their paired estimate.
+        study: The study; pruned trials count with their paired estimates.
 
     Raises:
         StudyError: If fewer than 10 merges have a score or an estimate, or nothing is searched.
@@ -59,39 +60,31 @@ def explain(study: optuna.Study) -> Importances:
         PED-ANOVA, arXiv:2304.10255; Optuna's ``PedAnovaImportanceEvaluator``.
     """
     trials = [scored for trial in study.get_trials(deepcopy=False) if (scored := _scored(trial)) is not None]
-    if len(trials) < _N_LEAST:
+    if len(trials) < _MIN_TRIALS:
         raise StudyError(
-            f"study {study.study_name!r} must have {_N_LEAST} merges with a score to be explained,"
+            f"study {study.study_name!r} must have {_MIN_TRIALS} merges with a score to be explained,"
             f" got {len(trials)}; run more trials"
         )
-    storage = optuna.storages.InMemoryStorage()
-    study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], study.study_name)
-    compared = optuna.Study(storage.get_study_name_from_id(study_id), storage)
-    compared.add_trials(trials)
-    shares = optuna.importance.get_param_importances(
-        compared,
-        evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-        normalize=True,
-    )
+    shares = _shares(study.study_name, trials)
     labels = study.user_attrs.get(attributes.FINGERPRINT, {}).get("genome.models", [])
     groups: dict[str, float] = defaultdict(float)
     models: dict[str, float] = defaultdict(float)
     for name in sorted(shares):
         group, column = split_parameter(name)
         groups[group] += shares[name]
-        owner = next((label for label in labels if column == label or column.startswith(f"{label}.")), column)
-        models[owner] += shares[name]
+        model = next((label for label in labels if column == label or column.startswith(f"{label}.")), column)
+        models[model] += shares[name]
     return Importances(
         study.study_name,
         len(trials),
-        dict(sorted(shares.items(), key=lambda item: (-item[1], item[0]))),
+        _largest_first(shares),
         dict(groups),
-        dict(sorted(models.items(), key=lambda item: (-item[1], item[0]))),
+        _largest_first(models),
     )
 
 
 def pictures_of(importances: Importances) -> list[Picture]:
-    """Shares by layer group and model as a heat map, and the sums as bars."""
+    """The shares as a heat map of layer groups by models, and their sums as bars."""
     columns: dict[str, dict[str, float]] = defaultdict(dict)
     for name, share in importances.parameters.items():
         group, column = split_parameter(name)
@@ -118,13 +111,27 @@ def pictures_of(importances: Importances) -> list[Picture]:
             "importance-models",
             "By model",
             "share",
-            [(name, "best", s, None) for name, s in importances.models.items()],
+            [(name, "best", share, None) for name, share in importances.models.items()],
         ),
     ]
 
 
+def _shares(name: str, trials: list[FrozenTrial]) -> dict[str, float]:
+    storage = optuna.storages.InMemoryStorage()  # not create_study, which logs
+    study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], name)
+    compared = optuna.Study(storage.get_study_name_from_id(study_id), storage)
+    compared.add_trials(trials)
+    return optuna.importance.get_param_importances(
+        compared, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), normalize=True
+    )
+
+
+def _largest_first(shares: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
+
+
 def _scored(trial: FrozenTrial) -> FrozenTrial | None:
-    """A complete copy with the trial's value or estimate; None without either."""
+    """A complete copy of a trial with its score or estimate as the value; None if it has neither."""
     value = score_of(trial) if trial.state == TrialState.COMPLETE else trial.user_attrs.get(PAIRED_ESTIMATE)
     if value is None or not trial.params or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None

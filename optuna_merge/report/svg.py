@@ -1,6 +1,6 @@
-"""Pictures as SVG, for a page that needs no script and no network. Knows nothing of studies.
+"""Draws a picture as SVG, for a page without scripts or network. Knows nothing of studies.
 
-Colours are CSS variables of the page (``STYLE``), so that one drawing serves light, dark and paper.
+Colours are the CSS variables of ``palette.py``, so that one drawing serves light, dark and paper.
 """
 
 from __future__ import annotations
@@ -9,32 +9,25 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from optuna_merge.report.pictures import Bars, Chart, HeatMap, Picture
+from optuna_merge.report.pictures import Bars, Chart, HeatMap, Picture, Role, Series
 
 STYLE = """
-:root { --ground: #ffffff; --ink: #1c2733; --quiet: #5f6c7b; --rule: #e1e6ec; --panel: #f6f8fa;
-  --source: #7d8ea6; --base: #b4bfcc; --uniform: #d9902f; --merge: #5b8fc9; --pruned: #c3ccd6; --best: #1f8a5b;
-  --line: #1f8a5b; --cold: #f3f6f9; --warm: #0b5d8f; }
-@media (prefers-color-scheme: dark) { :root { --ground: #12171d; --ink: #e6ebf1; --quiet: #96a3b3; --rule: #2b343f;
-  --panel: #1a2129; --source: #8fa1ba; --base: #5c6877; --uniform: #e6a751; --merge: #6ea3dd; --pruned: #46525f;
-  --best: #3fbf86; --line: #3fbf86; --cold: #1d2630; --warm: #58b4ee; } }
-@media print { :root { --ground: #ffffff; --ink: #000000; --quiet: #444444; --rule: #cccccc; --panel: #ffffff;
-  --source: #7d8ea6; --base: #b4bfcc; --uniform: #d9902f; --merge: #5b8fc9; --pruned: #c3ccd6; --best: #1f8a5b;
-  --line: #1f8a5b; --cold: #f3f6f9; --warm: #0b5d8f; } }
 svg { width: 100%; height: auto; font: 12px system-ui, "DejaVu Sans", sans-serif; }
 svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); } svg .rule { stroke: var(--rule); }
 """
+"""CSS that the page of a drawing needs, beside the palette."""
 
 _WIDTH = 760
 _CHARACTER = 6.6
-"""Mean width of a character at 12 px, on the safe side."""
+"""Mean width of a character at 12 px, rounded up."""
+_QUIET = ' class="quiet"'
 
 
 def draw(picture: Picture) -> str:
-    """The picture as an ``<svg>`` element; its title is not part of it."""
+    """The picture as an ``<svg>`` element, without its title."""
     if isinstance(picture, HeatMap):
-        return _heat_map(picture)
-    return _bars(picture) if isinstance(picture, Bars) else _chart(picture)
+        return _draw_heat_map(picture)
+    return _draw_bars(picture) if isinstance(picture, Bars) else _draw_chart(picture)
 
 
 def _svg(height: float, title: str, parts: Sequence[str]) -> str:
@@ -49,7 +42,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", more: str = "") 
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
 
 
-def _bars(bars: Bars) -> str:
+def _draw_bars(bars: Bars) -> str:
     row_height, top = 28, 6
     left = min(300, max(len(name) for name, *_ in bars.rows) * _CHARACTER + 16)
     ends = [value + (error or 0) for _, _, value, error in bars.rows]
@@ -77,111 +70,172 @@ def _bars(bars: Bars) -> str:
     return _svg(top + row_height * len(bars.rows), bars.title, parts)
 
 
-def _heat_map(heat: HeatMap) -> str:
+def _draw_heat_map(heat: HeatMap) -> str:
     left = min(260, max(len(row) for row in heat.rows) * _CHARACTER + 14)
     width = min(92.0, (_WIDTH - left - 10) / len(heat.columns))
     height = 24 if len(heat.rows) <= 40 else 14
-    with_values = width >= 40 and height >= 20
-    slanted = width < max(len(column) for column in heat.columns) * _CHARACTER + 4
-    top = 14 + (min(12, max(len(column) for column in heat.columns)) * 5 if slanted else 8)
-    every = max(1, math.ceil(16 / width))
-    parts = []
-    for index, column in enumerate(heat.columns):
-        x = left + width * (index + 0.5)
-        if index % every == 0:
-            if slanted:
-                parts.append(_text(x, top - 6, column[:24], "start", f' transform="rotate(-40 {x:.1f} {top - 6:.1f})"'))
-            else:
-                parts.append(_text(x, top - 6, column, "middle"))
-    for row, (name, values) in enumerate(zip(heat.rows, heat.values, strict=True)):
-        y = top + height * row
-        parts.append(_text(left - 8, y + height / 2 + 4, name, "end", "" if height > 14 else ' font-size="10"'))
-        for index, value in enumerate(values):
-            if value is None:
-                continue
-            share = (value - heat.low) / ((heat.high - heat.low) or 1)
-            share = min(1.0, max(0.0, share))
-            x = left + width * index
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{width - 1:.1f}" height="{height - 1}"'
-                f' fill="color-mix(in oklab, var(--warm) {100 * share:.0f}%, var(--cold))">'
-                f"<title>{escape(name)}, {escape(heat.columns[index])}: {value:.4f}</title></rect>"
-            )
-            if with_values:
-                colour = ' style="fill: var(--ground)"' if share > 0.55 else ""
-                parts.append(_text(x + width / 2, y + height / 2 + 4, f"{value:.2f}", "middle", colour))
+    longest = max(len(column) for column in heat.columns)
+    slanted = width < longest * _CHARACTER + 4
+    top = 14 + (min(12, longest) * 5 if slanted else 8)
     bottom = top + height * len(heat.rows)
-    parts.append(_text(left, bottom + 18, f"{heat.low:g}", "end", ' class="quiet" dx="-6"'))
-    for step in range(24):
-        parts.append(
-            f'<rect x="{left + 6 * step:.1f}" y="{bottom + 8}" width="6" height="12"'
-            f' fill="color-mix(in oklab, var(--warm) {100 * step / 23:.0f}%, var(--cold))"/>'
-        )
-    parts.append(_text(left + 150, bottom + 18, f"{heat.high:g}", more=' class="quiet"'))
-    parts.append(_text(_WIDTH - 10, bottom + 18, heat.x_title, "end", ' class="quiet"'))
+    parts = [*_column_names(heat, left, top, width, slanted=slanted)]
+    for index, name in enumerate(heat.rows):
+        y = top + height * index
+        parts.append(_text(left - 8, y + height / 2 + 4, name, "end", "" if height > 14 else ' font-size="10"'))
+        parts += _cells(heat, index, left, y, width, height)
+    parts += _colour_key(heat, left, bottom)
+    parts.append(_text(_WIDTH - 10, bottom + 18, heat.x_title, "end", _QUIET))
     return _svg(bottom + 26, heat.title, parts)
 
 
-def _chart(chart: Chart) -> str:
-    left, right, top, plot_height = 62, 16, 12, 300
-    plot_width = _WIDTH - left - right
-    xs = [x for series in chart.series for x in series.x]
-    ys = [y for series in chart.series for y in series.y] + [y for *_, y in chart.levels]
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-    (x0, x1), (y0, y1) = (_padded(x_ticks, xs), _padded(y_ticks, ys))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + (x - x0) / (x1 - x0) * plot_width, top + (y1 - y) / (y1 - y0) * plot_height
-
-    bottom = top + plot_height
+def _column_names(heat: HeatMap, left: float, top: float, width: float, *, slanted: bool) -> list[str]:
+    """Every name, or every n-th one where columns are narrow."""
+    every = max(1, math.ceil(16 / width))
     parts = []
-    for tick in y_ticks:
-        _, y = at(x0, tick)
-        parts.append(f'<path class="rule" d="M{left} {y:.1f}h{plot_width}"/>')
-        parts.append(_text(left - 8, y + 4, f"{tick:g}", "end", ' class="quiet"'))
-    for tick in x_ticks:
-        x, _ = at(tick, y0)
-        parts.append(
-            _text(x, bottom + 18, f"{tick:,g}" if abs(tick) < 1e6 else f"{tick:.3g}", "middle", ' class="quiet"')
-        )
-    for name, role, value in chart.levels:
-        _, y = at(x0, value)
-        parts.append(
-            f'<path d="M{left} {y:.1f}h{plot_width}" stroke="var(--{role})" stroke-width="1.5" stroke-dasharray="6 4"/>'
-        )
-        below = y + 15 if y + 20 < bottom else y - 6
-        parts.append(_text(_WIDTH - right - 4, below, f"{name} {value:.4f}", "end", f' style="fill: var(--{role})"'))
-    for series in chart.series:
-        places = [at(x, y) for x, y in zip(series.x, series.y, strict=True)]
-        if series.is_line:
-            path = f"M{places[0][0]:.1f} {places[0][1]:.1f}"
-            path += "".join(f"H{x:.1f}V{y:.1f}" if series.is_step else f"L{x:.1f} {y:.1f}" for x, y in places[1:])
-            parts.append(f'<path d="{path}" fill="none" stroke="var(--{series.role})" stroke-width="2"/>')
+    for index in range(0, len(heat.columns), every):
+        x, name = left + width * (index + 0.5), heat.columns[index]
+        if slanted:
+            parts.append(_text(x, top - 6, name[:24], "start", f' transform="rotate(-40 {x:.1f} {top - 6:.1f})"'))
         else:
-            radius = 6 if series.role == "best" else 4
-            labels = series.labels or [""] * len(places)
-            for (x, y), label, value_x, value_y in zip(places, labels, series.x, series.y, strict=True):
-                parts.append(
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="var(--{series.role})"'
-                    ' stroke="var(--ground)" stroke-width="0.8">'
-                    f"<title>{escape(label)}: {value_x:.4g}, {value_y:.4f}</title></circle>"
-                )
-    parts.append(f'<path d="M{left} {bottom}h{plot_width}" stroke="var(--quiet)"/>')
-    parts.append(_text(left + plot_width / 2, bottom + 36, chart.x_title, "middle"))
-    middle = top + plot_height / 2
-    parts.append(_text(14, middle, chart.y_title, "middle", f' transform="rotate(-90 14 {middle:.0f})"'))
-    x = float(left)
+            parts.append(_text(x, top - 6, name, "middle"))
+    return parts
+
+
+def _cells(heat: HeatMap, row: int, left: float, y: int, width: float, height: int) -> list[str]:
+    """The cells of one row, each with its value where there is room for it."""
+    parts = []
+    for index, (column, value) in enumerate(zip(heat.columns, heat.values[row], strict=True)):
+        if value is None:
+            continue
+        share = min(1.0, max(0.0, (value - heat.low) / ((heat.high - heat.low) or 1)))
+        x = left + width * index
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y}" width="{width - 1:.1f}" height="{height - 1}" fill="{_blend(share)}">'
+            f"<title>{escape(heat.rows[row])}, {escape(column)}: {value:.4f}</title></rect>"
+        )
+        if width >= 40 and height >= 20:
+            colour = ' style="fill: var(--ground)"' if share > 0.55 else ""
+            parts.append(_text(x + width / 2, y + height / 2 + 4, f"{value:.2f}", "middle", colour))
+    return parts
+
+
+def _colour_key(heat: HeatMap, left: float, bottom: float) -> list[str]:
+    n_steps = 24
+    steps = [
+        f'<rect x="{left + 6 * step:.1f}" y="{bottom + 8}" width="6" height="12"'
+        f' fill="{_blend(step / (n_steps - 1))}"/>'
+        for step in range(n_steps)
+    ]
+    return [
+        _text(left, bottom + 18, f"{heat.low:g}", "end", f'{_QUIET} dx="-6"'),
+        *steps,
+        _text(left + 150, bottom + 18, f"{heat.high:g}", more=_QUIET),
+    ]
+
+
+def _blend(share: float) -> str:
+    """The colour of a heat map's value, at a share in [0, 1] of the way from its lowest to its highest."""
+    return f"color-mix(in oklab, var(--warm) {100 * share:.0f}%, var(--cold))"
+
+
+class _Plot:
+    """The rectangle between a chart's axes, and where a point lies in it."""
+
+    left, top, height = 62, 12, 300
+    right = _WIDTH - 16
+    width, bottom = right - left, top + height
+
+    def __init__(self, chart: Chart) -> None:
+        xs = [x for series in chart.series for x in series.x]
+        ys = [y for series in chart.series for y in series.y] + [y for *_, y in chart.levels]
+        self.x_ticks, self.y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
+        self._x, self._y = _padded(self.x_ticks, xs), _padded(self.y_ticks, ys)
+
+    def x(self, value: float) -> float:
+        low, high = self._x
+        return self.left + (value - low) / (high - low) * self.width
+
+    def y(self, value: float) -> float:
+        low, high = self._y
+        return self.top + (high - value) / (high - low) * self.height
+
+
+def _draw_chart(chart: Chart) -> str:
+    plot = _Plot(chart)
+    parts = [*_grid(plot)]
+    for name, role, value in chart.levels:
+        parts += _level(plot, name, role, value)
     for series in chart.series:
-        mark = f'<rect x="{x:.1f}" y="{bottom + 50}" width="12" height="4" y2="0" fill="var(--{series.role})"/>'
-        if not series.is_line:
-            mark = f'<circle cx="{x + 6:.1f}" cy="{bottom + 52}" r="4" fill="var(--{series.role})"/>'
-        parts += [mark.replace(' y2="0"', ""), _text(x + 18, bottom + 56, series.name)]
+        parts += [_line(plot, series)] if series.is_line else _points(plot, series)
+    parts += [*_axes(plot, chart), *_legend(plot, chart)]
+    return _svg(plot.bottom + 66, chart.title, parts)
+
+
+def _grid(plot: _Plot) -> list[str]:
+    parts = []
+    for tick in plot.y_ticks:
+        y = plot.y(tick)
+        parts.append(f'<path class="rule" d="M{plot.left} {y:.1f}h{plot.width}"/>')
+        parts.append(_text(plot.left - 8, y + 4, f"{tick:g}", "end", _QUIET))
+    for tick in plot.x_ticks:
+        number = f"{tick:,g}" if abs(tick) < 1e6 else f"{tick:.3g}"
+        parts.append(_text(plot.x(tick), plot.bottom + 18, number, "middle", _QUIET))
+    return parts
+
+
+def _level(plot: _Plot, name: str, role: Role, value: float) -> list[str]:
+    y = plot.y(value)
+    beside = y + 15 if y + 20 < plot.bottom else y - 6
+    return [
+        f'<path d="M{plot.left} {y:.1f}h{plot.width}" stroke="var(--{role})" stroke-width="1.5"'
+        ' stroke-dasharray="6 4"/>',
+        _text(plot.right - 4, beside, f"{name} {value:.4f}", "end", f' style="fill: var(--{role})"'),
+    ]
+
+
+def _line(plot: _Plot, series: Series) -> str:
+    (x0, y0), *rest = [(plot.x(x), plot.y(y)) for x, y in zip(series.x, series.y, strict=True)]
+    path = f"M{x0:.1f} {y0:.1f}"
+    path += "".join(f"H{x:.1f}V{y:.1f}" if series.is_step else f"L{x:.1f} {y:.1f}" for x, y in rest)
+    return f'<path d="{path}" fill="none" stroke="var(--{series.role})" stroke-width="2"/>'
+
+
+def _points(plot: _Plot, series: Series) -> list[str]:
+    radius = 6 if series.role == "best" else 4
+    labels = series.labels or [""] * len(series.x)
+    return [
+        f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="{radius}" fill="var(--{series.role})"'
+        ' stroke="var(--ground)" stroke-width="0.8">'
+        f"<title>{escape(label)}: {x:.4g}, {y:.4f}</title></circle>"
+        for x, y, label in zip(series.x, series.y, labels, strict=True)
+    ]
+
+
+def _axes(plot: _Plot, chart: Chart) -> list[str]:
+    middle = plot.top + plot.height / 2
+    return [
+        f'<path d="M{plot.left} {plot.bottom}h{plot.width}" stroke="var(--quiet)"/>',
+        _text(plot.left + plot.width / 2, plot.bottom + 36, chart.x_title, "middle"),
+        _text(14, middle, chart.y_title, "middle", f' transform="rotate(-90 14 {middle:.0f})"'),
+    ]
+
+
+def _legend(plot: _Plot, chart: Chart) -> list[str]:
+    parts = []
+    x = float(plot.left)
+    for series in chart.series:
+        fill = f'fill="var(--{series.role})"'
+        if series.is_line:
+            parts.append(f'<rect x="{x:.1f}" y="{plot.bottom + 50}" width="12" height="4" {fill}/>')
+        else:
+            parts.append(f'<circle cx="{x + 6:.1f}" cy="{plot.bottom + 52}" r="4" {fill}/>')
+        parts.append(_text(x + 18, plot.bottom + 56, series.name))
         x += 36 + len(series.name) * _CHARACTER
-    return _svg(bottom + 66, chart.title, parts)
+    return parts
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at most ``low`` to at least ``high`` or a little less, five to nine of them."""
+    """Round numbers within [low, high], at most nine of them; ``low`` alone if there is none."""
     span = (high - low) or abs(high) or 1.0
     step = 10 ** math.floor(math.log10(span / 5))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 8)
@@ -190,6 +244,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _padded(ticks: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis: all ticks and values, and 4 % on either side."""
     low, high = min(*values, *ticks), max(*values, *ticks)
     margin = 0.04 * ((high - low) or abs(high) or 1.0)
     return low - margin, high + margin

@@ -1,60 +1,56 @@
-"""Trackers: what a study tells Weights & Biases, MLflow, or a tracker of one's own. Loads no torch.
+"""Trackers: where the figures of a run go, such as Weights & Biases, MLflow or a tracker of your own. Loads no torch.
 
-A tracker that fails never stops a study: it is reported in one line, and not told anything more.
+A tracker knows figures by name; which figures a study has is in ``tracking_watcher.py``.
 """
 
 from __future__ import annotations
 
 import importlib
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import optuna
-from optuna.trial import FrozenTrial, TrialState
-
-from optuna_merge.config.study_config import StudyConfig
-from optuna_merge.errors import StudyError
-from optuna_merge.storage import attributes
-from optuna_merge.storage.attributes import PAIRED_ESTIMATE
-from optuna_merge.storage.trials import best_merge, generation, score_of
-from optuna_merge.study.watcher import Watcher
+from optuna_merge.errors import StudyError, first_line
 
 
 class Tracker(Protocol):
-    """Where figures go. Every method may raise anything: the study goes on without the tracker."""
+    """Where the figures of a run go; import it as ``optuna_merge.Tracker``.
+
+    Write a class with these methods, which can be made without arguments, and name it on the command line:
+    ``--tracker my_package.MyTracker``. If a method raises, the error is reported in one line, the tracker is not called
+    again, and the study goes on.
+    """
 
     def start(self, name: str, config: Mapping[str, Any]) -> None:
-        """Begin, or go on with, the run of a study.
+        """Begin the run of a study, or continue it.
 
         Args:
-            name: The study's.
+            name: Name of the study.
             config: Its study file, as plain data.
         """
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Record figures by name.
+        """Record figures.
 
         Args:
-            figures: Finite or not.
+            figures: Name to figure, which may be NaN or infinite.
             step: Number of the trial.
         """
 
     def save(self, file: Path) -> None:
-        """Keep the best merge's file; it is told again when there is a better one."""
+        """Keep the mergekit file of the best merge; called again for each better merge."""
 
     def finish(self) -> None:
         """End the run."""
 
 
 class WandbTracker:
-    """Weights & Biases. ``WANDB_MODE=offline`` writes to ``folder`` only, for ``wandb sync``.
+    """Weights & Biases. With ``WANDB_MODE=offline`` it writes only to ``folder``, for ``wandb sync``.
 
     Args:
-        folder: For what it writes.
-        project: Of the run.
-        entity: User or team; the reader's own by default.
+        folder: Folder for wandb's files.
+        project: Project of the run.
+        entity: User or team; None for the account that is logged in.
     """
 
     def __init__(self, folder: Path, project: str = "optuna-merge", entity: str | None = None) -> None:
@@ -79,7 +75,7 @@ class WandbTracker:
         )
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Log figures; trials that others finish earlier make no order, so the number is a figure too."""
+        """Log figures, the trial's number among them: workers finish trials out of order, and wandb's steps ascend."""
         self._run.log({**figures, "trial": step})
 
     def save(self, file: Path) -> None:
@@ -96,10 +92,10 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """MLflow, where ``MLFLOW_TRACKING_URI`` says.
+    """MLflow, at the server or folder that ``MLFLOW_TRACKING_URI`` names.
 
     Args:
-        experiment: That the run belongs to.
+        experiment: Experiment of the run.
     """
 
     def __init__(self, experiment: str = "optuna-merge") -> None:
@@ -114,7 +110,7 @@ class MlflowTracker:
         self._mlflow.log_dict(dict(config), "study.json")
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Log figures; MLflow's names have no parentheses and commas."""
+        """Log figures, with the characters that MLflow refuses in a name replaced by ``_``."""
         self._mlflow.log_metrics({_plain(name): value for name, value in figures.items()}, step=step)
 
     def save(self, file: Path) -> None:
@@ -126,104 +122,14 @@ class MlflowTracker:
         self._mlflow.end_run()
 
 
-class TrackingWatcher(Watcher):
-    """Tells a tracker what happens, until it fails.
-
-    Args:
-        tracker: Is told.
-        config: The study file.
-        best_file: The best merge's file.
-        warn: Is told, once, why the tracker is told no more.
-    """
-
-    def __init__(self, tracker: Tracker, config: StudyConfig, best_file: Path, warn: Callable[[str], None]) -> None:
-        self._tracker = tracker
-        self._config = config
-        self._best_file = best_file
-        self._warn = warn
-        self._works = True
-        self._started = False
-
-    def study_opened(self, study: optuna.Study, n_trials: int, requeued: list[int]) -> None:
-        """Begin."""
-        self._started = True
-        self._try(lambda: self._tracker.start(study.study_name, self._config.model_dump(mode="json")))
-
-    def trial_finished(self, study: optuna.Study, trial: FrozenTrial, is_best: bool) -> None:
-        """Log the trial, the population so far and the best."""
-        self._try(lambda: self._tracker.log(figures_of(study, trial), trial.number))
-        if is_best:
-            self._try(lambda: self._tracker.save(self._best_file))
-
-    def close(self) -> None:
-        """End, however the study ended."""
-        if self._started:
-            self._try(self._tracker.finish)
-
-    def _try(self, call: Callable[[], object]) -> None:
-        if not self._works:
-            return
-        try:
-            call()
-        except Exception as exc:
-            self._works = False
-            words = " ".join(str(exc).split())[:200]
-            self._warn(
-                f"tracker {type(self._tracker).__name__} failed and is told no more: {words or type(exc).__name__}"
-            )
-
-
-def figures_of(study: optuna.Study, trial: FrozenTrial) -> dict[str, float]:
-    """What is logged after a trial.
-
-    Returns:
-        ``best_score``; of the trial ``score`` or ``estimate`` (pruned), ``score/<task>``,
-        ``objective/<name>`` where there are several, ``merge_s``,
-        ``evaluation_s``, ``n_documents``, ``pruned``, ``failed``; of its generation so far ``generation``,
-        ``population_mean`` and ``population_std``; of the study ``total_documents``.
-    """
-    trials = study.get_trials(deepcopy=False)
-    figures: dict[str, float] = {
-        "pruned": float(trial.state == TrialState.PRUNED),
-        "failed": float(trial.state == TrialState.FAIL),
-        "total_documents": sum(other.user_attrs.get(attributes.DOCUMENTS, 0) for other in trials),
-    }
-    best = best_merge(study)
-    for key, scored in (("best_score", best), ("score", trial)):
-        score = None if scored is None else score_of(scored)
-        if score is not None:
-            figures[key] = score
-    if trial.values is not None and len(trial.values) > 1:
-        names = study.metric_names or []
-        figures |= {f"objective/{name}": value for name, value in zip(names, trial.values, strict=True)}
-    if PAIRED_ESTIMATE in trial.user_attrs:
-        figures["estimate"] = trial.user_attrs[PAIRED_ESTIMATE]
-    for key in (attributes.MERGE_SECONDS, attributes.EVALUATION_SECONDS, attributes.DOCUMENTS):
-        if key in trial.user_attrs:
-            figures[key] = trial.user_attrs[key]
-    for key, value in trial.user_attrs.items():
-        if key.startswith(f"{attributes.SCORE} "):
-            figures[f"score/{key.removeprefix(f'{attributes.SCORE} ')}"] = value
-    drawn_in = generation(trial)
-    if drawn_in is not None:
-        population = [other for other in trials if generation(other) == drawn_in]
-        told = [other.user_attrs.get(PAIRED_ESTIMATE, score_of(other)) for other in population]
-        values = [value for value in told if value is not None]
-        figures["generation"] = drawn_in
-        if values:
-            figures["population_mean"] = statistics.fmean(values)
-            figures["population_std"] = statistics.pstdev(values)
-    return figures
-
-
 def make_tracker(path: str) -> Tracker:
-    """A tracker of one's own.
+    """The tracker that ``--tracker`` names.
 
     Args:
-        path: Import path of a class that is made without arguments, such as ``my_package.MyTracker``; or ``mlflow``.
+        path: ``mlflow``, or the import path of a class without arguments, such as ``my_package.MyTracker``.
 
     Raises:
-        StudyError: If there is none.
+        StudyError: If there is no such class, or if it needs arguments.
     """
     if path == "mlflow":
         return MlflowTracker()
@@ -232,8 +138,8 @@ def make_tracker(path: str) -> Tracker:
         tracker: Tracker = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, ValueError, TypeError) as exc:
         raise StudyError(
-            f"--tracker must be mlflow or the import path of a class without arguments, got {path} ({exc});"
-            " see optuna_merge.trackers.Tracker"
+            f"--tracker must be mlflow or the import path of a class without arguments, got {path} ({first_line(exc)});"
+            " see optuna_merge.Tracker"
         ) from exc
     return tracker
 

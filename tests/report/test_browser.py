@@ -16,7 +16,8 @@ import optuna
 import pytest
 
 from optuna_merge.config.read import load_study
-from optuna_merge.report.dashboard import Server, make_dashboard, refresh
+from optuna_merge.report.dashboard import refresh
+from optuna_merge.report.dashboard_server import Server, make_dashboard
 from tests.report.test_dashboard import fill, open_study
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -71,7 +72,7 @@ def test_the_study_in_the_browser(dashboard: Server, tmp_path: Path) -> None:
         "layers_02_02",
     ):
         assert found in page
-    # What the browser itself asks for without being told to (updates, component lists) is Google's.
+    # The browser itself asks Google for updates and component lists.
     assert {host for host in asked if not host.endswith((".google.com", ".googleapis.com", ".gvt1.com"))} == {
         "127.0.0.1"
     }

@@ -15,7 +15,10 @@ from optuna.trial import TrialState, create_trial
 from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
-from optuna_merge.report.dashboard import DashboardWatcher, make_dashboard, refresh, write_documents
+from optuna_merge.report.artifacts import write_documents
+from optuna_merge.report.dashboard import refresh
+from optuna_merge.report.dashboard_server import make_dashboard
+from optuna_merge.report.dashboard_watcher import DashboardWatcher
 from optuna_merge.storage import attributes
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 from optuna_merge.storage.documents import DocumentScores
@@ -38,7 +41,7 @@ def open_study(config: StudyConfig) -> optuna.Study:
 
 
 def fill(study: optuna.Study, n_trials: int, n_groups: int, n_models: int) -> None:
-    """Baselines, then generations of ten merges that get better, every other one pruned."""
+    """Add baselines, then merges that get better, ten to a generation; every other merge is pruned."""
     labels = [f"model_{index}" for index in range(n_models)]
     study.set_user_attr(attributes.FINGERPRINT, {"genome.models": labels})
     space = {
@@ -62,14 +65,14 @@ def fill(study: optuna.Study, n_trials: int, n_groups: int, n_models: int) -> No
             *(("step", step, value) for step in range(20)),
         ]
         trial_id = study._storage.create_new_trial(study._study_id)
-        write_trial(study._storage, trial_id, writes)  # a trial of 100 parameters at once: Optuna takes 0.1 s for it
+        write_trial(study._storage, trial_id, writes)  # all at once: Optuna takes 0.1 s for 100 parameters
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         study._storage.set_trial_state_values(trial_id, state, None if pruned else [value])
 
 
 @pytest.fixture
 def served(config: StudyConfig) -> Any:
-    """What the dashboard's server says of a study of 23 trials."""
+    """What the dashboard's server answers about a study of 23 trials."""
     study = open_study(config)
     fill(study, 23, 2, 2)
     refresh(study, config)
@@ -145,7 +148,7 @@ def test_a_trial_gets_its_artifacts_once_and_a_new_best_its_note(config: StudyCo
     watcher.study_opened(study, 10, [])
     trial = study.ask()
     watcher.trial_scored(study, trial)
-    again = optuna.Trial(study, trial._trial_id)  # taken up again after a kill between the two
+    again = optuna.Trial(study, trial._trial_id)  # as after a kill between the two uploads
     watcher.trial_scored(study, again)
     frozen = study.tell(trial, 0.7)
     watcher.trial_finished(study, frozen, is_best=True)
@@ -168,7 +171,7 @@ def test_artifacts_that_cannot_be_written_stop_nothing(config: StudyConfig) -> N
     study = open_study(config)
     warnings: list[str] = []
     watcher = DashboardWatcher(config, lambda trial: "", warnings.append)
-    for _ in range(2):  # their document scores are missing
+    for _ in range(2):  # the document scores are missing
         watcher.trial_scored(study, study.ask())
     [warning] = warnings
     assert warning.startswith("artifacts of trial 0 cannot be written: ")

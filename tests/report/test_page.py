@@ -10,13 +10,16 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.trial import TrialState, create_trial
 
 from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report import svg
 from optuna_merge.report.page import page
-from optuna_merge.report.pictures import pictures
+from optuna_merge.report.pictures import Chart, HeatMap, Series
+from optuna_merge.report.study_pictures import pictures_of_study
 from optuna_merge.report.summary import summarize
+from optuna_merge.storage import attributes
 from tests.report.test_dashboard import fill
 from tests.report.test_summary import front_study
 
@@ -34,7 +37,7 @@ def make(config: StudyConfig, n_trials: int, n_groups: int, n_models: int, recip
     study = optuna.create_study(study_name="tiny", direction="maximize")
     fill(study, n_trials, n_groups, n_models)
     summary = summarize(study, config, 5)
-    return page(summary, config, pictures(study, summary, config), recipe)
+    return page(summary, config, pictures_of_study(study, summary, config), recipe)
 
 
 def test_pictures_are_well_formed_and_numbered(config: StudyConfig) -> None:
@@ -48,6 +51,16 @@ def test_pictures_are_well_formed_and_numbered(config: StudyConfig) -> None:
     assert "models: [&lt;b&gt;]" in text
 
 
+def test_every_text_of_the_report_is_escaped(config: StudyConfig) -> None:
+    study = optuna.create_study(study_name="tiny", direction="maximize")
+    fill(study, 23, 2, 2)
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={attributes.FAILURE: "<script>alert(1)</script>"}))
+    summary = summarize(study, config, 5)
+    text = page(summary, config, pictures_of_study(study, summary, config))
+    assert "<script" not in text
+    assert "<li>trial 23: &lt;script&gt;alert(1)&lt;/script&gt;</li>" in text
+
+
 def test_nothing_comes_from_elsewhere(config: StudyConfig) -> None:
     text = make(config, 23, 2, 2)
     assert "<script" not in text
@@ -59,7 +72,7 @@ def test_nothing_comes_from_elsewhere(config: StudyConfig) -> None:
 def test_the_front_is_a_table_and_a_picture(config: StudyConfig) -> None:
     study = front_study()
     summary = summarize(study, config)
-    drawn = pictures(study, summary, config)
+    drawn = pictures_of_study(study, summary, config)
     text = page(summary, config, drawn)
     assert "<h2>The front</h2>" in text
     assert '<tr class="best"><td>merge</td><td>2</td><td>0.6000</td><td>0.6000</td><td>1.2000</td></tr>' in text
@@ -72,14 +85,12 @@ def test_the_front_is_a_table_and_a_picture(config: StudyConfig) -> None:
 def test_a_study_without_a_score(config: StudyConfig) -> None:
     study = optuna.create_study(study_name="tiny", direction="maximize")
     summary = summarize(study, config)
-    text = page(summary, config, pictures(study, summary, config))
+    text = page(summary, config, pictures_of_study(study, summary, config))
     assert "No trial is complete yet." in text
     assert "<svg" not in text
 
 
 def test_a_chart_of_one_point_and_a_heat_map_of_one_value() -> None:
-    from optuna_merge.report.pictures import Chart, HeatMap, Series
-
     for picture in (
         Chart("a", "t", "x", "y", [Series("one", "merge", [0], [0.5], ["first"])]),
         HeatMap("b", "t", "x", ["m"], ["all"], [[0.5]], 0.5, 0.5),

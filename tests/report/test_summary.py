@@ -13,7 +13,8 @@ from optuna.trial import create_trial
 from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
-from optuna_merge.report.summary import markdown_table, summarize, verdict
+from optuna_merge.report.summary import summarize, verdict
+from optuna_merge.report.tables import markdown_table
 from optuna_merge.storage import attributes
 from optuna_merge.storage.trials import best_merge, best_merges
 from optuna_merge.study.holdout_file import HOLDOUT_FILE, HoldoutRow, TaskFigure, needs_holdout

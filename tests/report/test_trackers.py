@@ -14,7 +14,8 @@ from optuna.trial import TrialState, create_trial
 from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
-from optuna_merge.report.trackers import MlflowTracker, TrackingWatcher, WandbTracker, figures_of, make_tracker
+from optuna_merge.report.trackers import MlflowTracker, WandbTracker, make_tracker
+from optuna_merge.report.tracking_watcher import TrackingWatcher, figures_of
 from optuna_merge.storage import attributes
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 
@@ -38,7 +39,7 @@ class Recorder:
 
 class Broken(Recorder):
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        raise ConnectionError("no\nnetwork")
+        raise ConnectionError("no network\nat all")
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_tracker_is_told_what_happens(study: optuna.Study, config: StudyConfig
 def test_a_tracker_that_fails_is_reported_once_and_told_no_more(study: optuna.Study, config: StudyConfig) -> None:
     broken = Broken()
     assert run(broken, study, config, Path("best_config.yaml")) == [
-        "tracker Broken failed and is told no more: no network"
+        "tracker Broken failed and gets no more figures: no network"
     ]
     assert broken.told == [("start", "tiny", "task_arithmetic")]
 
@@ -142,13 +143,13 @@ def test_a_package_that_is_missing_is_a_failure_of_the_tracker(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
     [warning] = run(MlflowTracker(), study, config, Path("best_config.yaml"))
-    assert warning.startswith("tracker MlflowTracker failed and is told no more: import of mlflow halted")
+    assert warning.startswith("tracker MlflowTracker failed and gets no more figures: import of mlflow halted")
 
 
 def test_a_tracker_of_ones_own_by_its_path() -> None:
-    assert isinstance(make_tracker("tests.test_trackers.Recorder"), Recorder)
+    assert isinstance(make_tracker("tests.report.test_trackers.Recorder"), Recorder)
     assert isinstance(make_tracker("mlflow"), MlflowTracker)
-    for path in ("nonsense", "tests.test_trackers.Nobody", "no_such_module.Tracker", "pathlib.Path.nothing"):
+    for path in ("nonsense", "tests.report.test_trackers.Nobody", "no_such_module.Tracker", "pathlib.Path.nothing"):
         with pytest.raises(StudyError, match="--tracker must be mlflow or the import path of a class"):
             make_tracker(path)
 

@@ -1,0 +1,96 @@
+"""The figures of a study as tables of text, and as markdown. Knows neither the terminal nor HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optuna_merge.report.summary import Row, Summary, verdict
+from optuna_merge.study.holdout_file import HoldoutRow
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text.
+
+    Attributes:
+        header: The columns' names.
+        rows: The cells of each row.
+        best: Index of the best merge's row; None if it has none.
+    """
+
+    header: list[str]
+    rows: list[list[str]]
+    best: int | None
+
+
+def searched_table(summary: Summary, first: str) -> Table:
+    """The score and the metrics of every model on the searched documents.
+
+    Args:
+        summary: With at least one row.
+        first: Header of the first column.
+    """
+    tasks = list(summary.rows[0].tasks)
+    rows = []
+    for row in summary.rows:
+        found = [row.tasks.get(task) for task in tasks]
+        figures = ["" if task is None else figure_text(task.value, task.stderr) for task in found]
+        rows.append([row.name, str(row.trial), f"{row.value:.4f}", *figures])
+    best = next((index for index, row in enumerate(summary.rows) if row.kind == "best"), None)
+    return Table([first, "trial", "score", *tasks], rows, best)
+
+
+def front_table(summary: Summary, first: str, second: str) -> Table:
+    """The value of each objective, and their sum, of every trial of the front.
+
+    Args:
+        summary: With a front.
+        first: Header of the column of names.
+        second: Header of the column of trial numbers.
+    """
+    rows = [
+        [point.name, str(point.trial), *(f"{value:.4f}" for value in (*point.values.values(), point.value))]
+        for point in summary.front
+    ]
+    best = next((index for index, point in enumerate(summary.front) if point.trial == summary.best_trial), None)
+    return Table([first, second, *summary.front[0].values, "sum"], rows, best)
+
+
+def markdown_table(summary: Summary) -> str:
+    """The figures of the report as markdown, for a model card; empty before the first complete trial."""
+    if not summary.rows:
+        return ""
+    held = bool(held_rows(summary))
+    header = ["model", "searched documents", *(["holdout documents", "best merge − this"] if held else [])]
+    lines = [f"## Results of study {summary.study}", ""]
+    lines += [f"| {' | '.join(header)} |", f"|{'|'.join([' --- '] + [' ---: '] * (len(header) - 1))}|"]
+    for row in summary.rows:
+        cells = [row.name, f"{row.value:.4f}"]
+        if held and row.holdout is None:
+            cells += ["", ""]
+        elif row.holdout is not None:
+            cells += [f"{row.holdout.value:.4f}", "" if row.kind == "best" else lead_text(row.holdout)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "± is one standard error, paired by document."]
+    if summary.front:
+        front = front_table(summary, "front", "trial")
+        lines += ["", f"| {' | '.join(front.header)} |", f"| --- |{' ---: |' * (len(front.header) - 1)}"]
+        lines += [f"| {' | '.join(cells)} |" for cells in front.rows]
+    if sentence := verdict(summary):
+        lines += ["", sentence]
+    return "\n".join(lines)
+
+
+def held_rows(summary: Summary) -> list[tuple[Row, HoldoutRow]]:
+    """The models that were scored on the holdout, with their figures there."""
+    return [(row, row.holdout) for row in summary.rows if row.holdout is not None]
+
+
+def figure_text(value: float, stderr: float | None) -> str:
+    """A figure and its standard error, if that is known."""
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
+def lead_text(figures: HoldoutRow) -> str:
+    """By how much the best merge is ahead on the holdout, and the standard error of that."""
+    return f"{figures.difference:+.4f} ± {figures.difference_stderr:.4f}"
