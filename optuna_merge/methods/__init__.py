@@ -1,8 +1,8 @@
-"""The merge methods: what each needs and which numbers it takes.
+"""The merge methods: what each one needs and which numbers it takes.
 
-``METHODS`` is the whole list. To add a method, write its tensor function in a file of this folder and add a row
-here. This file loads no torch, so that a study file can be checked without it; ``MergeMethod.load`` fetches the
-tensor function from the file that the row names.
+``METHODS`` lists them all. To add a method, write its tensor function in a file of this folder and add a row here.
+This file does not load torch, so that a study file can be checked without it; ``MergeMethod.load`` imports the tensor
+function from the file that the row names.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ if TYPE_CHECKING:
     from optuna_merge.methods.function import MergeFunction
 
 BaseUse = Literal["required", "optional", "unused", "none"]
-"""``unused``: a base may be named for its configuration and tokenizer, and takes no part in the arithmetic."""
+"""``unused``: a base may be given for its configuration and tokenizer, but takes no part in the arithmetic."""
 
 
 @dataclass(frozen=True)
 class MethodParameter:
-    """A number that a method takes, and that a search may vary.
+    """A number that a method takes and that a search may vary.
 
     Attributes:
         name: As in mergekit: ``weight``, ``density``, ``lambda`` ...
         meaning: One line for people.
-        default: Its value where nothing else is said; None: 1 / number of models.
-        low, high: The values that make sense, both included.
-        search: The range that is searched when the study file names none, or None: it stays at ``default``
-            unless the study file gives it a range.
+        default: Default value; None means 1 / number of models.
+        low, high: Smallest and largest valid value.
+        search: Range to search if the study file gives none; None keeps ``default``.
         per_model: Whether each model has its own value.
-        with_base: The parameter means something only if there is a base (True) or none (False); None: either way.
+        with_base: True if the parameter applies only with a base, False if only without one, None if always.
     """
 
     name: str
@@ -49,19 +48,19 @@ class MethodParameter:
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A merge method: its declaration, without its arithmetic.
+    """The declaration of a merge method, without its arithmetic.
 
     Attributes:
         name: As in mergekit.
         summary: One line for people.
-        reference: Paper or source.
+        reference: The paper, or where the method comes from.
         function: ``module:name`` of the tensor function.
-        parameters: The numbers it takes.
-        base: Whether it needs a base model, takes one, or has no use for it.
-        n_models: Least and greatest number of models besides the base; None: no limit.
-        n_models_with_base: The same where a base is given, if that differs.
-        switches: Options that are on or off, with their defaults, such as ``normalize``.
-        is_random: Whether it draws masks, which ``Recipe.seed`` fixes.
+        parameters: The numbers that it takes.
+        base: Whether it needs a base model, accepts one or does not use it.
+        n_models: Smallest and largest number of models besides the base; None means no limit.
+        n_models_with_base: The same if a base is given, where it differs.
+        switches: Options that are on or off, such as ``normalize``, with their defaults.
+        is_random: Whether it draws random masks, which ``Recipe.seed`` determines.
     """
 
     name: str
@@ -76,11 +75,11 @@ class MergeMethod:
     is_random: bool = False
 
     def parameters_for(self, has_base: bool) -> tuple[MethodParameter, ...]:
-        """The parameters that mean something with, or without, a base."""
+        """The parameters that apply with, or without, a base."""
         return tuple(p for p in self.parameters if p.with_base is None or p.with_base == has_base)
 
     def n_models_for(self, has_base: bool) -> tuple[int, int | None]:
-        """Least and greatest number of models besides the base, with a base or without."""
+        """Smallest and largest number of models besides the base, with or without one."""
         return self.n_models_with_base or self.n_models if has_base else self.n_models
 
     def load(self) -> MergeFunction:
@@ -93,9 +92,9 @@ class MergeMethod:
 WEIGHT = MethodParameter("weight", "coefficient of the model", None, float("-inf"), float("inf"), search=(0.0, 1.5))
 LAMBDA = MethodParameter("lambda", "scale of the summed task vector", 1.0, 0.0, 4.0, per_model=False)
 DENSITY = MethodParameter("density", "fraction of entries kept", 1.0, 0.0, 1.0, search=(0.1, 1.0))
-GAMMA = MethodParameter("gamma", "fraction of largest entries dropped", 0.01, 0.0, 1.0)
+GAMMA = MethodParameter("gamma", "fraction of entries dropped as too large", 0.01, 0.0, 1.0)
 DELLA_DENSITY = dataclasses.replace(DENSITY, search=(0.2, 0.8))  # density - epsilon must stay above 0
-EPSILON = MethodParameter("epsilon", "how far the chance of being kept departs from density", 0.15, 0.0, 0.5)
+EPSILON = MethodParameter("epsilon", "largest deviation of an entry's chance to be kept from density", 0.15, 0.0, 0.5)
 
 METHODS: dict[str, MergeMethod] = {
     method.name: method
@@ -187,14 +186,23 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="slerp",
-            summary="a point of the arc between two models",
+            summary="a point on the arc between two models",
             reference="Shoemake, Animating rotation with quaternion curves, 1985",
             function="optuna_merge.methods.spherical:slerp",
             parameters=(
                 dataclasses.replace(
-                    WEIGHT, meaning="the two highest are chosen; softmax between them", with_base=False
+                    WEIGHT, meaning="picks the two highest; their softmax is the position", with_base=False
                 ),
-                MethodParameter("t", "from the base to the model", 0.5, 0.0, 1.0, (0.0, 1.0), False, with_base=True),
+                MethodParameter(
+                    "t",
+                    "position between the base (0) and the model (1)",
+                    0.5,
+                    0.0,
+                    1.0,
+                    (0.0, 1.0),
+                    False,
+                    with_base=True,
+                ),
             ),
             base="optional",
             n_models=(2, None),
@@ -202,7 +210,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="nuslerp",
-            summary="a point of the arc between two models or their task vectors",
+            summary="a point on the arc between two models or their task vectors",
             reference="mergekit, nuslerp",
             function="optuna_merge.methods.spherical:nuslerp",
             parameters=(WEIGHT,),
@@ -225,13 +233,13 @@ METHODS: dict[str, MergeMethod] = {
             function="optuna_merge.methods.spherical:karcher",
             parameters=(
                 MethodParameter("max_iter", "greatest number of steps", 10.0, 1.0, 1000.0, per_model=False),
-                MethodParameter("tol", "a shorter step is the last", 1e-5, 0.0, 1.0, per_model=False),
+                MethodParameter("tol", "stops after a shorter step than this", 1e-5, 0.0, 1.0, per_model=False),
             ),
             base="none",
         ),
         MergeMethod(
             name="sce",
-            summary="selects where models differ most, weighs models by their change, erases minorities",
+            summary="selects where models differ most, weights models by their change, erases minority signs",
             reference="SCE, arXiv:2408.07990",
             function="optuna_merge.methods.sce:sce",
             parameters=(
@@ -249,12 +257,12 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="nearswap",
-            summary="moves the base towards a model, more where they are close",
+            summary="moves the base towards a model, further where they are closer",
             reference="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
             function="optuna_merge.methods.nearswap:nearswap",
             parameters=(
                 MethodParameter(
-                    "t", "distance up to which the model is taken over", 1e-3, 0.0, float("inf"), (0.0, 0.01), False
+                    "t", "distance up to which the model's value is taken", 1e-3, 0.0, float("inf"), (0.0, 0.01), False
                 ),
             ),
             base="required",
@@ -262,7 +270,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="arcee_fusion",
-            summary="takes over a model's important changes alone",
+            summary="takes only the important changes of a model",
             reference="mergekit, arcee_fusion",
             function="optuna_merge.methods.arcee_fusion:arcee_fusion",
             parameters=(),
@@ -271,7 +279,7 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             name="model_stock",
-            summary="between the base and the mean of the models, by the angles between them",
+            summary="a point between the base and the mean of the models, chosen by the angles between them",
             reference="Model Stock, arXiv:2403.19522",
             function="optuna_merge.methods.spherical:model_stock",
             parameters=(),
@@ -283,10 +291,10 @@ METHODS: dict[str, MergeMethod] = {
 
 
 def find_method(name: str) -> MergeMethod:
-    """The method of that name, or the declaration at that import path, such as ``my_package.my_method``.
+    """Find the method of that name, or the declaration at an import path such as ``my_package.my_method``.
 
     Raises:
-        MethodError: If there is none; the message names the nearest.
+        MethodError: If there is none; the message suggests the closest name.
     """
     if name in METHODS:
         return METHODS[name]

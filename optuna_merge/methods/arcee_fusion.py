@@ -1,4 +1,4 @@
-"""Arcee fusion: take over a model's element only where its change is important."""
+"""Arcee fusion: takes an element from the model only if its change is important."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from optuna_merge.methods.selection import Quantity, kth_largest
 
 
 def arcee_fusion(inputs: MergeInput, out: Tensor) -> None:
-    """Write the model's elements whose importance reaches ``median + 1.5 (q3 - q1)``, the base's elsewhere.
+    """Write the model's elements whose importance is at least ``median + 1.5 (q3 - q1)``, and the base's elsewhere.
 
-    The importance of an element is the size of its change times the divergence of its row. Quartiles are those of all
-    elements; mergekit 0.1.5 estimates them from a random million.
+    The importance of an element is the size of its change times the divergence of its row. Departure from mergekit
+    0.1.5, which estimates the quartiles from a million random elements: we use all elements.
 
     References:
         mergekit's arcee_fusion.
@@ -23,7 +23,7 @@ def arcee_fusion(inputs: MergeInput, out: Tensor) -> None:
     if n_elements == 0:
         return
     quantity = Quantity(("importance", inputs.identities[0]), _importance)
-    # mergekit takes the entry at this place of the ascending order
+    # As in mergekit, a quantile is the entry at this place of the ascending order.
     q1, median, q3 = (
         kth_largest(inputs, quantity, n_elements - int(torch.tensor(q) * (n_elements - 1)))[0]
         for q in (0.25, 0.5, 0.75)

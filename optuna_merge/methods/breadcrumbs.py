@@ -1,4 +1,4 @@
-"""Model breadcrumbs: drop the largest and the smallest entries of each task vector, then add or elect signs."""
+"""Model Breadcrumbs: drops the largest and smallest entries of each task vector, then adds them or elects signs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def breadcrumbs(inputs: MergeInput, out: Tensor) -> None:
 
 
 def breadcrumbs_ties(inputs: MergeInput, out: Tensor) -> None:
-    """Write the base plus those weighted entries, outliers dropped, that have the elected sign.
+    """Write the base plus the weighted entries that have the elected sign, after outliers are dropped.
 
     References:
         Model Breadcrumbs, arXiv:2312.06795, with TIES-Merging, arXiv:2306.01708, Algorithm 1, steps 2 and 3.
@@ -30,10 +30,10 @@ def breadcrumbs_ties(inputs: MergeInput, out: Tensor) -> None:
 
 
 def keep_the_middle(inputs: MergeInput, index: int) -> Sparsifier:
-    """Drops the ``floor(gamma numel)`` largest entries, and of the others keeps the ``floor(density numel)`` largest.
+    """Drops the ``floor(gamma * numel)`` largest entries and keeps the next ``floor(density * numel)`` largest.
 
-    Fewer outliers are dropped where not enough entries would remain; a density of 1 drops nothing. Of equal
-    magnitudes the last count as larger.
+    Fewer outliers are dropped if too few entries would remain; a density of 1 drops nothing. Among equal magnitudes,
+    later ones count as larger.
     """
     density, n_elements = inputs.per_model["density"][index], inputs.models[index].numel()
     n_kept = int(density * n_elements)

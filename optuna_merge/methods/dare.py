@@ -1,4 +1,4 @@
-"""DARE: drop entries of each task vector at random, scale up the others, then add or elect signs as in TIES."""
+"""DARE: drops random entries of each task vector, scales up the others, then adds them or elects signs as in TIES."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dare_linear(inputs: MergeInput, out: Tensor) -> None:
 
 
 def dare_ties(inputs: MergeInput, out: Tensor) -> None:
-    """Write the base plus those weighted entries of the randomly thinned task vectors that have the elected sign.
+    """Write the base plus the weighted entries of the randomly thinned task vectors that have the elected sign.
 
     References:
         DARE, arXiv:2311.03099, with TIES-Merging, arXiv:2306.01708, Algorithm 1, steps 2 and 3.
@@ -29,10 +29,10 @@ def dare_ties(inputs: MergeInput, out: Tensor) -> None:
 
 
 def drop(inputs: MergeInput, index: int) -> Sparsifier:
-    """Keeps each entry with probability ``density``; with ``rescale`` divides those kept by it.
+    """Keeps each entry with probability ``density``; with ``rescale``, divides kept entries by ``density``.
 
-    The expectation is then the task vector. Departure from mergekit 0.1.5, which restores the l1 norm of this
-    draw instead. Densities count in steps of 1/65536.
+    The expected value is then the task vector. Departure from mergekit 0.1.5, which restores the l1 norm of the draw
+    instead. Densities are rounded to multiples of 1/65536.
     """
     n_kept = min(LEVELS, max(0, round(inputs.per_model["density"][index] * LEVELS)))
     factor = LEVELS / n_kept if n_kept and inputs.switches["rescale"] else 1.0

@@ -1,4 +1,4 @@
-"""DELLA: drop entries at random, small ones more often than large ones, then add or elect signs as in TIES."""
+"""DELLA: drops random entries, small ones more often than large ones, then adds the rest or elects signs as in TIES."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from optuna_merge.methods.masks import LEVELS, N_INTEGERS, mask_integers, unifor
 from optuna_merge.methods.sparsifier import Sparsifier
 from optuna_merge.methods.task_vectors import add_task_vectors, elect_task_vectors
 
-_FRACTION_BITS = 4  # of the magnitude, that tell bins apart: 16 bins in an octave
-_N_BINS = 256  # 16 octaves below the largest magnitude of a row; what is smaller is in the last
+_FRACTION_BITS = 4  # bits of a magnitude's fraction that number its bin: 16 bins in an octave
+_N_BINS = 256  # 16 octaves below the largest magnitude of a row; smaller magnitudes are in the last bin
 
 
 def della_linear(inputs: MergeInput, out: Tensor) -> None:
-    """Write the base plus the weighted sum of the task vectors, thinned by magnitude and chance.
+    """Write the base plus the weighted sum of the task vectors, thinned at random by magnitude.
 
     References:
         DELLA-Merging, arXiv:2406.11617.
@@ -26,7 +26,7 @@ def della_linear(inputs: MergeInput, out: Tensor) -> None:
 
 
 def della(inputs: MergeInput, out: Tensor) -> None:
-    """Write the base plus those weighted entries of the thinned task vectors that have the elected sign.
+    """Write the base plus the weighted entries of the thinned task vectors that have the elected sign.
 
     References:
         DELLA-Merging, arXiv:2406.11617.
@@ -37,10 +37,11 @@ def della(inputs: MergeInput, out: Tensor) -> None:
 def magprune(inputs: MergeInput, index: int) -> Sparsifier:
     """Keeps each entry with a probability that grows with the rank of its magnitude in its row.
 
-    The probability goes linearly from ``density - epsilon`` for the smallest to ``density + epsilon`` for the largest;
-    with ``rescale`` an entry that is kept is divided by its probability, so that the expectation is the task
-    vector. Departures: mergekit 0.1.5 restores the l1 norm of this draw instead; and ranks are those of magnitudes
-    rounded to 1/16 of an octave, equal ones sharing their mean rank, so that no row is sorted.
+    The probability grows linearly from ``density - epsilon`` for the smallest to ``density + epsilon`` for the largest.
+    With ``rescale``, a kept entry is divided by its probability, so that the expected value is the task vector.
+
+    Departures: mergekit 0.1.5 restores the l1 norm of the draw instead. We rank magnitudes rounded to 1/16 of an
+    octave, with equal ones sharing their mean rank, so that no row needs to be sorted.
 
     Raises:
         MethodError: If ``density - epsilon`` or ``density + epsilon`` is not in (0, 1), for a density in (0, 1).
@@ -81,19 +82,17 @@ def _probabilities(chunk: Chunk, index: int, lowest: float, highest: float) -> T
     largest = rows.amax(1, keepdim=True)
     first_bins = torch.arange(len(rows), dtype=torch.int32, device=rows.device).mul_(_N_BINS).unsqueeze(1)
     torch.maximum(rows, largest - (_N_BINS - 1), out=rows)
-    torch.sub(largest + first_bins, rows, out=rows)  # the largest of a row is in its first bin
+    torch.sub(largest + first_bins, rows, out=rows)  # the largest magnitude of a row is in its first bin
     counts = torch.bincount(bins, minlength=len(rows) * _N_BINS).view(len(rows), _N_BINS)
     slope = (highest - lowest) / max(1, n_columns - 1)
     # The mean rank in a bin is n_columns - 1/2 - (entries in it and in the bins of larger ones) + (entries in it) / 2.
     of_bins = counts.cumsum(1, dtype=torch.float32).sub_(counts, alpha=0.5)
     of_bins.mul_(-slope).add_(lowest + slope * (n_columns - 0.5))
-    of_bins.clamp_(lowest, highest)  # not 0 by rounding: what is kept is divided by it
+    of_bins.clamp_(lowest, highest)  # rounding must not give 0: kept entries are divided by it
     return torch.index_select(of_bins.view(-1), 0, bins, out=chunk.scratch(f"probability_{index}"))
 
 
-def _magnitude_bins(
-    sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
-) -> Tensor:
-    """Numbers in the order of the magnitudes of a task vector's entries, int32, shape ``[n]``."""
-    base, model = sources
+def _magnitude_bins(stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
+    """Integers in the order of the magnitudes of a task vector's entries, int32, shape ``[n]``."""
+    base, model = stored
     return ((model.float() - base.float()).view(torch.int32) & 0x7FFFFFFF) >> (23 - _FRACTION_BITS)

@@ -1,7 +1,7 @@
-"""Elementwise arithmetic: written once as plain torch, compiled into one pass over memory where that pays.
+"""Elementwise arithmetic: written once in plain torch, and compiled into one pass over memory if that pays off.
 
-Compiled and plain give the same bits: what is compiled contracts no product and sum into one rounding, or, where an
-expression is made of ``addcmul``, each of them.
+Both give the same bits: compiled code does not fuse a product and a sum into one rounding, or, in an expression made of
+``addcmul``, fuses each of them, as ``addcmul`` does.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from optuna_merge.errors import first_line
 from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
-_LEAST_COMPILED = {"cpu": 1 << 14, "cuda": 2}  # elements; on a CPU the call of a kernel costs more than fewer do
-_ELEMENTS_WITH_EXTRAS = 1 << 20  # in a piece: a call costs, and what leaves the cache costs too
-_N_VARIANTS = 64  # of one kernel: dtypes, and whether a tensor has one element
+_LEAST_COMPILED = {"cpu": 1 << 14, "cuda": 2}  # elements; on a CPU, fewer take less time than the call of a kernel
+_ELEMENTS_WITH_EXTRAS = 1 << 20  # in a piece: small enough for the cache, large enough for the cost of a call
+_N_VARIANTS = 64  # of one kernel: one for each set of dtypes, and for tensors of one element
 _OPTIONS = {
     "emulate_precision_casts": True,  # on CUDA: no fused multiply-add
-    "eager_numerics.division_rounding": True,  # likewise: no approximate division
+    "eager_numerics.division_rounding": True,  # on CUDA: no approximate division
     "cpp.dynamic_threads": True,
 }
 _FUSED = {"emulate_precision_casts": False, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 class Expression(Protocol):
-    """Elementwise arithmetic; equal ones share a kernel, so it must be hashable."""
+    """Elementwise arithmetic. It must be hashable: equal expressions share a compiled kernel."""
 
     def __call__(
-        self, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+        self, stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
     ) -> Tensor:
         """Compute one piece.
 
         Args:
-            sources: The base, if the method has one, and the models; shape ``[n]`` each, as stored.
-            extras: Others of that shape.
-            floats: float32 numbers, which may differ from call to call.
-            integers: int32 numbers, likewise.
+            stored: The base, if the method has one, and the models; shape ``[n]`` each, in the dtypes of the files.
+            extras: Other tensors of that shape.
+            floats: float32 numbers, which may differ between calls.
+            integers: int32 numbers, which may differ between calls.
 
         Returns:
             Shape ``[n]``.
@@ -63,12 +64,12 @@ def write(
 
     Args:
         inputs: The tensor.
-        out: Contiguous, of its shape, on ``inputs.device``; each element is rounded once to its dtype.
-        expression: What is evaluated.
-        floats: Its numbers; become float32.
-        integers: Its int32 numbers for a piece, given which elements of the flat tensor that is.
-        extras: Make its other tensors, each in memory of its own that lives until the next piece.
-        is_fused: Whether every product in it is part of an ``addcmul``, which rounds once.
+        out: Result; contiguous, of the tensor's shape, on ``inputs.device``. Each element is rounded once to its dtype.
+        expression: The arithmetic.
+        floats: Its numbers, converted to float32.
+        integers: Returns its int32 numbers for a piece, which is given as a slice of the flat tensor.
+        extras: Make its other tensors for a piece, each in memory of its own that is valid until the next piece.
+        is_fused: Whether every product in the expression is part of an ``addcmul``, which rounds once.
     """
     flat = out.view(-1)
     numbers = numbers_on(inputs.device, floats)
@@ -82,26 +83,26 @@ def evaluate(
     inputs: MergeInput,
     destination: Tensor,
     expression: Expression,
-    sources: tuple[Tensor, ...],
+    stored: tuple[Tensor, ...],
     extras: tuple[Tensor, ...],
     floats: Tensor,
     integers: Iterable[int],
     is_fused: bool = False,
 ) -> None:
-    """Write an expression's values for one piece into ``destination``, shape ``[n]``; see :class:`Expression`."""
+    """Write the values of an expression for one piece into ``destination``, shape ``[n]``; see :class:`Expression`."""
     ints = numbers_on(inputs.device, integers, torch.int32)
     if inputs.is_compiled and destination.numel() >= _LEAST_COMPILED[inputs.device.type]:
-        _kernel(expression, is_fused)(destination, sources, extras, floats, ints)
+        _kernel(expression, is_fused)(destination, stored, extras, floats, ints)
     else:
-        destination.copy_(expression(sources, extras, floats, ints))
+        destination.copy_(expression(stored, extras, floats, ints))
 
 
 @functools.cache
 def _kernel(expression: Expression, is_fused: bool) -> Callable[..., None]:
     def plain(
-        destination: Tensor, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+        destination: Tensor, stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
     ) -> None:
-        destination.copy_(expression(sources, extras, floats, integers))
+        destination.copy_(expression(stored, extras, floats, integers))
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _N_VARIANTS)
     options: dict[str, Any] = {**_OPTIONS, **(_FUSED if is_fused else {})}
@@ -113,10 +114,10 @@ def _kernel(expression: Expression, is_fused: bool) -> Callable[..., None]:
         if not has_failed:
             try:
                 kernel(*arguments)
-            except Exception as exc:  # whatever a compiler, or its absence, may raise
+            except Exception as exc:  # a compiler, or a missing one, may raise anything
                 has_failed = True
-                reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
-                warnings.warn(f"merging is slower than it could be, torch.compile failed: {reason}", stacklevel=2)
+                message = f"merging is slower than it could be, torch.compile failed: {first_line(exc)}"
+                warnings.warn(message, stacklevel=2)
             else:
                 return
         plain(*arguments)

@@ -1,7 +1,7 @@
-"""What a merge method's tensor function is given, and what it must do.
+"""The tensor function of a merge method: what it is given and what it must do.
 
-A function merges one tensor. It sees the tensor whole, in the dtype of each file, or in float32 pieces of bounded
-size; it writes the result piece by piece, and each element is rounded once. Knows nothing of files and recipes.
+A function merges one tensor. It reads the tensor whole, in the dtype of each file, or in float32 pieces of bounded
+size. It writes the result piece by piece, and each element is rounded once. Knows nothing of files and recipes.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-_N_NUMBERS = 1 << 14  # tensors of numbers that are kept on their device
+_N_NUMBERS = 1 << 14  # small tensors that are kept on their device
 
 
 @dataclass(frozen=True)
 class MergeInput:
-    """One tensor of every model, and the numbers that apply to it.
+    """One tensor of every model, and the method parameters that apply to it.
 
     Attributes:
-        name: Its name in the checkpoint.
-        base: The base model's, any shape; None if the method has no base.
-        models: The sources', in the order of the recipe, of the same shape; may be maps of files: never written to.
+        name: The tensor's name in the checkpoint.
+        base: The base's tensor, of any shape; None if the method has no base.
+        models: The sources' tensors, of the same shape, in the order of the recipe. They may be maps of files, so they
+            must never be written to.
         per_model: Method parameter to one value for each of ``models``.
         shared: Method parameter to its value.
-        switches: Such as ``normalize``.
-        seed: Seeds random masks.
-        identities: One text for each of ``models`` that stands for its content; tells them apart in masks and memory.
-        device: Where the arithmetic is done and the result lives.
-        chunk_elements: Elements in a piece, about; pieces hold whole rows. Changes speed and memory, never a result.
-        kernel_elements: Likewise in a piece for compiled arithmetic, which makes nothing on its way.
-        buffers: Memory that pieces of consecutive tensors share.
-        memory: What a method found out about a tensor and can use in the next merge; small.
-        is_compiled: Whether elementwise arithmetic is compiled; changes speed, never a result.
+        switches: Options that are on or off, such as ``normalize``.
+        seed: Seed of random masks.
+        identities: One text for each of ``models`` that stands for its content. It tells models apart in masks and in
+            ``memory``.
+        device: Device of the arithmetic and of the result.
+        chunk_elements: Approximate elements in a piece, which holds whole rows. Changes speed and memory, not results.
+        kernel_elements: The same for compiled arithmetic, which needs no intermediate tensors.
+        buffers: Memory that the pieces of consecutive tensors share.
+        memory: Small findings about tensors that a method keeps for the next merge.
+        is_compiled: Whether elementwise arithmetic is compiled. Changes speed, not results.
     """
 
     name: str
@@ -58,20 +60,20 @@ class MergeInput:
     is_compiled: bool = False
 
     def of(self, base: Tensor | None, models: tuple[Tensor, ...]) -> MergeInput:
-        """The same, of other tensors."""
+        """The same input with other tensors."""
         return dataclasses.replace(self, base=base, models=models)
 
     def chunks(self, n_elements: int = 0) -> Iterator[Chunk]:
-        """The tensor in flat pieces of whole rows, in order. A piece is valid until the next one.
+        """Cut the tensor into flat pieces of whole rows, in order. A piece is valid until the next one.
 
         Args:
-            n_elements: What a piece should have at least.
+            n_elements: Smallest number of elements that a piece should have.
         """
         n_rows = max(self.chunk_elements, n_elements) // max(1, self.row_elements)
         return self._pieces(max(1, n_rows) * self.row_elements)
 
     def large_chunks(self) -> Iterator[Chunk]:
-        """The tensor in flat pieces for elementwise arithmetic, in order: larger ones if it is compiled."""
+        """Cut the tensor into flat pieces for elementwise arithmetic, in order; larger pieces if it is compiled."""
         return self._pieces(max(self.chunk_elements, self.kernel_elements) if self.is_compiled else self.chunk_elements)
 
     @property
@@ -81,7 +83,7 @@ class MergeInput:
         return shape[-1] if len(shape) > 1 else self.models[0].numel()
 
     def blocks(self) -> Iterator[Chunk]:
-        """The tensor in flat pieces of a size fixed for the device, in order: for sums, which depend on the pieces."""
+        """Cut the tensor into flat pieces of a fixed size, in order; for sums, which depend on how they are cut."""
         return self._pieces(_BLOCK_ELEMENTS[self.device.type])
 
     def _pieces(self, size: int) -> Iterator[Chunk]:
@@ -92,7 +94,7 @@ class MergeInput:
             yield Chunk(self, flat, slice(start, min(start + size, n_elements)))
 
     def scratch(self, name: str, n_elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised memory, shape ``[n_elements]``, the same for every call with ``name``."""
+        """Uninitialised memory, shape ``[n_elements]``; calls with the same ``name`` share it."""
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < n_elements:
             buffer = self.buffers[name] = torch.empty(n_elements, dtype=dtype, device=self.device)
@@ -100,10 +102,11 @@ class MergeInput:
 
 
 class Chunk:
-    """A flat piece of a :class:`MergeInput`: float32, on its device.
+    """A flat piece of a :class:`MergeInput`, in float32 on its device.
 
     Attributes:
-        span: Which elements of the flat tensor.
+        inputs: The whole tensor.
+        span: The elements of the flat tensor that the piece holds.
     """
 
     def __init__(self, inputs: MergeInput, flat: list[Tensor], span: slice) -> None:
@@ -126,16 +129,19 @@ class Chunk:
         return torch.sub(self.model(index), self.base, out=out)
 
     def stored(self) -> tuple[Tensor, ...]:
-        """The base, if there is one, and the sources, as stored, on the device, shape ``[n]`` each; read only."""
+        """The base, if there is one, and the sources, in the dtypes of the files, on the device.
+
+        Shape ``[n]`` each; read only.
+        """
         return tuple(tensor[self.span].to(self.inputs.device) for tensor in self._flat)
 
     def stored_pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """The base and a source; as :meth:`stored`."""
+        """The base and one source, as from :meth:`stored`."""
         base, model = (self._flat[position][self.span].to(self.inputs.device) for position in (0, index + 1))
         return base, model
 
     def scratch(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised memory, shape ``[n]``, shared by all pieces."""
+        """Uninitialised memory, shape ``[n]``; all pieces share it by ``name``."""
         return self.inputs.scratch(name, self.n_elements, dtype)
 
     @property
@@ -145,11 +151,11 @@ class Chunk:
         return n_elements
 
     def zeros(self, name: str) -> Tensor:
-        """:meth:`scratch`, filled with zeros."""
+        """Memory as from :meth:`scratch`, filled with zeros."""
         return self.scratch(name).zero_()
 
     def direction(self, index: int) -> Tensor:
-        """A source as seen from the origin: minus the base if there is one. As :meth:`task_vector`, but read only."""
+        """The task vector of a source, or the source if there is no base; as :meth:`task_vector`, but read only."""
         return self.model(index) if self.inputs.base is None else self.task_vector(index)
 
     def _load(self, position: int, name: str) -> Tensor:
@@ -160,16 +166,16 @@ class Chunk:
 
 
 def numbers_on(device: torch.device, values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers that arithmetic on a device is steered by, shape ``[n]``; read only.
+    """A small tensor of numbers on a device, shape ``[n]``; read only.
 
-    Equal ones are kept, and others travel without anybody waiting: a merge of many tensors stays ahead of its GPU.
+    It is cached by value, and copied without waiting, so that a merge of many tensors stays ahead of its GPU.
     """
     return _numbers_on(device, array("d", values).tobytes(), dtype)
 
 
 @functools.lru_cache(maxsize=_N_NUMBERS)
 def _numbers_on(device: torch.device, packed: bytes, dtype: torch.dtype) -> Tensor:
-    numbers = torch.tensor(array("d", packed), dtype=dtype)  # by their bits: 0 and -0 are equal as keys
+    numbers = torch.tensor(array("d", packed), dtype=dtype)  # cached by their bits: as keys, 0 and -0 are equal
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
@@ -180,9 +186,9 @@ class MergeFunction(Protocol):
         """Merge one tensor.
 
         Args:
-            inputs: What is merged; only read.
-            out: Contiguous, shape of the tensor, on ``inputs.device``, uninitialised; every element must be written,
-                computed in float32 (``out`` rounds it to its own dtype).
+            inputs: The tensor of each model; read only.
+            out: Result; contiguous, of the tensor's shape, on ``inputs.device``, uninitialised. The function must write
+                every element, computed in float32; ``out`` rounds it to its own dtype.
 
         Raises:
             MethodError: If a parameter is outside its range.

@@ -1,4 +1,4 @@
-"""Linear merging: the weighted mean, or the weighted sum, of the models."""
+"""Linear merging: the weighted mean or the weighted sum of the models."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from optuna_merge.methods.function import MergeInput
 
 
 def linear(inputs: MergeInput, out: Tensor) -> None:
-    """Write ``sum_i weight_i model_i``, with ``normalize`` divided by ``sum_i weight_i``.
+    """Write ``sum_i weight_i model_i``, divided by ``sum_i weight_i`` with ``normalize``.
 
-    Weights that sum to 0 divide by 0: with ``normalize`` the result is then not finite, as in mergekit, and the
-    merge fails. The base is no part of the sum unless it is one of the models.
+    If the weights sum to 0, normalizing divides by 0, as in mergekit: the result is not finite, and the merge fails.
+    The base is not part of the sum unless it is one of the models.
 
     References:
         Model soups, arXiv:2203.05482.
@@ -25,8 +25,8 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
     write(replace(inputs, base=None), out, _weighted_sum, [*weights, divisor], is_fused=True)
 
 
-def _weighted_sum(sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
-    total = torch.zeros_like(sources[0], dtype=torch.float32)
-    for index, source in enumerate(sources):
-        total = torch.addcmul(total, source.float(), floats[index])  # rounds once, as in mergekit
-    return total / floats[len(sources)]  # at the end: weights divided before give other bits
+def _weighted_sum(stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
+    total = torch.zeros_like(stored[0], dtype=torch.float32)
+    for index, model in enumerate(stored):
+        total = torch.addcmul(total, model.float(), floats[index])  # rounds once, as in mergekit
+    return total / floats[len(stored)]  # at the end: dividing the weights first would give other bits

@@ -1,7 +1,7 @@
-"""Random masks that are functions: of a seed, the tensor's name, the model and the element's index.
+"""Random masks as functions of a seed, the tensor's name, the model and the element's index.
 
-A hash of a counter needs no state, so CPU and CUDA, the search and the export, and any cutting into pieces see the
-same mask.
+A hash of a counter has no state. So the mask is the same on CPU and CUDA, in the search and in the export, and for
+any cut into pieces.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from optuna_merge.methods.function import MergeInput
 
 LEVELS = 1 << 16
-"""Number of values that :func:`uniform` takes."""
+"""Number of values that :func:`uniform` can return."""
 
 N_INTEGERS = 4
-"""Number of integers that :func:`uniform` is steered by."""
+"""Number of integers that :func:`uniform` needs."""
 
 
 def mask_integers(inputs: MergeInput, index: int) -> Callable[[slice], tuple[int, ...]]:
-    """The integers for :func:`uniform` that make the mask of one source's tensor, for a piece given by its place."""
+    """A function of a piece, given as a slice, to the integers from which :func:`uniform` makes one source's mask."""
     digest = hashlib.sha256(f"{inputs.seed}\0{inputs.name}\0{inputs.identities[index]}".encode()).digest()
     first_key = int.from_bytes(digest[:4], "little", signed=True)
     second_key = int.from_bytes(digest[4:8], "little", signed=True)
-    # Two elements share a 32-bit hash; a piece may begin or end within a pair.
+    # Two elements share a 32-bit hash, and a piece may start or end within such a pair.
     return lambda span: (first_key, second_key, span.start // 2, span.start % 2)
 
 
@@ -35,7 +35,8 @@ def uniform(like: Tensor, integers: Tensor) -> Tensor:
 
     Args:
         like: A tensor of the piece, shape ``[n]``.
-        integers: Two keys, the number of pairs before the piece, and of elements of a pair; int32, shape ``[4]``.
+        integers: Two keys, the number of whole pairs before the piece, and that of further elements before it (0 or
+            1); int32, shape ``[4]``.
 
     Returns:
         int32, shape ``[n]``, each of the ``LEVELS`` values from 0 to 65535 equally likely.
@@ -55,4 +56,4 @@ def _mix(bits: Tensor, first_key: Tensor, second_key: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, shift: int) -> Tensor:
-    return (bits >> shift) & ((1 << (32 - shift)) - 1)  # the shift of a signed integer repeats its sign
+    return (bits >> shift) & ((1 << (32 - shift)) - 1)  # shifting a signed integer repeats its sign

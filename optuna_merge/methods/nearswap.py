@@ -1,4 +1,4 @@
-"""NearSwap: move the base towards a model, element by element, the more the closer they are."""
+"""NearSwap: moves each element of the base towards the model, further where the two are closer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from optuna_merge.methods.function import MergeInput
 
 
 def nearswap(inputs: MergeInput, out: Tensor) -> None:
-    """Write ``(1 - w) base + w model`` with ``w = t / |base - model|``, at most 1.
+    """Write ``(1 - w) base + w model`` with ``w = min(1, t / |base - model|)``.
 
     References:
         https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001

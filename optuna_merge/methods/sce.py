@@ -1,4 +1,4 @@
-"""SCE: select the elements in which the models differ most, weigh models by what they changed, erase minorities."""
+"""SCE: selects the elements that vary most, weights models by their change, and erases minority signs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from optuna_merge.methods.sparsifier import Sums, dot
 def sce(inputs: MergeInput, out: Tensor) -> None:
     """Write the base plus the weighted mean of the selected entries that agree with the elected sign.
 
-    Of the elements in which the task vectors vary at all, the fraction ``select_topk`` with the largest variance is
-    selected. A model's weight is its share of the squares of the selected entries.
+    Among the elements in which the task vectors vary at all, it selects the fraction ``select_topk`` with the largest
+    variance. A model's weight is its share of the sum of squares of the selected entries.
 
     References:
         FuseChat 3.0's SCE, arXiv:2408.07990.

@@ -1,7 +1,7 @@
-"""Which entries of a task vector are among its largest: exact, in pieces, without sorting it.
+"""Which entries of a task vector are among its largest: exactly, in pieces and without sorting.
 
-A histogram of the magnitudes, made once for a tensor of a model and kept, says in which narrow bin the k-th largest
-lies. One pass over the tensor then looks at the entries of that bin alone. What was found is kept too.
+A histogram of the magnitudes tells in which narrow bin the k-th largest lies; it is made once for each tensor of a
+model and kept. One pass over the tensor then looks only at the entries of that bin, and its findings are kept too.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from optuna_merge.methods.elementwise import evaluate
 from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
-_LOW_BITS = 15  # of the 31 bits of a magnitude; the others number its bin
+_LOW_BITS = 15  # of the 31 bits of a magnitude; the other bits number its bin
 _N_BINS = 1 << (31 - _LOW_BITS)
-_N_REMEMBERED = 4  # splits of one tensor: a density that is no trial parameter costs nothing after the first merge
-_N_REMEMBERED_VALUES = 256  # of one bin
-_N_ENTRIES = 1 << 20  # of one bin, whose places are kept for as long as it is searched
-_MANY_LINES = 128  # if more than this part of the elements begins a line with an entry, each is looked at
-_LINE = 8  # neighbours that are looked at together when entries of a bin are searched for: bytes of an int64
+_N_REMEMBERED = 4  # splits of one tensor: a density that is not searched costs nothing after the first merge
+_N_REMEMBERED_VALUES = 256  # distinct values of one bin
+_N_ENTRIES = 1 << 20  # entries of one bin whose places are kept while it is searched
+_MANY_LINES = 128  # if more than 1 in this many elements starts a line with an entry, all elements are looked at
+_LINE = 8  # neighbours that are looked at together when searching entries of a bin: the bytes of an int64
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that is not negative and that each element of a tensor has.
+    """A number for each element of a tensor that is never negative.
 
     Attributes:
-        key: Tells what it is, of which models; the same quantity of the same models has the same values in each merge.
-        of: Its float32 values in a piece, shape ``[n]``; they will be overwritten.
-        index: The source whose task vector's magnitudes it is, if it is that.
+        key: Identifies the quantity and its models; with an equal key, values are equal in every merge.
+        of: Returns its float32 values in a piece, shape ``[n]``, which the caller may overwrite.
+        index: The source, if the quantity is the magnitudes of its task vector.
     """
 
     key: tuple[str, ...]
@@ -47,17 +47,17 @@ def magnitudes(inputs: MergeInput, index: int) -> Quantity:
 
 
 _Entries = list[tuple[int, Tensor, Tensor]]
-"""Entries of a bin, for each piece of a tensor: where the piece begins, places in it, and low bits there."""
+"""Entries of a bin. For each piece of a tensor: index of its first element, places in it, and low bits there."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Parts the elements with the largest values, such as the largest entries of a task vector, from the others.
+    """Splits the elements with the largest values, such as the largest entries of a task vector, from the others.
 
     Attributes:
-        thresholds: Entries of a greater magnitude are among the largest: those at a flat index below ``cut`` if it is
-            greater than the first of the two, those at ``cut`` and above if it is greater than the second.
-        cut: The two differ only in whether entries that tie are among the largest.
+        thresholds: An element is among the largest if its magnitude exceeds the threshold of its part of the tensor:
+            the first for flat indices below ``cut``, the second from ``cut`` on.
+        cut: Flat index where the threshold changes. The two differ only in whether ties are among the largest.
     """
 
     thresholds: tuple[float, float]
@@ -65,50 +65,50 @@ class Split:
 
     @classmethod
     def none(cls) -> Split:
-        """None are among the largest."""
+        """No element is among the largest."""
         return cls((math.inf, math.inf))
 
     @classmethod
     def all(cls) -> Split:
-        """All are."""
+        """All elements are among the largest."""
         return cls((-1.0, -1.0))
 
     def cut_in(self, span: slice) -> int:
-        """How many elements of a piece lie before the cut."""
+        """Number of elements of a piece before the cut."""
         n_before: int = min(max(self.cut - span.start, 0), span.stop - span.start)
         return n_before
 
     def keep(self, chunk: Chunk, values: Tensor) -> Tensor:
-        """A piece, shape ``[n]``, with all but the largest zeroed."""
+        """The values of a piece, shape ``[n]``, with all but the largest zeroed."""
         (cut,) = numbers_on(values.device, (self.cut_in(chunk.span),), torch.int64)
         return keep_largest(values, numbers_on(values.device, self.thresholds), cut)
 
 
 def threshold(values: Tensor, thresholds: Tensor, cut: Tensor) -> Tensor:
-    """Of each element of a piece, shape ``[n]``; see :class:`Split`."""
+    """Threshold of each element of a piece, shape ``[n]``; see :class:`Split`."""
     place = torch.arange(values.shape[0], dtype=torch.int32, device=values.device)
     return torch.where(place < cut, thresholds[0], thresholds[1])
 
 
 def keep_largest(values: Tensor, thresholds: Tensor, cut: Tensor) -> Tensor:
-    """A piece with all but the largest zeroed; see :class:`Split`. Entries that are not a number stay."""
+    """The values of a piece with all but the largest zeroed; see :class:`Split`. NaN stays."""
     return torch.where(values.abs() <= threshold(values, thresholds, cut), 0.0, values)
 
 
 def split(inputs: MergeInput, index: int, n_largest: int, *, is_early: bool) -> Split:
-    """Part the ``n_largest`` largest entries of a source's task vector from the others.
+    """Split the ``n_largest`` largest entries of a source's task vector from the others.
 
     Args:
         inputs: The tensor.
-        index: Which source.
-        n_largest: At least 0, at most the number of elements.
-        is_early: Whether of equal magnitudes the first count as larger, or the last.
+        index: Index of the source.
+        n_largest: In [0, number of elements].
+        is_early: Whether, among equal magnitudes, the first count as larger (True) or the last.
     """
     return split_by(inputs, magnitudes(inputs, index), n_largest, is_early=is_early)
 
 
 def split_by(inputs: MergeInput, quantity: Quantity, n_largest: int, *, is_early: bool) -> Split:
-    """Part the ``n_largest`` elements with the largest values of a quantity from the others, as :func:`split` does."""
+    """Split the ``n_largest`` elements with the largest values of a quantity from the others; see :func:`split`."""
     splits: dict[tuple[int, bool], Split] = inputs.memory.setdefault((*quantity.key, inputs.name, "splits"), {})
     key = (n_largest, is_early)
     if key not in splits:
@@ -132,17 +132,17 @@ def _find_split(inputs: MergeInput, quantity: Quantity, n_largest: int, *, is_ea
 
 
 def kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, int, int]:
-    """The ``k``-th largest value of a quantity, 1 being the largest.
+    """Find the ``k``-th largest value of a quantity; ``k`` = 1 is the largest.
 
     Returns:
-        The value, and the numbers of elements where it is greater, and where it is the same.
+        The value, the number of elements above it, and the number of elements equal to it.
     """
     return _find_kth_largest(inputs, quantity, k)[:3]
 
 
 def _find_kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[float, int, int, _Entries | None]:
-    """What :func:`kth_largest` returns, and the entries of the bin where the value is, if they were looked at."""
-    # Floats that are not negative are in the order of their bits.
+    """What :func:`kth_largest` returns, and the entries of the value's bin if they were looked at."""
+    # Floats that are not negative have the order of their bits.
     key = (*quantity.key, inputs.name)
     if key not in inputs.memory:
         inputs.memory[key] = _histogram(inputs, quantity)
@@ -154,7 +154,7 @@ def _find_kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[f
 
 
 def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
-    """The first bin that is not empty, and the counts from there to the last one that is not."""
+    """The first bin that is not empty, and the counts from it to the last bin that is not empty."""
     counts = torch.zeros(_N_BINS, dtype=torch.int64, device=inputs.device)
     for chunk in inputs.chunks():
         counts += torch.bincount(quantity.of(chunk).view(torch.int32) >> _LOW_BITS, minlength=_N_BINS)
@@ -164,11 +164,11 @@ def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
 
 
 def _find(counts: Tensor, k: int, *others: Tensor) -> list[int]:
-    """The bin of the ``k``-th largest entry, the entries in the bins above it, and what others hold for that bin.
+    """The bin of the ``k``-th largest entry, the number of entries above that bin, and the values of others there.
 
-    All of them together: to ask a GPU waits for it.
+    They are read together, because each read waits for the GPU.
     """
-    from_bin = counts.flip(0).cumsum(0).flip(0)  # entries of a bin and of those above it
+    from_bin = counts.flip(0).cumsum(0).flip(0)  # entries in a bin and above it
     found = (from_bin >= k).sum(0, keepdim=True) - 1
     n_above = from_bin.index_select(0, found) - counts.index_select(0, found)
     answer: list[int] = torch.cat([found, n_above, *(other.index_select(0, found) for other in others)]).tolist()
@@ -178,21 +178,21 @@ def _find(counts: Tensor, k: int, *others: Tensor) -> list[int]:
 def _find_in_bin(
     inputs: MergeInput, quantity: Quantity, high_bits: int, k: int
 ) -> tuple[int, int, int, _Entries | None]:
-    """Low bits of the ``k``-th largest entry of a bin, how many there have greater ones, and the same; the entries."""
+    """Low bits of the ``k``-th largest entry of a bin, the numbers of larger and of equal entries, the entries."""
     bins: dict[int, tuple[Tensor, Tensor]] = inputs.memory.setdefault((*quantity.key, inputs.name, "bins"), {})
     entries = None
     if high_bits in bins:
         low_bits, counts = bins[high_bits]
     else:
         low_bits, counts, entries = _count_low_bits(inputs, quantity, high_bits)
-        if len(low_bits) <= _N_REMEMBERED_VALUES:  # as of bfloat16 models, whose differences lie on a lattice
+        if len(low_bits) <= _N_REMEMBERED_VALUES:  # as with bfloat16 models, whose differences lie on a lattice
             bins[high_bits] = low_bits, counts
     _, n_above, low, n_equal = _find(counts, k, low_bits, counts)
     return low, n_above, n_equal, entries
 
 
 def _count_low_bits(inputs: MergeInput, quantity: Quantity, high_bits: int) -> tuple[Tensor, Tensor, _Entries | None]:
-    """The low bits that entries of a bin have, ascending; how many have them; the entries, if they are not many."""
+    """The low bits of a bin's entries, ascending; the number of entries for each; the entries, unless they are many."""
     counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64, device=inputs.device)
     lowest = high_bits << _LOW_BITS
     entries: _Entries | None = []
@@ -213,7 +213,7 @@ def _count_low_bits(inputs: MergeInput, quantity: Quantity, high_bits: int) -> t
 def _ties(
     inputs: MergeInput, quantity: Quantity, value: float, entries: _Entries | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """For each piece where it begins, and the places in it, in order, where the quantity is ``value``."""
+    """For each piece, its start and the places in it, in order, where the quantity equals ``value``."""
     if entries is None:
         for chunk, _, is_tie in _where(inputs, quantity, value, value):
             yield chunk.span.start, _places(is_tie)
@@ -229,13 +229,13 @@ def _end_of_ties(ties: Iterator[tuple[int, Tensor]], n_ties: int) -> int:
         if len(places) >= n_ties:
             return start + int(places[n_ties - 1]) + 1
         n_ties -= len(places)
-    raise AssertionError("there are as many ties as were counted")
+    raise AssertionError("there must be as many ties as were counted")
 
 
 def _where(
     inputs: MergeInput, quantity: Quantity, low: float, high: float
 ) -> Iterator[tuple[Chunk, Callable[[Tensor], Tensor], Tensor]]:
-    """For each piece a look-up of values by place, and 1 where they are in [low, high], else 0; uint8, ``[n]``."""
+    """For each piece, a look-up of values by place, and uint8 flags, shape ``[n]``: 1 for values in [low, high]."""
     bounds = numbers_on(inputs.device, (low, high))
     for chunk in inputs.chunks() if quantity.index is None else inputs.large_chunks():
         is_in = chunk.scratch("is_in", torch.uint8)
@@ -249,15 +249,15 @@ def _where(
             yield chunk, functools.partial(_magnitudes_at, *pair), is_in
 
 
-def _is_within(sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
-    # A product of numbers: masks that become bytes are not compiled to vector instructions.
-    return torch.where(sources[0] >= floats[0], 1.0, 0.0) * torch.where(sources[0] <= floats[1], 1.0, 0.0)
+def _is_within(stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
+    # A product of floats: masks stored as bytes are not compiled to vector instructions.
+    return torch.where(stored[0] >= floats[0], 1.0, 0.0) * torch.where(stored[0] <= floats[1], 1.0, 0.0)
 
 
 def _has_magnitude_within(
-    sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+    stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
 ) -> Tensor:
-    base, model = sources
+    base, model = stored
     return _is_within(((model.float() - base.float()).abs(),), extras, floats, integers)
 
 
@@ -266,8 +266,8 @@ def _magnitudes_at(base: Tensor, model: Tensor, places: Tensor) -> Tensor:
 
 
 def _places(is_in: Tensor) -> Tensor:
-    """The indices of the ones among zeros, in order; uint8 in, shape ``[n]``, int64 out."""
-    # Few are: eight at a time are passed over, which is several times faster than a look at each.
+    """Indices of the ones, in order, as int64; ``is_in`` is uint8, shape ``[n]``, of zeros and ones."""
+    # Ones are rare: skipping eight elements at a time is several times faster than looking at each.
     n_in_lines = is_in.numel() // _LINE * _LINE
     lines = is_in[:n_in_lines].view(torch.int64).nonzero()
     if len(lines) * _MANY_LINES > is_in.numel():

@@ -1,4 +1,4 @@
-"""What thins a task vector: numbers, and elementwise arithmetic that they steer; and rescaling of what is left."""
+"""Sparsifiers, which thin a task vector: elementwise arithmetic, the numbers that it takes, and a factor to rescale."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
 _ROW = 1024
-_TOO_SMALL = 1e-7  # mergekit: a smaller norm is not rescaled
+_TOO_SMALL = 1e-7  # as in mergekit, a smaller norm is not rescaled
 
 
 class Thinning(Protocol):
     """Zeroes and scales the entries of a task vector; part of an :class:`.elementwise.Expression`."""
 
     def __call__(self, task_vector: Tensor, floats: Tensor, integers: Tensor, extra: Tensor | None, /) -> Tensor:
-        """Thin a piece, float32, shape ``[n]``, left unmodified; the others are as in :class:`Sparsifier`."""
+        """Thin a piece of a task vector, float32, shape ``[n]``, left unmodified; see :class:`Sparsifier`."""
         ...
 
 
@@ -31,11 +31,11 @@ class Sparsifier:
 
     Attributes:
         thinning: The arithmetic.
-        floats: Its numbers.
-        n_integers: How many others it has.
-        integers: Those, for a piece that is given by its place in the flat tensor.
-        extra: Makes a tensor that it needs, float32, shape ``[n]``.
-        factor: What the result is multiplied with.
+        floats: Its float32 numbers.
+        n_integers: Number of its int32 numbers.
+        integers: Returns its int32 numbers for a piece, which is given as a slice of the flat tensor.
+        extra: Makes the tensor that it needs for a piece, float32, shape ``[n]``; None if it needs none.
+        factor: Factor of the result.
     """
 
     thinning: Thinning
@@ -47,7 +47,7 @@ class Sparsifier:
 
 
 def rescaled(inputs: MergeInput, index: int, sparsifier: Sparsifier) -> Sparsifier:
-    """The same sparsifier, with the l1 norm of the task vector restored if the switch ``rescale`` is on."""
+    """The same sparsifier; it restores the l1 norm of the task vector if the switch ``rescale`` is on."""
     if not inputs.switches["rescale"]:
         return sparsifier
     before, after = Sums(), Sums()
@@ -65,13 +65,13 @@ def rescaled(inputs: MergeInput, index: int, sparsifier: Sparsifier) -> Sparsifi
 
 
 class Sums:
-    """A sum over the blocks of a tensor that leaves a device its work until it is asked for."""
+    """A sum over the blocks of a tensor that does not wait for the device until the total is asked for."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
 
     def add(self, parts: Tensor) -> None:
-        """Add those, float64, any shape."""
+        """Add partial sums, float64, any shape."""
         self._parts.append(parts.view(-1))
 
     def total(self) -> float:
@@ -80,17 +80,17 @@ class Sums:
 
 
 def l1_norm(values: Tensor) -> Tensor:
-    """Parts of the sum of the magnitudes of a block, shape ``[n]``; the same for any number of threads."""
+    """Partial sums of the magnitudes of a block, shape ``[n]``; they do not depend on the number of threads."""
     return _sums_of_rows((values,), lambda rows: torch.linalg.vector_norm(rows, ord=1, dim=1))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Parts of the inner product of two blocks, shape ``[n]`` each; the same for any number of threads."""
+    """Partial sums of the inner product of two blocks, shape ``[n]`` each, whatever the number of threads."""
     return _sums_of_rows((a, b), torch.linalg.vecdot)
 
 
 def _sums_of_rows(blocks: tuple[Tensor, ...], row_sums: Callable[..., Tensor]) -> Tensor:
-    # A sum over a whole block is split by thread; one for each row is not.
+    # torch splits a sum over a whole block by thread, but not the sum of a row.
     whole = blocks[0].numel() // _ROW * _ROW
     rows = tuple(block[:whole].view(-1, _ROW) for block in blocks)
     rest = tuple(block[whole:].view(1, -1).double() for block in blocks)

@@ -1,7 +1,7 @@
-"""Methods that mix the models along arcs: slerp, nuslerp, multislerp, the Karcher mean; and model stock.
+"""Methods that mix models along arcs: slerp, nuslerp, multislerp and the Karcher mean; and model stock.
 
-Each result is a combination of whole tensors whose coefficients follow from their inner products. So one pass computes
-those, a few numbers become the coefficients, and a second pass combines.
+Each result is a linear combination of whole tensors whose coefficients follow from their inner products. So a first
+pass computes the inner products, a few numbers become the coefficients, and a second pass combines the tensors.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from optuna_merge.methods.function import MergeInput
 from optuna_merge.methods.sparsifier import Sums, dot
 
 Products = list[list[float]]
-"""Inner products of the tensors, each with each: a symmetric matrix."""
+"""Inner products of all pairs of tensors: a symmetric matrix."""
 
 
 def slerp(inputs: MergeInput, out: Tensor) -> None:
     """Write a point of the arc between two tensors.
 
-    With a base, from the base (``t`` = 0) to the one model (``t`` = 1). Without, between the two models of the highest
-    ``weight``, as mergekit-evolve does: ``t`` is the second's softmax share, so the point is nearer to the first.
-    Nearly parallel tensors are mixed linearly.
+    With a base, the arc leads from the base (``t`` = 0) to the one model (``t`` = 1). Without, it leads between the two
+    models of the highest ``weight``, as in mergekit-evolve: ``t`` is the second's softmax share, so the point is closer
+    to the first. Nearly parallel tensors are mixed linearly.
 
     References:
         Shoemake, Animating rotation with quaternion curves, 1985.
@@ -50,7 +50,7 @@ def slerp(inputs: MergeInput, out: Tensor) -> None:
 def nuslerp(inputs: MergeInput, out: Tensor) -> None:
     """Write a point of the arc between two models, or between their task vectors if there is a base.
 
-    Its position is the second's share of the ``weight``; half way if the weights sum to 0.
+    The position is the second's share of the ``weight``, or one half if the weights sum to 0.
     """
     weights = inputs.per_model["weight"]
     total = sum(weights)
@@ -64,10 +64,10 @@ def multislerp(inputs: MergeInput, out: Tensor) -> None:
     """Write the weighted mean direction of the models, or of their task vectors, at their weighted mean norm.
 
     Raises:
-        MethodError: If the weighted directions of more than two models cancel. (Not, as in mergekit, if all are zero.)
+        MethodError: If the weighted directions of more than two models cancel; as in mergekit, not if all are zero.
 
     References:
-        mergekit's multislerp. Its step in the tangent space is left out: taken from the mean, it is zero.
+        mergekit's multislerp. We leave out its step in the tangent space, which is zero at the mean.
     """
     weights = inputs.per_model["weight"]
     if len(weights) == 1:
@@ -130,10 +130,10 @@ def karcher(inputs: MergeInput, out: Tensor) -> None:
 
 
 def model_stock(inputs: MergeInput, out: Tensor) -> None:
-    """Write a point between the base and the mean of the models, nearer to the base the wider the models spread.
+    """Write a point between the base and the mean of the models, closer to the base if the models spread more.
 
     References:
-        Model Stock, arXiv:2403.19522, equation 3, with the mean cosine of all pairs of task vectors of a tensor.
+        Model Stock, arXiv:2403.19522, equation 3, with the mean cosine over all pairs of a tensor's task vectors.
     """
     gram = products(inputs)
     n_models = len(gram)
@@ -149,7 +149,7 @@ def model_stock(inputs: MergeInput, out: Tensor) -> None:
 
 
 def products(inputs: MergeInput) -> Products:
-    """The inner products of the models, or of their task vectors if there is a base; the same for any threads."""
+    """Inner products of the models, or of their task vectors if there is a base, whatever the number of threads."""
     n_models = len(inputs.models)
     parts = {(i, j): Sums() for i in range(n_models) for j in range(i, n_models)}
     for block in inputs.blocks():
@@ -163,7 +163,7 @@ def products(inputs: MergeInput) -> Products:
 
 
 def combine(inputs: MergeInput, coefficients: Sequence[float], out: Tensor) -> None:
-    """Write ``sum_i coefficient_i direction_i``, on top of the base if there is one."""
+    """Write ``sum_i coefficient_i direction_i``, plus the base if there is one."""
     flat = out.view(-1)
     for chunk in inputs.chunks():
         total = chunk.zeros("total")

@@ -9,7 +9,7 @@ from optuna_merge.methods.task_vectors import add_task_vectors
 
 
 def task_arithmetic(inputs: MergeInput, out: Tensor) -> None:
-    """Write ``base + lambda sum_i weight_i (model_i - base)``, the sum divided by ``sum_i weight_i`` if normalized.
+    """Write ``base + lambda sum_i weight_i (model_i - base)``; ``normalize`` divides the sum by ``sum_i weight_i``.
 
     References:
         Editing models with task arithmetic, arXiv:2212.04089.

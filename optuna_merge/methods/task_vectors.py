@@ -1,4 +1,4 @@
-"""What the methods of weighted task vectors share: thin each one, weigh it, elect signs or not, add to the base."""
+"""What methods of weighted task vectors share: they thin and weight each one, may elect signs, and add to the base."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from optuna_merge.methods.function import MergeInput
 from optuna_merge.methods.sparsifier import Sparsifier, Thinning
 
 Sparsify = Callable[[MergeInput, int], Sparsifier]
-"""Makes the sparsifier of one source's tensor; those of all sources have one thinning."""
+"""Makes the sparsifier of one source's tensor. The sparsifiers of all sources must have the same thinning."""
 
-_NO_DIVISOR = 1e-8  # mergekit: a smaller sum of weights divides by 1 instead
+_NO_DIVISOR = 1e-8  # as in mergekit, a smaller sum of weights is replaced by 1
 
 
 def untouched(inputs: MergeInput, index: int) -> Sparsifier:
@@ -24,36 +24,39 @@ def untouched(inputs: MergeInput, index: int) -> Sparsifier:
 
 
 def add_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify = untouched) -> None:
-    """Write ``base + lambda sum_i weight_i sparse_i``, the sum divided by ``sum_i weight_i`` if normalized."""
+    """Write ``base + lambda sum_i weight_i sparse_i``; ``normalize`` divides the sum by ``sum_i weight_i``."""
     divisor = _sum_of_weights(inputs.per_model["weight"]) if inputs.switches["normalize"] else 1.0
     _write(inputs, out, sparsify, _added, divisor)
 
 
 def elect_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify) -> None:
-    """Write the base plus those weighted entries that have the elected sign, which is the sign of their sum.
+    """Write the base plus the weighted entries that have the elected sign, which is the sign of their sum.
 
-    A sum of 0 elects plus. If normalized, each element is divided by the sum of the weights that took part in it, or
-    by 1 where that is 0.
+    A sum of 0 elects plus. ``normalize`` divides each element by the sum of the weights that took part in it, or by 1
+    where that sum is 0.
 
     References:
-        TIES-Merging, arXiv:2306.01708, Algorithm 1, steps 2 and 3. Departure, as in mergekit: the weights enter the
-        election.
+        TIES-Merging, arXiv:2306.01708, Algorithm 1, steps 2 and 3. Departure, as in mergekit: the election is
+        weighted.
     """
     _write(inputs, out, sparsify, _elected_mean if inputs.switches["normalize"] else _elected_sum, 1.0)
 
 
 Combine = Callable[[list[Tensor], Tensor], Tensor]
-"""Of the sparse task vectors times their weights, shape ``[n]`` each, and the weights, shape ``[n_models]``."""
+"""Combines sparse task vectors times their weights, shape ``[n]`` each; also given the weights, ``[n_models]``."""
 
 
 @dataclass(frozen=True)
 class _Combination:
-    """The expression of a method: an instance for each thinning and way to combine.
+    """The expression of a method, from its thinning and its way to combine.
 
     Attributes:
-        n_floats, n_integers: Of the numbers that each source's thinning has.
-        is_rescaled: Whether a source's factor is anything but 1; the others say so of the divisor and the scale. Left
-            out where they are 1, they change no bit and cost nothing.
+        thinning: Thins each task vector.
+        n_floats, n_integers: How many numbers the thinning of one source takes.
+        combine: Combines the weighted task vectors.
+        is_rescaled: Whether any source's factor differs from 1.
+        is_divided: Whether the divisor differs from 1.
+        is_scaled: Whether the scale differs from 1. Leaving out factors of 1 changes no bit and saves time.
     """
 
     thinning: Thinning
@@ -65,9 +68,9 @@ class _Combination:
     is_scaled: bool
 
     def __call__(
-        self, sources: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
+        self, stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor
     ) -> Tensor:
-        base, *models = sources
+        base, *models = stored
         base = base.float()
         divisor, scale = floats[0], floats[1]
         weights = floats[2 : 2 + len(models)]
@@ -118,7 +121,7 @@ def _as_it_is(task_vector: Tensor, floats: Tensor, integers: Tensor, extra: Tens
 
 
 def _added(weighted: list[Tensor], weights: Tensor) -> Tensor:
-    # Products are rounded before they are added: opposite ones then cancel, and elect plus.
+    # Products are rounded before they are added, so that opposite ones cancel and elect plus.
     total = weighted[0]
     for vector in weighted[1:]:
         total = total + vector

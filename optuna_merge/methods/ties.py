@@ -1,4 +1,4 @@
-"""TIES: trim each task vector to its largest entries, elect a sign for each element, add those that have it."""
+"""TIES: trims task vectors to their largest entries, elects a sign for each element, adds the entries that agree."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def ties(inputs: MergeInput, out: Tensor) -> None:
     """Write the base plus the trimmed, weighted entries that agree with the elected sign.
 
     References:
-        TIES-Merging, arXiv:2306.01708, Algorithm 1. Departure: the paper ranks entries over the whole model; we, like
-        mergekit, within a tensor, so that tensors can be streamed.
+        TIES-Merging, arXiv:2306.01708, Algorithm 1. Departure: the paper ranks entries over the whole model; we rank
+        within a tensor, as mergekit does, so that tensors can be streamed.
     """
     elect_task_vectors(inputs, out, trim)
 
 
 def trim(inputs: MergeInput, index: int) -> Sparsifier:
-    """Keeps the largest-magnitude entries of a task vector: ``max(1, floor(density * numel))`` of them.
+    """Keeps the ``max(1, floor(density * numel))`` entries of a task vector with the largest magnitude.
 
-    Of equal magnitudes the first are kept. A density of 0 keeps none, one of 1 or more all.
+    Among equal magnitudes the first are kept. A density of 0 keeps none; a density of 1 or more keeps all.
     """
     density = inputs.per_model["density"][index]
     n_elements = inputs.models[index].numel()
