@@ -5,7 +5,7 @@ Knows how a section treats keys that have no value or that it does not know; doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, model_validator
@@ -45,10 +45,7 @@ class OpenSection(Section):
 
 def short_form(default: str) -> BeforeValidator:
     """Let a plain name stand for ``{name: ...}``, and ``default`` for a missing name."""
-    return BeforeValidator(_reader_of_names(default))
 
-
-def _reader_of_names(default: str) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
@@ -56,7 +53,7 @@ def _reader_of_names(default: str) -> Callable[[Any], Any]:
             return {**value, "name": default}
         return value
 
-    return read
+    return BeforeValidator(read)
 
 
 def _without_nulls(value: Any) -> Any:

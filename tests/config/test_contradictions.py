@@ -29,6 +29,12 @@ CHANGED = {
         ":3: genome.merge_method must be a known merge method, got 'task-arithmetic';"
         f" did you mean 'task_arithmetic'? (known: {', '.join(sorted(METHODS))})"
     ],
+    ("task_arithmetic", "xyz"): [
+        f":3: genome.merge_method must be a known merge method, got 'xyz'; known: {', '.join(sorted(METHODS))}"
+    ],
+    ("task_arithmetic", "no_such_package.x"): [
+        ":3: genome.merge_method must be a known merge method, got 'no_such_package.x'; is its folder on PYTHONPATH?"
+    ],
     ("  base_model: base\n", ""): [
         ":1: genome.base_model must be given for task_arithmetic, got nothing; name the model that all sources were"
         " tuned from"
