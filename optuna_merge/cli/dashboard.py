@@ -11,7 +11,9 @@ from optuna_merge.cli import options
 
 def dashboard(
     file: options.StudyFile,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes any free port.")] = 8080,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes any free port.")
+    ] = 8080,
     host: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="Address to listen on; everyone who reaches it can delete the study."),

@@ -17,7 +17,7 @@ def serve_storage(
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 admits other hosts.")
     ] = "localhost",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes any free port.")
+        int, typer.Option("--port", min=0, max=65535, metavar="N", help="Port to listen on; 0 takes any free port.")
     ] = 13000,
 ) -> None:
     """Serve a storage over gRPC, so that run-study on other hosts can use it as grpc://HOST:PORT.

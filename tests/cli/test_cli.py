@@ -117,7 +117,7 @@ class TestAWholeStudy:
         run = subprocess.Popen(line, stderr=slave, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "120"})
         os.close(slave)
         shown = b""
-        with contextlib.suppress(OSError):  # the terminal is gone when the program is
+        with contextlib.suppress(OSError):  # reading fails once the program has ended
             while part := os.read(master, 65536):
                 shown += part
         assert run.wait() == 0, shown.decode()

@@ -15,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
+from optuna_merge.internals.optuna import storage_of, study_id, trial_id
 from optuna_merge.report.artifacts import write_documents
 from optuna_merge.report.dashboard import refresh
 from optuna_merge.report.dashboard_server import make_dashboard
@@ -64,10 +65,10 @@ def fill(study: optuna.Study, n_trials: int, n_groups: int, n_models: int) -> No
             *(("user_attr", key, attribute) for key, attribute in own.items()),
             *(("step", step, value) for step in range(20)),
         ]
-        trial_id = study._storage.create_new_trial(study._study_id)
-        write_trial(study._storage, trial_id, writes)  # all at once: Optuna takes 0.1 s for 100 parameters
+        number = storage_of(study).create_new_trial(study_id(study))
+        write_trial(storage_of(study), number, writes)  # all at once: Optuna takes 0.1 s for 100 parameters
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
-        study._storage.set_trial_state_values(trial_id, state, None if pruned else [value])
+        storage_of(study).set_trial_state_values(number, state, None if pruned else [value])
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_a_refresh_that_finds_nothing_new_writes_nothing(config: StudyConfig, mo
     fill(study, 10, 1, 2)
     refresh(study, config)
     written: list[str] = []
-    monkeypatch.setattr(study._storage, "set_study_system_attr", lambda _, key, __: written.append(key))
+    monkeypatch.setattr(storage_of(study), "set_study_system_attr", lambda _, key, __: written.append(key))
     refresh(study, config)
     assert written == []
 
@@ -148,7 +149,7 @@ def test_a_trial_gets_its_artifacts_once_and_a_new_best_its_note(config: StudyCo
     watcher.study_opened(study, 10, [])
     trial = study.ask()
     watcher.trial_scored(study, trial)
-    again = optuna.Trial(study, trial._trial_id)  # as after a kill between the two uploads
+    again = optuna.Trial(study, trial_id(trial))  # as after a kill between the two uploads
     watcher.trial_scored(study, again)
     frozen = study.tell(trial, 0.7)
     watcher.trial_finished(study, frozen, is_best=True)
@@ -161,7 +162,7 @@ def test_a_trial_gets_its_artifacts_once_and_a_new_best_its_note(config: StudyCo
         "documents.csv": "chunk,task,document,acc\n0,one,3,1.0\n0,one,8,0.0\n",
     }
     assert len(list((config.storage_path / "artifacts").glob("*-*"))) == 2
-    notes = [value for key, value in study._storage.get_study_system_attrs(study._study_id).items() if "note" in key]
+    notes = [value for key, value in storage_of(study).get_study_system_attrs(study_id(study)).items() if "note" in key]
     assert any("New best merge: 0.7000" in str(value) for value in notes)
     assert optuna_dashboard.get_note(study)
     assert warnings == []

@@ -161,6 +161,14 @@ def test_the_front(config: StudyConfig) -> None:
     assert "| model_0 | 1 | 0.9000 | 0.1000 | 1.0000 |" in table
 
 
+def test_progress_counts_what_is_finished(study: optuna.Study, config: StudyConfig) -> None:
+    study.ask()
+    summary = summarize(study, config)
+    assert summary.n_finished == 10
+    assert summary.progress == f"10 of {max(10, config.study.n_trials)} trials"
+    assert summary.state_counts == "9 complete, 1 pruned, 1 running"
+
+
 def test_one_objective_has_no_front(study: optuna.Study, config: StudyConfig) -> None:
     assert summarize(study, config).front == []
     assert "| front |" not in markdown_table(summarize(study, config))

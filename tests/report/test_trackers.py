@@ -71,7 +71,7 @@ def study() -> optuna.Study:
 
 
 def read_log(data: bytes) -> list[bytes]:
-    """The records of a LevelDB log, which is what wandb writes: pieces in blocks of 32 KiB, after a head of 7 bytes."""
+    """The records of a LevelDB log, as wandb writes it: pieces in blocks of 32 KiB, each after a header of 7 bytes."""
     block, head = 32768, 7
     records, place, partial = [], head, b""
     while place + head <= len(data):
@@ -150,7 +150,9 @@ def test_a_tracker_of_ones_own_by_its_path() -> None:
     assert isinstance(make_tracker("tests.report.test_trackers.Recorder"), Recorder)
     assert isinstance(make_tracker("mlflow"), MlflowTracker)
     for path in ("nonsense", "tests.report.test_trackers.Nobody", "no_such_module.Tracker", "pathlib.Path.nothing"):
-        with pytest.raises(StudyError, match="--tracker must be mlflow or the import path of a class"):
+        with pytest.raises(
+            StudyError, match=r"--tracker must be mlflow or the import path of a class .*; see optuna_merge\.Tracker"
+        ):
             make_tracker(path)
 
 
