@@ -1,6 +1,6 @@
-"""For tests, ours and those of who builds on the package.
+"""What every merge method and every engine must do, as test classes to inherit from.
 
-Tiny checkpoints that are made on the spot, an engine whose best weights are known, and what every engine must do.
+For the tests of this package and of packages that extend it. Knows the seams, not how a method or an engine works.
 """
 
 # ruff: noqa: D102 - a test's name is its description
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class MethodConformance:
-    """What every merge method must do; a test class of a method inherits from it.
+    """What every merge method must do; inherit from it in the test class of a method.
 
     Attributes:
         method: Name of the method.
-        n_models: How many models it is tried with.
-        settings: Settings with which identical models give that model, where the defaults do not.
+        n_models: Number of models to try it with.
+        settings: Settings with which identical models give that model, if the defaults do not.
         exact: Greatest relative difference to that model.
     """
 
@@ -64,7 +64,7 @@ class MethodConformance:
         torch.testing.assert_close(merged, model, rtol=self.exact, atol=self.exact / 10)
 
     def test_pieces_change_no_bit(self) -> None:
-        """The size of the pieces is a matter of speed alone."""
+        """The size of the pieces affects speed only."""
         models, base = self._models()
         whole = merge_tensors(self.method, models, base)
         for chunk_elements in (1, 50, 111):
@@ -99,16 +99,27 @@ class MethodConformance:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request made by hand."""
+    """A request written by hand.
+
+    Attributes:
+        request_type: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
+        args: As lm-eval passes them for this kind of request.
+    """
 
     request_type: str
     args: tuple[Any, ...]
 
 
 class EngineConformance:
-    """What every engine must do; subclass it in a test and say how to make one.
+    """What every engine must do; inherit from it in a test class and override :meth:`make_engine`.
 
-    The engine is made once for a tiny checkpoint of random weights and loaded with it and with a fine-tune of it.
+    Each test makes an engine for a tiny checkpoint of random weights, and loads that checkpoint and a fine-tune of it.
+
+    Attributes:
+        architecture: Architecture of the checkpoint.
+        head_dim: Width of its attention heads.
+        tolerance: Greatest difference between log-probabilities of one request asked alone and among others.
+        requests: Two with one context, one without context, one to generate text, and one for a whole text.
     """
 
     architecture: TinyArchitecture = "llama"
@@ -123,7 +134,7 @@ class EngineConformance:
     )
 
     def make_engine(self, folder: Path) -> Engine:
-        """The engine to test, for the checkpoint in ``folder``."""
+        """Make the engine to test, for the checkpoint in ``folder``."""
         raise NotImplementedError
 
     def _loaded(self, folder: Path) -> tuple[Engine, dict[str, Tensor], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""An engine with a known optimum."""
+"""An engine with a known optimum, which needs no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FakePrepared:
-    """Requests as :class:`FakeEngine` keeps them; a token is a character."""
+    """Requests as :class:`FakeEngine` keeps them; it counts a character as a token."""
 
     requests: tuple[Request, ...]
     n_tokens: int
@@ -28,27 +28,27 @@ class FakePrepared:
 
     @property
     def n_requests(self) -> int:
-        """How many responses there will be."""
+        """Number of responses."""
         return len(self.requests)
 
     @property
     def cost(self) -> float:
-        """``n_tokens``: there is no forward pass."""
+        """As ``n_tokens``: there is no forward pass."""
         return self.n_tokens
 
 
 class FakeEngine:
     """An engine without a model: its skill is a known function of the weights, best at a known point.
 
-    The skill is ``exp(-mean squared distance of the weights to the optimum)``, in (0, 1]. Every context has a
-    difficulty in [0, 1), drawn from a hash of its text; a right continuation is more likely than any other one
-    exactly if the skill exceeds it. So over many documents whose gold choice is :attr:`right`, accuracy is the
-    skill, every document is passed by all merges above some skill, and a search has a known optimum.
+    The skill is ``exp(-mean squared distance of the weights to the optimum)``, in (0, 1]. Each context has a difficulty
+    in [0, 1), a hash of its text. The right continuation is more likely than any other if and only if the skill exceeds
+    the difficulty. So over many documents whose right choice is :attr:`right`, accuracy equals the skill, a better
+    merge passes every document that a worse one passes, and a search has a known optimum.
 
     Attributes:
-        right: The continuation, or generated text, that is right everywhere.
-        n_loads: Completed loads.
-        n_responses: Responses given.
+        right: The continuation, or generated text, that is right for every context.
+        n_loads: Number of completed loads.
+        n_responses: Number of responses given.
     """
 
     dtype = "float32"
@@ -67,7 +67,7 @@ class FakeEngine:
 
     @property
     def skill(self) -> float:
-        """Of the weights that are loaded.
+        """Skill of the weights that are loaded.
 
         Raises:
             EngineError: If no complete set of weights is loaded.
@@ -77,15 +77,15 @@ class FakeEngine:
         return self._skill
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Refuses: there is no template."""
+        """Refuse, because there is no template."""
         raise EngineError("engine: the tokenizer must have a chat template, got none; do not apply it")
 
     def resident(self, name: str) -> Tensor | None:
-        """Nothing is resident."""
+        """None: no tensor is resident."""
         return None
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Measure the distance to the optimum; checks the stream as every engine does."""
+        """Measure the distance to the optimum; the stream is checked as by every engine."""
         self._skill = None
         distance = 0.0
         missing = dict.fromkeys(self._optimum)
@@ -111,7 +111,7 @@ class FakeEngine:
         return FakePrepared(tuple(requests), sum(lengths), max(lengths, default=0))
 
     def respond(self, prepared: Prepared) -> list[Response]:
-        """Answer as far as the skill goes."""
+        """Answer rightly wherever the skill exceeds the difficulty of the context."""
         assert isinstance(prepared, FakePrepared)
         skill = self.skill
         self.n_responses += prepared.n_requests

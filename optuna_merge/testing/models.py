@@ -1,4 +1,4 @@
-"""Tiny checkpoints."""
+"""Tiny checkpoints that transformers can load, made in a second."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def write_tiny_models(
     spread: float = 0.05,
     head_dim: int = 8,
 ) -> tuple[Path, list[Path]]:
-    """Write a random base model and fine-tunes of it: real folders that transformers loads, with a real tokenizer.
+    """Write a random base model and fine-tunes of it: folders that transformers loads, each with a tokenizer.
 
     Args:
-        folder: Where to; made if it is missing.
+        folder: Where to write; made if it is missing.
         n_models: Number of fine-tunes.
-        architecture: Its shapes: two heads, 320 tokens, biases and tied embeddings as the architecture has them.
+        architecture: Architecture of all models, with two heads and 320 tokens.
         n_layers: Number of layers.
-        dtype: Of every stored tensor.
-        tied: Whether the output head is the embedding; None: as the architecture has it.
+        dtype: Dtype of every stored tensor.
+        tied: Whether the output head is the embedding; None: the architecture's default.
         max_shard_size: As in ``save_pretrained``.
-        spread: Standard deviation of the fine-tunes' difference to the base.
+        spread: Standard deviation of a fine-tune's difference from the base.
         head_dim: Width of a head; the model is twice as wide.
 
     Returns:
-        ``folder/base``, and ``folder/model_0``, ``folder/model_1`` ...; the same bytes each time.
+        ``folder/base``, and the list ``folder/model_0``, ``folder/model_1`` ...; equal arguments give equal bytes.
     """
     import torch
 
