@@ -1,4 +1,7 @@
-"""Sampler and pruner of a study file."""
+"""Making the sampler and the pruner that a study file asks for.
+
+Knows which section of the file makes which class; knows nothing of how they draw or prune.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,16 @@ _PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
 
 
 def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None = None) -> optuna.samplers.BaseSampler:
-    """The sampler that a study file asks for; see :meth:`MergeObjective.sampler`.
+    """Make the sampler of a study file.
+
+    Args:
+        config: The study file.
+        space: Its search space.
+        population: Trials in a generation of CMA-ES; None: as the study file says, or the default for its dimensions
+            and workers.
 
     Raises:
-        StudyError: If there is none, or it does not take its options.
+        StudyError: If there is no sampler of that name, or it does not take its options.
     """
     import numpy as np
 
@@ -63,14 +72,14 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
 
 
 def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner:
-    """The pruner that a study file asks for.
+    """Make the pruner of a study file.
 
     Args:
         config: The study file.
-        n_chunks: Chunks that the documents are cut into.
+        n_chunks: Number of chunks that the documents are cut into.
 
     Raises:
-        StudyError: If its first comparison comes when all documents have been scored.
+        StudyError: If its first comparison would come after the last chunk.
     """
     name, options = config.study.pruner.name, config.study.pruner.options
     for option in ("min_resource", "n_startup_steps", "n_warmup_steps"):
@@ -83,7 +92,7 @@ def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner
 
 
 def never_prunes(config: StudyConfig, n_chunks: int) -> str:
-    """A line that says so where the documents make too few chunks for the default pruner; "" where they do not."""
+    """A line for the user if there are too few chunks for the default pruner ever to prune; "" if there are enough."""
     pruner = make_pruner(config, n_chunks)
     if not isinstance(pruner, SignedRankPruner) or pruner.n_least < n_chunks:
         return ""
@@ -94,7 +103,7 @@ def never_prunes(config: StudyConfig, n_chunks: int) -> str:
 
 
 def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]:
-    """Parameters of the best uniform merge that the study has scored; of the plain one if it has scored none."""
+    """Parameters of the best uniform merge that the study has scored; if it has scored none, of the first one."""
     scored = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -1,36 +1,151 @@
-"""Any Optuna sampler by name, made repeatable."""
+"""Any Optuna sampler by name, made repeatable.
+
+Knows how samplers are made, seeded and shown a study; knows nothing of merges.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
-from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.samplers import BaseSampler, GridSampler, QMCSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import StudyError
-from optuna_merge.internals.optuna import whole_study
-from optuna_merge.search.samplers import _as_told
+from optuna_merge.internals.optuna import has_fixed_params, known_trials, storage_of, study_id, whole_study
+from optuna_merge.search.samplers import StableRandomSampler, draw_seed, with_estimate
+from optuna_merge.storage.wrapper import StorageWrapper
 
 NAMED = {"gp": "GPSampler", "nsga2": "NSGAIISampler", "tpe": "TPESampler"}
-"""Optuna's samplers that have a short name here, and what they are called in ``optuna.samplers``."""
+"""Short names of Optuna's samplers, and their classes in ``optuna.samplers``."""
 
 GP_EVERY = 5
-"""Of so many trials one is drawn by a Gaussian process, by default."""
+"""By default, draw every 5th trial with a Gaussian process."""
 
 _GP_TRIALS = 250
-"""That many trials it learns from: a draw of 100 weights takes 2 s then, and 10 s after 500."""
+"""The Gaussian process learns from this many trials at most: drawing 100 weights takes 2 s then, 10 s with 500."""
+
+_ONE_SEQUENCE = (GridSampler, QMCSampler)
+"""The seed of these fixes one sequence of points for the whole study, so it must be the same in every trial."""
+
+
+class RepeatableSampler(BaseSampler):
+    """Any Optuna sampler, with draws that depend only on the seed, the trial's number and the trials before it.
+
+    - The sampler is made anew for each trial, and for each parameter that it draws by itself, with a seed of its own
+      from (seed, trial number, parameter). So a study that was killed and resumed draws what it would have drawn.
+    - It sees only trials with a value for every parameter of the search space. Samplers that draw what all trials have
+      in common would otherwise draw at random as soon as a source has been scored by itself.
+    - It sees a PRUNED trial with a ``paired_estimate`` user attribute as COMPLETE with that value.
+    - It sees the trials as of the start of the running trial.
+    - It is not asked about enqueued trials, which keep their fixed parameters.
+
+    Any study can use it::
+
+        sampler = RepeatableSampler(lambda seed: TPESampler(seed=seed), ["x", "y"], seed=1)
+
+    Args:
+        make: Makes the sampler from a seed in [0, 2**32). If it always returns the same object, that sampler may
+            remember something, and its draws are repeatable only if it sees to that itself.
+        names: The parameters of the search space.
+        seed: In [0, 2**32).
+        n_latest: Show only this many trials, the latest; None: all.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        names: Sequence[str],
+        *,
+        seed: int,
+        n_latest: int | None = None,
+    ) -> None:
+        self._make = make
+        self._names = frozenset(names)
+        self._seed = seed
+        self._n_latest = n_latest
+        self._inner = make(seed)
+        self._key: tuple[int, str] | None = None
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """What the sampler draws together."""
+        if has_fixed_params(trial):
+            return {}
+        return self._sampler_of(trial).infer_relative_search_space(self._shown(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw several parameters together."""
+        return self._sampler_of(trial).sample_relative(self._shown(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Draw one parameter."""
+        sampler = self._sampler_of(trial, param_name)
+        return sampler.sample_independent(self._shown(study), trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Tell the sampler that a trial begins."""
+        self._sampler_of(trial).before_trial(self._shown(study), trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """Tell the sampler that a trial has ended."""
+        self._sampler_of(trial).after_trial(self._shown(study), trial, state, values)
+
+    def reseed_rng(self) -> None:
+        """Do nothing: there is no process-wide random state."""
+
+    def _sampler_of(self, trial: FrozenTrial, param_name: str = "") -> BaseSampler:
+        """The sampler of a trial, or of one parameter of it; kept until another is asked for."""
+        key = (trial.number, param_name)
+        if key != self._key:
+            self._inner, self._key = self._make(draw_seed(self._seed, trial.number, param_name)), key
+        return self._inner
+
+    def _shown(self, study: optuna.Study) -> optuna.Study:
+        # HyperbandPruner shows the trials of one bracket only; those of the others teach just as much.
+        whole = whole_study(study)
+        storage = _ShownTrials(whole, self._names, self._n_latest)
+        return optuna.Study(whole.study_name, storage, whole.sampler, whole.pruner)
+
+
+class _ShownTrials(StorageWrapper):
+    """A study's storage as :class:`RepeatableSampler` shows it: with some of the trials, which are not read again."""
+
+    def __init__(self, study: optuna.Study, names: frozenset[str], n_latest: int | None) -> None:
+        super().__init__(storage_of(study))
+        self._study = study
+        self._names = names
+        self._n_latest = n_latest
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        return study_id(self._study)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        return self._study.directions
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = map(with_estimate, known_trials(self._study))
+        shown = [t for t in trials if (states is None or t.state in states) and self._names <= t.params.keys()]
+        shown = shown if self._n_latest is None else shown[-self._n_latest :]
+        return copy.deepcopy(shown) if deepcopy else shown
 
 
 def make_gp(names: Sequence[str], seed: int) -> BaseSampler:
-    """Optuna's ``GPSampler``, to be injected into CMA-ES: it learns from the latest 250 trials.
+    """Optuna's ``GPSampler`` for CMA-ES to inject; it learns from the latest 250 trials.
 
     Args:
         names: The parameters of the search space.
@@ -39,117 +154,50 @@ def make_gp(names: Sequence[str], seed: int) -> BaseSampler:
     return make_named_sampler("gp", {}, names, seed, n_latest=_GP_TRIALS)
 
 
-class RepeatableSampler(BaseSampler):
-    """Any Optuna sampler, with draws that depend on the seed, the trial's number and the trials before it.
-
-    - It is shown the trials that have a value for every parameter of the search space, and no others: samplers that
-      draw from what all trials have in common would draw at random once a source has been scored as it is.
-    - A PRUNED trial with a ``paired_estimate`` user attribute is shown as COMPLETE with that value.
-    - Its random states are keyed by (seed, trial number, parameter), so that a study which was killed goes on as it
-      would have, if the sampler remembers nothing by itself.
-    - Enqueued trials keep their fixed parameters, and it is not asked.
-
-    Args:
-        make: Makes the sampler.
-        names: The parameters of the search space.
-        seed: In [0, 2**32).
-        is_renewed: Make it again for each trial, so that nothing it remembers outlives one.
-        n_latest: Trials that it is shown at most, the latest ones; None: all.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[], BaseSampler],
-        names: Sequence[str],
-        *,
-        seed: int,
-        is_renewed: bool = False,
-        n_latest: int | None = None,
-    ) -> None:
-        self._make = make
-        self._names = frozenset(names)
-        self._seed = seed
-        self._is_renewed = is_renewed
-        self._n_latest = n_latest
-        self._inner = make()
-        self._number: int | None = None
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """What the sampler draws together, by the trials that it is shown."""
-        if "fixed_params" in trial.system_attrs:
-            return {}
-        return self._of(trial).infer_relative_search_space(self._shown(study), trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Draw a point."""
-        return self._of(trial).sample_relative(self._shown(study), trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Draw one value."""
-        inner = self._of(trial, param_name)
-        return inner.sample_independent(self._shown(study), trial, param_name, param_distribution)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Tell the sampler."""
-        self._of(trial).before_trial(self._shown(study), trial)
-
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        """Tell the sampler."""
-        self._of(trial).after_trial(self._shown(study), trial, state, values)
-
-    def reseed_rng(self) -> None:
-        """Do nothing: there is no process-wide random state."""
-
-    def _of(self, trial: FrozenTrial, name: str = "") -> BaseSampler:
-        if self._is_renewed and trial.number != self._number:
-            self._inner, self._number = self._make(), trial.number
-        key = [self._seed, trial.number, int.from_bytes(name.encode(), "little")]
-        _reseed(self._inner, int(np.random.SeedSequence(key).generate_state(1)[0]))
-        return self._inner
-
-    def _shown(self, study: optuna.Study) -> optuna.Study:
-        # HyperbandPruner shows each trial its bracket alone; what the others scored is worth as much
-        return _Shown(whole_study(study), self._names, self._n_latest)
-
-
-class _Shown(optuna.Study):
-    """A study as its sampler sees it; see :class:`RepeatableSampler`."""
-
-    def __init__(self, study: optuna.Study, names: frozenset[str], n_latest: int | None) -> None:
-        self.__dict__.update(study.__dict__)
-        self._names = names
-        self._n_latest = n_latest
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        trials = [_as_told(trial) for trial in super()._get_trials(deepcopy, None, use_cache)]
-        shown = [t for t in trials if (states is None or t.state in states) and self._names <= t.params.keys()]
-        return shown if self._n_latest is None else shown[-self._n_latest :]
-
-
 def make_named_sampler(
     name: str, options: Mapping[str, Any], names: Sequence[str], seed: int, n_latest: int | None = None
 ) -> BaseSampler:
-    """One of Optuna's samplers, or of one's own.
+    """Make one of Optuna's samplers, or one of the user's own.
+
+    A class that takes a ``seed`` is made anew for each trial, with a seed of its own. Any other lives as long as the
+    process, and is itself responsible for repeatable draws.
 
     Args:
-        name: A key of ``NAMED``, or the import path of a sampler class such as ``optuna.samplers.QMCSampler``. One with
-            a short name is made again for each trial; one of one's own lives as long as the process.
-        options: Arguments of the class; ``seed`` is given by us if it takes one.
+        name: A key of ``NAMED``, or the import path of a sampler class such as ``optuna.samplers.QMCSampler``.
+        options: Arguments of the class.
         names: The parameters of the search space.
         seed: In [0, 2**32).
-        n_latest: Trials that it is shown at most, the latest ones; None: all.
+        n_latest: Show only this many trials to the sampler, the latest; None: all.
 
     Raises:
-        StudyError: If there is none, or it does not take the options.
+        StudyError: If there is no such class, or it does not take the options.
     """
+    found = _find_class(name)
+    known = inspect.signature(found).parameters
+
+    def make(draw_seed: int) -> BaseSampler:
+        given = dict(options)
+        if issubclass(found, _ONE_SEQUENCE):
+            given = {"seed": seed, **given}
+        elif "seed" in known:
+            given["seed"] = draw_seed
+        if issubclass(found, QMCSampler):  # its first trial is drawn by another sampler
+            given.setdefault("independent_sampler", StableRandomSampler(seed=seed))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return found(**given)
+
+    try:
+        only = None if "seed" in known else make(seed)
+        return RepeatableSampler(make if only is None else lambda _: only, names, seed=seed, n_latest=n_latest)
+    except (TypeError, ValueError) as exc:
+        raise StudyError(
+            f"study.sampler: {name} must be made with {', '.join(known) or 'no options'}, got {dict(options)}: {exc};"
+            " correct the options"
+        ) from exc
+
+
+def _find_class(name: str) -> type[BaseSampler]:
     path = f"optuna.samplers.{NAMED[name]}" if name in NAMED else name
     module, _, attribute = path.rpartition(".")
     try:
@@ -161,27 +209,4 @@ def make_named_sampler(
         ) from exc
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):
         raise StudyError(f"study.sampler.name must be a class derived from optuna's BaseSampler, got {name!r}")
-    known = inspect.signature(found).parameters
-    seeded = {"seed": seed, **options} if "seed" in known else dict(options)
-
-    def make() -> BaseSampler:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return found(**seeded)
-
-    try:
-        return RepeatableSampler(make, names, seed=seed, is_renewed=name in NAMED, n_latest=n_latest)
-    except (TypeError, ValueError) as exc:
-        raise StudyError(
-            f"study.sampler: {name} must be made with {', '.join(known) or 'no options'}, got {dict(options)}: {exc};"
-            " correct the options"
-        ) from exc
-
-
-def _reseed(holder: object, key: int, depth: int = 3) -> None:
-    """Set every random state of a sampler, and of what it holds, to one of its own."""
-    for value in vars(holder).values():
-        if isinstance(value, LazyRandomState):
-            value.rng.seed(key)
-        elif depth and type(value).__module__.startswith("optuna.") and hasattr(value, "__dict__"):
-            _reseed(value, key, depth - 1)
+    return found

@@ -1,62 +1,65 @@
-"""Which point of the search space a trial tries: Optuna's CMA-ES made repeatable, and the other samplers by name."""
+"""Our samplers: CMA-ES made repeatable, and repeatable random draws.
+
+Knows float parameters, trials and their estimates; knows neither models nor study files. Other samplers are in
+named.py.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cmaes
 import numpy as np
 import optuna
-from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler
-from optuna.samplers._lazy_random_state import LazyRandomState
-from optuna.study import StudyDirection
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge.internals.optuna import known_trials, whole_study
+from optuna_merge.internals.optuna import OpenCmaEsSampler, has_fixed_params, known_trials, whole_study
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 
 _EDGE = 1.5
-"""The mean starts at least this many standard deviations inside the bounds: cmaes redraws what falls outside and then
-clips it, and started at a bound 45 % of the coordinates sat on it."""
+"""The mean starts at least this many standard deviations inside the bounds. cmaes redraws what falls outside and then
+clips it: with the mean at a bound, 45 % of the coordinates were drawn onto the bound."""
 
-_OTHERS = 4
-"""Trials of a generation for each other worker: then CMA-ES learns from 4 of 5 trials."""
+_TRIALS_PER_WORKER = 4
+"""Least number of trials in a generation for each worker but one; CMA-ES then learns from 80 % of the trials."""
 
 Start = Mapping[str, float] | Callable[[optuna.Study], Mapping[str, float]]
+"""Where CMA-ES starts, or a function that says so when the first trial is drawn."""
 
 
 def population_size(n_dimensions: int, n_workers: int = 1) -> int:
-    """Trials in a generation: 4 + floor(3 ln n), or more where many workers run at the same time.
+    """Trials in a generation: 4 + floor(3 ln n), or more if many workers run at the same time.
 
-    What the other workers run when a generation is complete ends too late to teach CMA-ES anything: of
-    p + n_workers - 1 trials it learns from p, the population. It is the least with which that is 80 %.
+    Trials that other workers are running when a generation is complete end too late to teach CMA-ES anything: with a
+    population of p and w workers it learns from p of p + w - 1 trials. The result is the least p for which that is at
+    least 80 %.
 
     Args:
-        n_dimensions: At least 1.
+        n_dimensions: Number of searched parameters, at least 1.
         n_workers: At least 1.
     """
     usual = 4 + int(3 * np.log(max(1, n_dimensions)))
-    return max(usual, _OTHERS * (n_workers - 1))
+    return max(usual, _TRIALS_PER_WORKER * (n_workers - 1))
 
 
-class StableCmaEsSampler(CmaEsSampler):
-    """CMA-ES whose draws depend on nothing but the seed, the trial's number and the trials before it.
+class StableCmaEsSampler(OpenCmaEsSampler):
+    """CMA-ES whose draws depend only on the seed, the trial's number and the trials before it.
 
     Departures from ``optuna.samplers.CmaEsSampler``:
 
-    - the search space is given, and used in the order of its names: the first trial is drawn by CMA-ES too, and every
-      worker uses one space;
-    - the random state of a draw is keyed by (seed, trial number): a study that was killed and resumed draws what
-      an uninterrupted one would have drawn;
-    - a PRUNED trial with a ``paired_estimate`` user attribute counts with that value; without it, it is ignored;
-    - enqueued trials keep their fixed parameters and no generation;
-    - the first covariance can be any;
-    - every so many trials another sampler's point takes the place of the one that CMA-ES drew, and counts as it would
-      have (Hansen 2011, Injecting External Solutions Into CMA-ES, arXiv:1110.4181, without its bound on the step).
+    - The search space is given, and used in the order of its names. So the first trial is drawn by CMA-ES too, and all
+      workers use the same space.
+    - The random state of a draw is keyed by (seed, trial number): a study that was killed and resumed draws what an
+      uninterrupted one would have drawn.
+    - A PRUNED trial counts with the value of its ``paired_estimate`` user attribute; without one it is ignored.
+    - Enqueued trials keep their fixed parameters and belong to no generation.
+    - The first covariance can be any positive definite matrix.
+    - Every n-th trial is drawn by another sampler, and counts as if CMA-ES had drawn it (Hansen 2011, Injecting
+      External Solutions Into CMA-ES, arXiv:1110.4181, without its bound on the step).
 
     Any study over float parameters can use it::
 
@@ -64,18 +67,19 @@ class StableCmaEsSampler(CmaEsSampler):
         study = optuna.create_study(sampler=StableCmaEsSampler(space, seed=1))
 
     Args:
-        search_space: Name to distribution of every parameter that CMA-ES draws, float and neither log nor stepped.
+        search_space: Name and distribution of every parameter; neither log nor stepped.
         seed: In [0, 2**32).
-        start: Where the mean begins, in the parameters' units, or a function of the study that says so when the
-            first trial is drawn; None: the middle. It is moved at least 1.5 standard deviations inside the bounds.
+        start: Where the mean starts, in the parameters' units, or a function of the study that is called when the first
+            trial is drawn; None: in the middle. It is moved at least 1.5 standard deviations inside the bounds.
         covariance: First covariance with every range mapped to [0, 1], shape ``[n, n]`` in the order of
-            ``search_space``, positive definite; None: independent, a sixth of each range.
-        popsize: Trials in a generation; None: 4 + floor(3 ln n).
-        injected: Draws each trial whose number ``inject_every`` divides, where it proposes a whole point.
+            ``search_space``, positive definite; None: independent, with a sixth of each range as standard deviation.
+        popsize: Trials in a generation, at least 3; None: 4 + floor(3 ln n).
+        injected: Draws each trial whose number is a multiple of ``inject_every``. If it proposes no point, or not a
+            whole one, the point of CMA-ES is used.
         inject_every: At least 1.
 
     Raises:
-        ValueError: If an argument is none of these.
+        ValueError: If an argument is outside its range.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class StableCmaEsSampler(CmaEsSampler):
             raise ValueError(f"covariance must be positive definite of shape {(n, n)}, got shape {covariance.shape}")
         self._fixed_space = dict(search_space)
         self._seed = seed
+        self._population = popsize
         self._start = start
         self._covariance = covariance
         self._injected = injected
@@ -120,14 +125,9 @@ class StableCmaEsSampler(CmaEsSampler):
 
     @property
     def population_size(self) -> int:
-        """Trials in a generation."""
+        """Number of trials in a generation."""
         n = sum(not distribution.single() for distribution in self._fixed_space.values())
-        return self._popsize or population_size(n)
-
-    def generation_of(self, trial: FrozenTrial) -> int | None:
-        """The generation in which CMA-ES drew a trial; None if it did not."""
-        generation: int | None = trial.system_attrs.get(self._attr_key_generation)
-        return generation
+        return self._population or population_size(n)
 
     def reseed_rng(self) -> None:
         """Do nothing: there is no process-wide random state."""
@@ -141,14 +141,13 @@ class StableCmaEsSampler(CmaEsSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draw a point, from a random state of this trial's own."""
-        if "fixed_params" in trial.system_attrs:
+        """Draw a point, with a random state for this trial alone."""
+        if has_fixed_params(trial):
             return {}
-        # HyperbandPruner shows each trial its bracket alone; what the others scored is worth as much
+        # HyperbandPruner shows the trials of one bracket only; those of the others teach just as much.
         study = whole_study(study)
-        key = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]
-        self._cma_rng = LazyRandomState(int(key))
         self._study = study
+        self.set_draw_seed(int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]))
         drawn = super().sample_relative(study, trial, search_space)
         if drawn and self._injected is not None and trial.number % self._inject_every == 0:
             point = self._injected.sample_relative(study, trial, search_space)
@@ -156,33 +155,44 @@ class StableCmaEsSampler(CmaEsSampler):
                 return point
         return drawn
 
-    def _init_optimizer(self, trans: _SearchSpaceTransform, direction: StudyDirection) -> cmaes.CMA:
-        names = list(trans._search_space)
+    def make_optimizer(
+        self,
+        names: Sequence[str],
+        bounds: np.ndarray,
+        to_unit: Callable[[dict[str, Any]], np.ndarray],
+        seed: int,
+    ) -> cmaes.CMA:
+        """The optimizer of the first generation, with the given start and covariance."""
         order = [list(self._fixed_space).index(name) for name in names]
         covariance = self._covariance[np.ix_(order, order)]
         sigma = float(np.sqrt(np.diag(covariance).mean()))
         start = self._start(self._study) if callable(self._start) and self._study is not None else self._start
         mean = np.full(len(names), 0.5)
         if isinstance(start, Mapping):
-            mean = trans.transform({name: start[name] for name in names})
+            mean = to_unit({name: start[name] for name in names})
         margin = np.minimum(_EDGE * np.sqrt(np.diag(covariance)), 0.5)
         return cmaes.CMA(
             mean=np.clip(mean, margin, 1 - margin),
             sigma=sigma,
             cov=covariance / sigma**2,
-            bounds=trans.bounds,
-            seed=self._cma_rng.rng.randint(1, 2**31 - 2),
+            bounds=bounds,
+            seed=seed,
             n_max_resampling=10 * len(names),
-            population_size=self._popsize,
+            population_size=self._population,
         )
 
-    def _get_trials(self, study: optuna.Study) -> list[FrozenTrial]:
-        trials = [_as_told(trial) for trial in known_trials(study)]
+    def trials_to_learn_from(self, study: optuna.Study) -> list[FrozenTrial]:
+        """Complete trials, and pruned ones with an estimate."""
+        trials = [with_estimate(trial) for trial in known_trials(study)]
         return [trial for trial in trials if trial.state == TrialState.COMPLETE]
 
 
 class StableRandomSampler(RandomSampler):
-    """Uniform draws keyed by (seed, trial number, parameter name)."""
+    """Uniform draws keyed by (seed, trial number, parameter name).
+
+    Args:
+        seed: In [0, 2**32).
+    """
 
     def __init__(self, *, seed: int) -> None:
         super().__init__(seed=seed)
@@ -192,16 +202,26 @@ class StableRandomSampler(RandomSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Draw one value."""
-        name_key = int.from_bytes(param_name.encode(), "little")
-        key = np.random.SeedSequence([self._seed, trial.number, name_key]).generate_state(1)[0]
-        self._rng = LazyRandomState(int(key))
-        return super().sample_independent(study, trial, param_name, param_distribution)
+        sampler = RandomSampler(seed=draw_seed(self._seed, trial.number, param_name))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
-def _as_told(trial: FrozenTrial) -> FrozenTrial:
-    """A trial as samplers learn from it: one that was pruned counts with its paired estimate."""
+def draw_seed(seed: int, trial_number: int, param_name: str = "") -> int:
+    """The seed of one draw, in [0, 2**32).
+
+    Args:
+        seed: The study's, in [0, 2**32).
+        trial_number: Number of the trial.
+        param_name: The parameter that is drawn; "": several parameters together.
+    """
+    key = [seed, trial_number, int.from_bytes(param_name.encode(), "little")]
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def with_estimate(trial: FrozenTrial) -> FrozenTrial:
+    """A trial as samplers learn from it: a pruned one with a paired estimate looks complete, with that value."""
     if trial.state != TrialState.PRUNED or PAIRED_ESTIMATE not in trial.user_attrs:
         return trial
-    told = copy.copy(trial)
-    told.state, told.value = TrialState.COMPLETE, trial.user_attrs[PAIRED_ESTIMATE]
-    return told
+    estimated = copy.copy(trial)
+    estimated.state, estimated.value = TrialState.COMPLETE, trial.user_attrs[PAIRED_ESTIMATE]
+    return estimated

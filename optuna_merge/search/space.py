@@ -1,6 +1,6 @@
-"""The search space: which numbers a study searches, what they are called, and the recipe that they decode to.
+"""The search space: which parameters a study searches, how they are named, and the recipe that they decode to.
 
-Knows the study file and the depth of the models; opens neither models nor storage, and loads no torch.
+Knows the study file and the number of layers of the models; opens neither models nor storages, and loads no torch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 UNIFORM_TOTALS = (1.0, 1.5, 2.0)
-"""Sums of weights at which the uniform merge is scored before the search; the best published merges of three models
-sum to about 2."""
+"""Sums of weights of the uniform merges that are scored before the search. In the best published merges of three models
+the weights sum to about 2."""
 
 _ISOTROPIC_SIGMA = 1 / 6
 _OTHER_BASELINES = frozenset({"base", "uniform"})
@@ -34,14 +34,14 @@ _OTHER_BASELINES = frozenset({"base", "uniform"})
 
 @dataclass(frozen=True)
 class ModelRefs:
-    """The checkpoints of a study, resolved.
+    """The resolved references of a study's checkpoints, and what they have in common.
 
     Attributes:
-        sources: References of the models that get weights, in the order of the study file.
-        base: Reference of the base model, if there is one.
-        n_layers: Number of layers of each.
-        dtype: Of the merged model.
-        tokenizer_source: Reference of the model whose vocabulary the merged model has; None: all have one.
+        sources: References of the sources, in the order of the study file.
+        base: Reference of the base model; None if there is none.
+        n_layers: Number of layers of each model.
+        dtype: Data type of the merged model.
+        tokenizer_source: Reference of the model whose vocabulary the merged model gets; None: all models share one.
     """
 
     sources: tuple[str, ...]
@@ -53,11 +53,12 @@ class ModelRefs:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A merge that is scored before the search, so that the study says what it has to beat.
+    """A model that is scored before the search, so that the study shows what it has to beat.
 
     Attributes:
         name: ``uniform``, ``uniform x1.5``, ``base``, or a source's label.
-        kind: A uniform merge is a point of the search space; a source or the base is scored as it stands.
+        kind: ``uniform``: a merge with equal weights, a point of the search space; ``source`` and ``base``: a model
+            by itself.
         params: The trial parameters of a uniform merge; empty otherwise.
         reference: The checkpoint of a source or the base.
     """
@@ -70,7 +71,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class _Slot:
-    """One number of the space: whose it is, and between which values."""
+    """One number of the space: its model (None: all of them), its method parameter and its range."""
 
     model: int | None
     parameter: MethodParameter
@@ -78,11 +79,15 @@ class _Slot:
 
 
 class SearchSpace:
-    """The float parameters of a study's trials, and their meaning.
+    """The float parameters of a study's trials, and what they mean.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
 
     Attributes:
         labels: Short, unique names of the sources, as used in parameter names.
-        distributions: Parameter name to its distribution, sorted by name; constants are not among them.
+        distributions: Parameter name to distribution, sorted by name, without constants.
     """
 
     def __init__(self, config: StudyConfig, models: ModelRefs) -> None:
@@ -99,7 +104,7 @@ class SearchSpace:
         }
 
     def suggest(self, trial: optuna.Trial) -> Recipe:
-        """Draw every parameter of a trial, in sorted order, and decode them."""
+        """Draw every parameter of a trial, in the order of their names, and decode them."""
         params = {
             name: trial.suggest_float(name, distribution.low, distribution.high)
             for name, distribution in self.distributions.items()
@@ -110,7 +115,7 @@ class SearchSpace:
         """The recipe of a trial.
 
         Args:
-            params: ``trial.params``; each name of ``distributions`` and no other.
+            params: ``trial.params``, with exactly the names of ``distributions``.
 
         Raises:
             RecipeError: If a name is missing or unknown.
@@ -140,10 +145,10 @@ class SearchSpace:
         )
 
     def uniform(self, total: float = 1.0) -> dict[str, float]:
-        """Trial parameters with the same weight for each model, everything else at its default.
+        """Trial parameters of a uniform merge: the same weight for each model, everything else at its default.
 
         Args:
-            total: Sum of the models' weights; each weight is clipped to its range.
+            total: Sum of the models' weights. Each weight is clipped to its range.
         """
         values: dict[str, float] = {}
         for name in self.distributions:
@@ -158,7 +163,7 @@ class SearchSpace:
 
     @cached_property
     def baselines(self) -> tuple[Baseline, ...]:
-        """What is scored before the search, in order: uniform merges, sources, base."""
+        """The baselines in the order in which they are scored: uniform merges, sources, base."""
         totals = UNIFORM_TOTALS[:1] if self._is_scale_free else UNIFORM_TOTALS
         result: list[Baseline] = []
         for total in totals:
@@ -190,10 +195,10 @@ class SearchSpace:
         raise RecipeError(f"baseline must be one of the study's, got {name!r}; known: {known}")
 
     def start(self, uniform: Mapping[str, float], rng: np.random.Generator) -> dict[str, float]:
-        """Where the search begins, in the parameters' units.
+        """The point where the search begins, in the parameters' units.
 
         Args:
-            uniform: Parameters of the best uniform merge.
+            uniform: Parameters of the best uniform merge, used for parameters without a ``start`` in the study file.
             rng: Draws the point if the study file says ``random_init``.
         """
         if self._config.random_init:
@@ -205,10 +210,10 @@ class SearchSpace:
         """First covariance of CMA-ES, with every range mapped to [0, 1].
 
         Returns:
-            Shape ``[n_dimensions, n_dimensions]``, in the order of ``distributions``, positive definite. Weights
-            share a common part and a part for each model (``search.prior``); any other parameter is independent
-            with a sixth of its range. With the isotropic prior all are, and with ``sampler.sigma0`` with that
-            fraction.
+            Shape ``[n_dimensions, n_dimensions]``, in the order of ``distributions``, positive definite. With the
+            structured prior, weights share a common part and a part for each model (``search.prior``); any other
+            parameter is independent, with a sixth of its range as standard deviation. With the isotropic prior or
+            ``sampler.sigma0`` all are independent, with a sixth or that fraction of their range.
         """
         slots = [self._slots[name] for name in self.distributions]
         sigma0, prior = self._config.study.cmaes.sigma0, self._config.search.prior
@@ -226,7 +231,7 @@ class SearchSpace:
 
     @property
     def _is_scale_free(self) -> bool:
-        """Whether multiplying all weights by one number changes nothing."""
+        """Whether the method normalizes weights, so that multiplying all of them by one number changes nothing."""
         normalize = self._config.genome.normalize
         return dict(self._config.method.switches).get("normalize", True) if normalize is None else normalize
 
@@ -243,7 +248,7 @@ class SearchSpace:
                 roles += ["head"] if index == len(ranges) - 1 else []
             groups.append(GroupRecipe(group_name(layers, n_layers), layers, tuple(roles), ()))
         if own:
-            # The names keep their place when a dashboard sorts them: embedding < layers_... < norm_head.
+            # These names are in order of depth when a dashboard sorts them: embedding < layers_... < norm_head.
             groups.insert(0, GroupRecipe("embedding", (0, 0), ("embedding",), ()))
             groups.append(GroupRecipe("norm_head", (n_layers, n_layers), ("head",), ()))
         return groups
@@ -261,11 +266,11 @@ class SearchSpace:
         return slots
 
     def _filters_of(self, group: GroupRecipe) -> tuple[str | None, ...]:
-        """The study file's filters and None, for the rest; outside the layers there is only the rest."""
+        """The study file's filters, then None for all other tensors; outside the layers only None."""
         return (*self._config.genome.filters, None) if group.layers[0] < group.layers[1] else (None,)
 
     def _name(self, group: GroupRecipe, model: int | None, tensor_filter: str | None, parameter: str) -> str:
-        """``layers_00_07.math.self_attn.weight``: sorts by depth, then model, then tensors."""
+        """A parameter's name, such as ``layers_00_07.math.self_attn.weight``; sorts by depth, model, then filter."""
         parts = [group.name]
         if model is not None:
             parts.append(self.labels[model])
@@ -302,7 +307,7 @@ class SearchSpace:
         return GroupRecipe(group.name, group.layers, group.roles, tuple(sets))
 
     def _interpolate(self, groups: list[GroupRecipe]) -> list[GroupRecipe]:
-        """One group for each layer, with values between those of the layer groups, as in a mergekit gradient."""
+        """One group for each layer, with values interpolated between the layer groups, like a mergekit gradient."""
         knots = [group for group in groups if group.layers[0] < group.layers[1]]
         n_layers = self._models.n_layers
         result = [group for group in groups if group.name == "embedding"]
@@ -322,11 +327,9 @@ class SearchSpace:
 
 
 def model_labels(references: tuple[str, ...]) -> tuple[str, ...]:
-    """Short, unique names for models: the last part of each reference, with what is before it where they clash.
+    """Short, unique names for models: the last part of each reference, or more parts if these are not unique.
 
-    Of a model with an adapter, the last part is the adapter.
-
-    None is the name of another baseline.
+    The last part of a model with an adapter is the adapter. No label is the name of another baseline.
     """
     paths = [reference.replace("\\", "/").replace("@", "_").replace("+", "/") for reference in references]
     parts = [PurePosixPath(path).parts or (".",) for path in paths]
@@ -335,6 +338,12 @@ def model_labels(references: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(labels)) == len(labels) and _OTHER_BASELINES.isdisjoint(labels):
             return tuple(labels)
     return tuple(f"{path[-1]}_{index}" for index, path in enumerate(parts))
+
+
+def split_parameter(name: str) -> tuple[str, str]:
+    """Split a parameter's name into its layer group and the rest; a trailing ``.weight`` is left out of the rest."""
+    group, _, rest = name.partition(".")
+    return group, rest.removesuffix(".weight")
 
 
 def _between(left: ParameterSet, right: ParameterSet, fraction: float) -> ParameterSet:
@@ -349,9 +358,3 @@ def _between(left: ParameterSet, right: ParameterSet, fraction: float) -> Parame
             for name, values in left.per_model.items()
         },
     )
-
-
-def split_parameter(name: str) -> tuple[str, str]:
-    """A parameter's name as layer group and the rest, model first; ``weight`` goes without saying."""
-    group, _, rest = name.partition(".")
-    return group, rest.removesuffix(".weight")

@@ -1,6 +1,7 @@
-"""Where a search begins that another study has prepared: the weighted mean of that study's best trials.
+"""Warm start: a search begins at the weighted mean of another study's best trials.
 
-The other study is read once. What it said is kept in the new one, which goes on without it.
+The other study is read once. The result is recorded in the new study, which does not need the other one afterwards.
+This file knows two studies and their parameters; it knows nothing of models.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from optuna_merge.storage.open import open_study, storage_error, storage_url
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What another study says of where to begin.
+    """The start that another study gives.
 
     Attributes:
-        study: Its name.
+        study: Name of the other study.
         trials: Numbers of its best trials, the best first.
-        params: Parameter of the new study to the weighted mean over them, inside its range; those that both have.
+        params: The parameters that both studies have, with the weighted mean over these trials, clipped to the range
+            in the new study.
     """
 
     study: str
@@ -35,13 +37,13 @@ class WarmStart:
     params: Mapping[str, float]
 
     def describe(self, n_dimensions: int) -> str:
-        """One line for people."""
+        """One line for the user."""
         trials = f"trial {self.trials[0]}" if len(self.trials) == 1 else f"the {len(self.trials)} best trials"
         return f"from {trials} of study {self.study!r}, {len(self.params)} of {n_dimensions} weights"
 
 
 def record_warm_start(study: optuna.Study, config: StudyConfig, space: SearchSpace) -> Mapping[str, float]:
-    """Where a study begins by its ``search.warm_start``: as it recorded, or else as it now records.
+    """The start that a study's ``search.warm_start`` gives; read from the other study and recorded at the first call.
 
     Args:
         study: The new study.
@@ -49,7 +51,7 @@ def record_warm_start(study: optuna.Study, config: StudyConfig, space: SearchSpa
         space: Its search space.
 
     Returns:
-        Parameter to value; empty without ``search.warm_start``.
+        Parameter name to value; empty without ``search.warm_start``.
 
     Raises:
         StudyError: If the other study cannot be used; see :func:`find_warm_start`.
@@ -63,15 +65,15 @@ def record_warm_start(study: optuna.Study, config: StudyConfig, space: SearchSpa
 
 
 def find_warm_start(config: StudyConfig, space: SearchSpace) -> WarmStart | None:
-    """What ``search.warm_start`` comes to; None without one. Writes nothing.
+    """The start that ``search.warm_start`` gives, without recording it; None if the study file has no such key.
 
     Args:
-        config: The study file. If its study has been started, what that recorded is returned.
+        config: The study file. If its study has been started, the recorded start is returned.
         space: Its search space.
 
     Raises:
-        StudyError: If the other study has not been started, is this one, has another direction, has no complete merge
-            or none of the parameters.
+        StudyError: If the other study has not been started, is this very study, does not maximise a single value, has
+            no complete merge, or shares no parameter with this one.
     """
     if config.search.warm_start is None:
         return None
@@ -129,7 +131,7 @@ def _read(config: StudyConfig, space: SearchSpace) -> WarmStart:
 
 
 def _recombination_weights(n: int) -> list[float]:
-    """As CMA-ES weighs the better half of a generation: log(n + 1/2) - log(rank), made to sum to 1."""
+    """The weights of CMA-ES for the better half of a generation: log(n + 1/2) - log(rank), normalised to sum to 1."""
     raw = [math.log(n + 0.5) - math.log(rank) for rank in range(1, n + 1)]
     return [weight / math.fsum(raw) for weight in raw]
 

@@ -17,11 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.sampler import SAMPLERS
 from optuna_merge.errors import StudyError
+from optuna_merge.internals.optuna import storage_of, trial_id
 from optuna_merge.search.named import NAMED, RepeatableSampler, make_gp, make_named_sampler
 from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 from optuna_merge.storage.open import open_storage
-from optuna_merge.storage.trials import n_finished
+from optuna_merge.storage.trials import generation, n_finished
 
 SPACE = {
     "a": FloatDistribution(-1, 1),
@@ -89,7 +90,7 @@ def test_an_injected_point_takes_the_place_of_one_and_counts_in_its_generation()
     plain.optimize(objective, 4 * POPSIZE)
     injected = [trial.number for trial in study.trials if trial.params == Corner.POINT]
     assert injected == list(range(6, 4 * POPSIZE, 3))
-    assert [sampler.generation_of(t) for t in study.trials] == [g for g in range(4) for _ in range(POPSIZE)]
+    assert [generation(t) for t in study.trials] == [g for g in range(4) for _ in range(POPSIZE)]
     assert points(study)[:6] == points(plain)[:6]
     assert points(study)[7] == points(plain)[7]
     assert points(study)[POPSIZE] != points(plain)[POPSIZE]  # CMA-ES has learned from it
@@ -115,7 +116,9 @@ def test_a_sampler_can_be_shown_the_latest_trials_only() -> None:
             return self.POINT
 
     study = made(
-        StableCmaEsSampler(SPACE, seed=5, injected=RepeatableSampler(Counting, list(SPACE), seed=5, n_latest=3))
+        StableCmaEsSampler(
+            SPACE, seed=5, injected=RepeatableSampler(lambda _: Counting(), list(SPACE), seed=5, n_latest=3)
+        )
     )
     study.optimize(objective, 11)
     assert Counting.seen == [[], [2, 3, 4], [7, 8, 9]]
@@ -125,7 +128,7 @@ def test_no_trial_is_random() -> None:
     sampler = StableCmaEsSampler(SPACE, seed=5)
     study = made(sampler)
     study.optimize(objective, 3 * POPSIZE)
-    assert [sampler.generation_of(trial) for trial in study.trials] == [0] * POPSIZE + [1] * POPSIZE + [2] * POPSIZE
+    assert [generation(trial) for trial in study.trials] == [0] * POPSIZE + [1] * POPSIZE + [2] * POPSIZE
     narrow = StableCmaEsSampler(SPACE, seed=5, covariance=np.eye(4) * 1e-12)
     study = made(narrow)
     first = suggest(study.ask())
@@ -308,8 +311,7 @@ def test_pruned_without_an_estimate_and_failed_trials_are_ignored() -> None:
             study.tell(trial, loss(params))
 
     study = run(pruned_with(None), 2 * POPSIZE)
-    sampler = StableCmaEsSampler(SPACE, seed=5)
-    generations = [sampler.generation_of(trial) for trial in study.trials]
+    generations = [generation(trial) for trial in study.trials]
     assert generations == [0] * (POPSIZE + 1) + [1] * (POPSIZE - 1)
     assert points(run(failed, 2 * POPSIZE)) == points(study)
 
@@ -317,8 +319,7 @@ def test_pruned_without_an_estimate_and_failed_trials_are_ignored() -> None:
 def test_the_generation_survives_the_loss_of_the_trial_that_holds_the_state() -> None:
     """Optuna keeps the optimizer in the first trial of a generation, which may fail."""
     study = run(pruned_with(None, number=POPSIZE), 3 * POPSIZE + 1)
-    sampler = StableCmaEsSampler(SPACE, seed=5)
-    generations = [sampler.generation_of(trial) for trial in study.trials]
+    generations = [generation(trial) for trial in study.trials]
     assert generations == [0] * POPSIZE + [1] * (POPSIZE + 1) + [2] * POPSIZE
 
 
@@ -332,8 +333,7 @@ def test_enqueued_trials_are_not_told_and_take_no_place() -> None:
 
     study = with_baseline(-100.0)
     assert points(study)[0] == corner
-    sampler = StableCmaEsSampler(SPACE, seed=5)
-    assert [sampler.generation_of(trial) for trial in study.trials] == [None] + [0] * POPSIZE + [1] * POPSIZE
+    assert [generation(trial) for trial in study.trials] == [None] + [0] * POPSIZE + [1] * POPSIZE
     assert points(with_baseline(100.0)) == points(study)
 
 
@@ -346,7 +346,7 @@ def test_what_an_enqueued_trial_leaves_open_is_drawn_repeatably_and_not_told() -
         study = made(sampler)
         study.enqueue_trial({"a": 0.5})
         params = suggest(study.ask())
-        assert sampler.generation_of(study.trials[0]) is None
+        assert generation(study.trials[0]) is None
         return params
 
     assert draw(0)["a"] == 0.5
@@ -363,7 +363,7 @@ def test_generations_have_the_standard_size(n: int, popsize: int) -> None:
     assert sampler.population_size == popsize
     study = made(sampler)
     study.optimize(lambda t: sum((t.suggest_float(name, 0, 1) - 0.2) ** 2 for name in space), 2 * popsize + 1)
-    generations = [sampler.generation_of(trial) for trial in study.trials]
+    generations = [generation(trial) for trial in study.trials]
     assert generations == [0] * popsize + [1] * popsize + [2]
 
 
@@ -372,7 +372,7 @@ def test_popsize_can_be_given() -> None:
     assert sampler.population_size == 5
     study = made(sampler)
     study.optimize(objective, 11)
-    assert [sampler.generation_of(trial) for trial in study.trials] == [0] * 5 + [1] * 5 + [2]
+    assert [generation(trial) for trial in study.trials] == [0] * 5 + [1] * 5 + [2]
 
 
 def test_a_range_of_one_point_is_no_dimension() -> None:
@@ -386,7 +386,7 @@ def test_a_range_of_one_point_is_no_dimension() -> None:
 
     study.optimize(objective, 7)
     assert [trial.params["still"] for trial in study.trials] == [2.0] * 7
-    assert sampler.generation_of(study.trials[6]) == 1
+    assert generation(study.trials[6]) == 1
     assert np.std([trial.params["b"] for trial in study.trials]) < 0.05
 
 
@@ -452,7 +452,7 @@ def go_on(url: str, n_trials: int, stop: Callable[[int], int | None], sampler: s
     if not study.trials:
         study.enqueue_trial({name: d.low for name, d in SPACE.items()})
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        storage_of(study).set_trial_state_values(trial_id(trial), TrialState.WAITING)
     while n_finished(study) < n_trials:
         trial = study.ask()
         n_suggested = stop(trial.number)
@@ -614,6 +614,55 @@ def test_a_sampler_is_shown_what_it_can_learn_from() -> None:
     study.optimize(objective, n_trials=1)
     assert seen == [[(TrialState.COMPLETE, 7.0), (TrialState.PRUNED, None)]]
     assert [trial.state.name for trial in study.trials[:4]] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+
+
+def test_a_sampler_is_made_for_each_trial_and_each_parameter_that_it_draws_by_itself() -> None:
+    seeds: list[int] = []
+
+    def make(seed: int) -> optuna.samplers.BaseSampler:
+        seeds.append(seed)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    study = made(RepeatableSampler(make, list(SPACE), seed=1))
+    assert seeds == [1]  # it is made at once, so that wrong arguments are refused at once
+    study.optimize(objective, 2)
+    assert len(set(seeds)) == 1 + 2 * (1 + len(SPACE))
+    assert len(seeds) == len(set(seeds)) + 2  # when a trial has ended, with the seed that it began with
+
+
+class Remembers(optuna.samplers.RandomSampler):
+    """A sampler of one's own that takes no seed."""
+
+    made: ClassVar[list[Remembers]] = []
+
+    def __init__(self) -> None:
+        super().__init__(seed=0)
+        self.made.append(self)
+
+
+def test_a_sampler_without_a_seed_lives_as_long_as_the_process() -> None:
+    study = made(make_named_sampler(f"{__name__}.Remembers", {}, list(SPACE), seed=1))
+    study.optimize(objective, 3)
+    assert len(Remembers.made) == 1
+
+
+def test_showing_a_sampler_the_study_does_not_read_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = made(make_named_sampler("tpe", {"n_startup_trials": 1}, list(SPACE), seed=1))
+    study.optimize(objective, 4)
+    storage, n_read = storage_of(study), 0
+    read = storage.get_all_trials
+
+    def counted(*args: Any, **options: Any) -> list[FrozenTrial]:
+        nonlocal n_read
+        n_read += 1
+        return read(*args, **options)
+
+    monkeypatch.setattr(storage, "get_all_trials", counted)
+    trial = study.ask()
+    assert n_read <= 1  # for waiting trials
+    n_read = 0
+    suggest(trial)
+    assert n_read == 1
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_cma_es_begins_at_it(study_file: Callable[..., Path], tmp_path: Path) ->
     write_other(f"sqlite:///{tmp_path / 'other.db'}", (0.9, {FIRST: 0.7}))
     given = {"study": "other", "storage": "sqlite:///other.db"}
     objective = fake_objective(study_file(gold="0", search={"warm_start": given}))
-    assert "search: begins at the 5 best trials of other" in objective.describe()
+    assert "search: starts from the 5 best trials of other" in objective.describe()
     study = optuna.create_study(direction="maximize", sampler=objective.sampler())
     objective.enqueue_baselines(study)
     study.optimize(objective, n_trials=7)
