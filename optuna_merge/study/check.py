@@ -163,13 +163,17 @@ def _warnings(config: StudyConfig, space: SearchSpace, n_chunks: int) -> list[st
     unpruned = never_prunes(config, n_chunks)
     found = [unpruned] if unpruned else []
     if config.engine.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        found.append("vllm is not installed here, which run-study needs for engine.backend: vllm; see docs/vllm.md")
+        found.append("vllm is not installed here; run-study needs it for engine.backend: vllm; see docs/vllm.md")
     if not space.distributions:
         found.append("nothing is searched: every parameter is a constant")
     if config.study.n_trials <= len(space.baselines):
-        found.append(f"study.n_trials is {config.study.n_trials}: the {len(space.baselines)} baselines leave no search")
+        found.append(
+            f"study.n_trials is {config.study.n_trials}: nothing is searched after {len(space.baselines)} baselines"
+        )
     if config.holdout is None:
         found.append("holdout is not set: the best of many trials looks better than it is, and nothing will show it")
     if config.genome.base_model in config.genome.models and config.genome.base_model not in config.sources:
-        found.append("genome.base_model is also among genome.models: it gets no weights, its task vector is zero")
+        found.append(
+            "genome.base_model is also among genome.models: it gets no weights, because its task vector is zero"
+        )
     return found

@@ -34,13 +34,15 @@ def describe_study(
         f" {models.refs.dtype} on {device}; chat template {tasks.chat_template_reason}",
     ]
     if warm_start := config.search.warm_start:
-        lines.append(f"search: begins at the {warm_start.n_best} best trials of {warm_start.label}")
+        lines.append(f"search: starts from the {warm_start.n_best} best trials of {warm_start.label}")
     if len(config.objectives) > 1:
-        lines.append(f"goal: a front of {', '.join(config.objectives)}; their sum chooses the best merge")
+        lines.append(
+            f"goal: a Pareto front of {', '.join(config.objectives)}; the best merge is the one with the largest sum"
+        )
     lines += [line for line in (_population_line(config, space), never_prunes(config, scorer.n_chunks)) if line]
     if scorer.not_means:
         names = ", ".join(scorer.not_means)
-        lines.append(f"pruning judges {names} by what was scored so far: the metric is no mean over documents")
+        lines.append(f"pruning compares {names} on the chunks scored so far: the metric is not a mean over documents")
     return lines
 
 

@@ -53,7 +53,7 @@ class Outcome:
     timed_out: bool = False
 
 
-def as_started(config: StudyConfig) -> StudyConfig:
+def keep_n_chunks(config: StudyConfig) -> StudyConfig:
     """The study file, with the number of chunks that the study was started with.
 
     If the file leaves ``study.n_chunks`` out, it follows from the device's batch size. A study that resumes on

@@ -67,7 +67,7 @@ def test_three_models_of_7_b_fit_into_24_gb() -> None:
     plan = seven_b()
     assert plan.weights == 6_738_415_616 * 2
     assert plan.kv_token == 2 * 32 * 4096 * 2
-    # a feed-forward part twice; of one of its tensors the four models'; pieces of an embedding; scratch
+    # a feed-forward part twice; one of its tensors from four models; a piece of an embedding from each; scratch
     tensor = 11008 * 4096 * 2
     assert plan.merge_buffer == 2 * 3 * tensor + 4 * tensor + 4 * KERNEL_ELEMENTS * 2 + 6 * PIECE_ELEMENTS * 4
     plan.check(longest=4097)
@@ -104,7 +104,7 @@ def test_what_makes_it_smaller() -> None:
     assert seven_b(options={"kv_cache_memory_bytes": 10**9}).kv_cache == 10**9
     assert seven_b(options={"gpu_memory_utilization": 0.8}).kv_cache < plan.kv_cache
     assert seven_b(options={"gpu_memory_utilization": 0.5}).kv_cache == 0
-    assert plan_vllm(llama_shapes(), {}, itemsize=2, n_models=2).kv_token == 0  # a configuration of other names
+    assert plan_vllm(llama_shapes(), {}, itemsize=2, n_models=2).kv_token == 0  # a config.json with unknown keys
 
 
 def test_experts_of_a_layer_are_loaded_together() -> None:
@@ -143,7 +143,7 @@ def test_the_transformers_engine() -> None:
 
 @pytest.mark.parametrize(("hidden", "inner"), [(256, 896), (512, 512)])
 def test_scoring_takes_what_is_planned(hidden: int, inner: int, tmp_path: Path) -> None:
-    """Bytes of tensors that live at once on a CPU, whose attention takes no more than a GPU's."""
+    """Compared with the tensors that live at once on a CPU, where attention needs no more memory than on a GPU."""
     base, _ = write_tiny_models(tmp_path, 0)
     config = json.loads((base / "config.json").read_text())
     config |= {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -163,14 +163,14 @@ def test_scoring_takes_what_is_planned(hidden: int, inner: int, tmp_path: Path) 
         n_padded=prepared.n_padded,
         n_scored=prepared.n_scored,
     )
-    engine.respond(prepared)  # places its batches
+    engine.respond(prepared)  # moves its batches to the device
     with LiveBytes() as live:
         engine.respond(prepared)
     assert plan.scoring == pytest.approx(live.peak, rel=0.01)
 
 
 def test_a_merge_takes_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: of each model the tensor that is merged and the next, and pieces."""
+    """Merged as on a GPU: from each model the current tensor and the next, and scratch pieces."""
     base, models = write_tiny_models(tmp_path, 2)
     references = (str(base), *map(str, models))
     shapes = {name: Checkpoint.open(str(base)).shape(name) for name in Checkpoint.open(str(base)).names}
@@ -182,7 +182,7 @@ def test_a_merge_takes_what_is_planned(tmp_path: Path, monkeypatch: pytest.Monke
             monkeypatch.setattr(memory, piece, 1 << 6)
         plan = plan_hf(shapes, {}, itemsize=4, n_models=3, n_padded=1, n_scored=1, card=24 * GB)
         merger = Merger({r: Checkpoint.open(r) for r in references}, chunk_elements=1 << 6, placement="host")
-        dict(merger.merge(recipe_of(references)))  # reads the sources
+        dict(merger.merge(recipe_of(references)))  # so that the sources are read
         merger._stage = Stage(torch.device("cpu"), is_ahead=True)
         merger._buffers.clear()
         resident = {name: torch.empty(shapes[name]) for name in merger.names}
@@ -203,7 +203,7 @@ def test_sizes() -> None:
 
 @pytest.fixture
 def seven_b_models(tmp_path: Path, tiny_models: Path) -> list[Path]:
-    """Four folders whose weights are files of the right size that take no room: holes."""
+    """Four model folders whose weight files are sparse: of the right size, but empty on disk."""
     shapes, offset, header = llama_shapes(), 0, {}
     for name, shape in shapes.items():
         n_bytes = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)

@@ -149,7 +149,7 @@ def test_pruned_trials_carry_the_paired_estimate(study_file: Callable[..., Path]
 
 @pytest.mark.parametrize("pruner", ["wilcoxon", "successive_halving", "none"])
 def test_a_full_score_is_that_of_one_pass_whatever_the_pruner(study_file: Callable[..., Path], pruner: str) -> None:
-    """The same merges in ten chunks with a pruner, and in one pass."""
+    """The same merges are scored in ten chunks with a pruner, and in one pass."""
     study = {"seed": 1, "n_chunks": 10, "pruner": pruner}
     objective = fake_objective(study_file(gold="0", study=study, n_documents=70))
     sampler = optuna.samplers.RandomSampler(seed=2)
@@ -171,7 +171,7 @@ def test_metrics_that_are_no_means_are_named_before_they_are_pruned_by(
     task = tmp_path / "tasks" / "two.yaml"
     task.write_text(task.read_text().replace("aggregation: mean", "aggregation: median"))
     [said] = [line for line in fake_objective(path).describe() if "pruning" in line]
-    assert said == "pruning judges two by what was scored so far: the metric is no mean over documents"
+    assert said == "pruning compares two on the chunks scored so far: the metric is not a mean over documents"
 
 
 def test_the_paired_estimate_by_hand() -> None:

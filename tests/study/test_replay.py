@@ -1,4 +1,4 @@
-"""What is promised of every recorded trial: its export is the model that was scored, by outside tools too."""
+"""Every recorded trial exports to the model that was scored; lm-eval and mergekit confirm it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def searched_documents(objective: MergeObjective) -> dict[str, list[int]]:
 
 
 def plain_lm_eval(folder: Path, tasks: Path, documents: dict[str, list[int]]) -> dict[str, float]:
-    """Accuracies by transformers and lm-eval alone."""
+    """Accuracies according to transformers and lm-eval, without our code."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=8)
@@ -82,7 +82,7 @@ def test_mergekit_makes_the_exported_tensors_from_best_config(
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    # The uniform merges are not searched: only the last trial has weights of its own for each group.
+    # The first trials are uniform merges; the last one has a weight of its own in each group.
     search = {"embed_group": embed_group, "weight": {"low": 0.0, "high": 1.5}}
     objective = run(
         study_file(

@@ -45,7 +45,7 @@ RUN = [sys.executable, "-m", "optuna_merge"]
 
 
 def table(url: str) -> list[tuple]:
-    """Everything of a study's trials that must not depend on interruptions."""
+    """The parts of a study's trials that must not depend on interruptions."""
     trials = open_study(url, "tiny").trials
     return [
         (t.number, t.state, t.value, t.params, t.intermediate_values, t.user_attrs.get(attributes.BASELINE))
@@ -241,7 +241,7 @@ def test_a_full_disk_stops_the_study_and_room_lets_it_go_on(objective: MergeObje
 def test_memory_that_is_out_while_merging_stops_the_study_and_more_lets_it_go_on(
     study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path
 ) -> None:
-    """One tensor is larger than what the kernel grants; the trial comes back with its parameters."""
+    """One tensor is larger than the memory that the kernel grants; the trial is put back with its parameters."""
     name = "model.layers.0.mlp.large_proj.weight"
     for model in ("base", "model_0", "model_1"):
         shutil.copytree(tiny_models / model, tmp_path / model)
@@ -288,7 +288,7 @@ def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:
 
 
 class Doomed(Watcher):
-    """Kills its process by SIGKILL some milliseconds after a chunk, whatever it does then."""
+    """Kills its process by SIGKILL a few milliseconds after a chunk, whatever the process is doing then."""
 
     def __init__(self, n_chunks: int, delay_s: float) -> None:
         self.left = n_chunks
@@ -329,10 +329,10 @@ def test_killed_twenty_times_it_ends_as_if_it_had_run_through(
 
 
 def share_and_kill(objective: MergeObjective, n_workers: int, n_kills: int) -> list[int]:
-    """Let some workers run a study, of which so many are killed, whatever they do; each is replaced.
+    """Let several workers run a study; kill ``n_kills`` of them at any point, and replace each.
 
     Returns:
-        Number of each trial that is finished.
+        The numbers of the finished trials.
     """
     chance = random.Random(7)
 
@@ -371,7 +371,7 @@ def test_workers_share_a_study_while_they_are_killed(
 
 
 def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callable[..., Path], tmp_path: Path) -> None:
-    """The real command line, the real engine, SIGKILL."""
+    """With the real command line and the real engine, killed by SIGKILL."""
     file = study_file(study={"name": "tiny", "n_trials": 40, "seed": 3, "n_chunks": 10}, n_documents=200)
     through = subprocess.run(
         [*RUN, "run-study", str(file), "--storage-path", str(tmp_path / "through")], capture_output=True, check=False
@@ -396,7 +396,7 @@ def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callab
 
 
 def _n_rows(database: Path) -> int:
-    """Reported chunks, read without disturbing the writer."""
+    """Number of reported chunks, read without disturbing the writer."""
     if not database.exists():
         return 0
     try:
