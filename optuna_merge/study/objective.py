@@ -1,12 +1,13 @@
-"""The objective: what Optuna calls with a trial, and the only place where a trial meets a tensor. Read it first.
+"""The objective: what Optuna calls with a trial, and the one place where a trial meets a tensor.
 
-    trial -> recipe -> merge into the resident model -> score a chunk -> report it -> prune, or go on -> value
-                                                          ^_______________________________|
+    trial -> recipe -> merge into the resident model -> score a chunk -> report it -> prune? -> value
+                                                              ^                         | no
+                                                              +-------------------------+
 
-On one side are Optuna and the storage, which know trials, parameters and values. On the other are merging and
-evaluation, which know recipes, tensors and documents. ``MergeObjective`` joins them: it works with any Optuna study,
-sampler, pruner and storage, and ``run-study`` runs the same object. The sampler, the merge and the scoring are
-elsewhere: in ``search/``, in ``merging/`` behind ``loaders.py``, and in ``evaluation/``.
+This is the file to read first. On one side are Optuna and the storage, which know trials, parameters and values. On
+the other are merging and evaluation, which know recipes, tensors and documents. ``MergeObjective`` joins them. It
+works with any Optuna study, sampler, pruner and storage; ``run-study`` runs the same object. The rest is elsewhere:
+the search in ``search/``, the merge in ``merging/`` behind ``loaders.py``, and the scoring in ``evaluation/``.
 """
 
 from __future__ import annotations
