@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
@@ -13,136 +12,15 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 
 from optuna_merge.errors import TaskError
 from optuna_merge.evaluation.engines.hf import HFEngine
-from optuna_merge.evaluation.results import ChunkResult, Score
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.evaluation.term import EvalTask
-from optuna_merge.testing.engine import FakeEngine
-from optuna_merge.testing.models import write_tiny_models
-
-N_DOCUMENTS = 24
-WORDS = ["cat", "dog", "mat", "sat", "one", "two", "three", "four", "letter", "next"]
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-MEAN = {"aggregation": "mean", "higher_is_better": True}
-
-
-def write_task(folder: Path, name: str, n_documents: int = N_DOCUMENTS, verbatim: str = "", **settings: Any) -> None:
-    rnd = random.Random(name)
-    rows = []
-    for number in range(n_documents):
-        choices = [" ".join(rnd.sample(WORDS, rnd.randint(1, 3))) for _ in range(4)]
-        question = f"{number} {' '.join(rnd.sample(WORDS, 3))}"
-        rows.append({"question": question, "choices": choices, "gold": rnd.randrange(4), "text": "the " + question})
-    data = folder / f"{name}.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data), "train": str(data)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}} Answer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm", **MEAN}],
-        **settings,
-    }
-    written = {key: value for key, value in task.items() if value is not None and f"{key}:" not in verbatim}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(written) + verbatim)
-
-
-HELPERS = """
-def process(doc, results):
-    scores = [r[0] for r in results]
-    return {"is_early": float(scores.index(max(scores)) < 2), "spread": (max(scores), min(scores))}
-
-def widest(values):
-    return max(high - low for high, low in values)
-"""
-
-EARLY = """
-process_results: !function helpers.process
-metric_list:
-- {metric: is_early, aggregation: mean, higher_is_better: true}
-- {metric: spread, aggregation: !function helpers.widest, higher_is_better: true}
-"""
-
-
-def write_all(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "helpers.py").write_text(HELPERS)
-    write_task(folder, "letters", doc_to_choice=["A", "B", "C", "D"], tag=["choosing"])
-    write_task(folder, "phrases", n_documents=30, tag=["choosing"])
-    write_task(folder, "shots", fewshot_split="train", num_fewshot=1, doc_to_choice=["A", "B", "C", "D"])
-    write_task(folder, "early", verbatim=EARLY)
-    write_task(
-        folder,
-        "cloze",
-        output_type="loglikelihood",
-        doc_to_target=" {{choices[0]}}",
-        doc_to_choice=None,
-        metric_list=[{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", **MEAN}],
-    )
-    write_task(
-        folder,
-        "prose",
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{text}}",
-        doc_to_choice=None,
-        metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    )
-    write_task(
-        folder,
-        "telling",
-        n_documents=10,
-        output_type="generate_until",
-        doc_to_target="t",
-        doc_to_choice=None,
-        generation_kwargs={"until": ["\n"], "max_gen_toks": 4},
-        filter_list=[
-            {"name": "first", "filter": [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]},
-            {"name": "whole", "filter": [{"function": "take_first"}]},
-        ],
-        metric_list=[{"metric": "exact_match", **MEAN}],
-    )
-    for name, by_size in (("both", True), ("each", False)):
-        group = {
-            "group": name,
-            "task": ["letters", "phrases"],
-            "aggregate_metric_list": [{"metric": "acc", "weight_by_size": by_size}],
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(group))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("eval") / "tasks")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _, [folder] = write_tiny_models(tmp_path_factory.mktemp("models"), 1, spread=0.4)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> HFEngine:
-    engine = HFEngine(model, device="cpu")
-    engine.load_weights(load_file(model / "model.safetensors").items())
-    return engine
+from tests.evaluation.task_files import fake, loaded
 
 
 @pytest.fixture(scope="module")
@@ -229,24 +107,6 @@ def test_few_shot_and_chat_templates_as_lm_eval_renders_them(
             assert score.tasks[term.name].value == results["results"][term.name][full]
 
 
-def fake(tasks: Path, **options: Any) -> tuple[FakeEngine, Scorer]:
-    engine = FakeEngine({"w": torch.zeros(4)})
-    terms = options.pop("terms", [EvalTask("right"), EvalTask("rarely", -2.0)])
-    return engine, Scorer.build(engine, terms, task_search_path=[tasks], **options)
-
-
-def loaded(engine: FakeEngine, distance: float) -> None:
-    engine.load_weights([("w", torch.full((4,), distance))])
-
-
-@pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("right")
-    write_task(folder, "right", n_documents=200, doc_to_choice=["right", "wrong"], doc_to_target=0)
-    write_task(folder, "rarely", n_documents=100, doc_to_choice=["right", "wrong", "bad"], doc_to_target=0)
-    return folder
-
-
 def test_chunks_are_fixed_stratified_and_complete(right: Path) -> None:
     engine, scorer = fake(right, n_chunks=10, seed=3)
     _, again = fake(right, n_chunks=10, seed=3)
@@ -265,23 +125,6 @@ def test_chunks_are_fixed_stratified_and_complete(right: Path) -> None:
     assert total.value == total.tasks["right"].value - 2 * total.tasks["rarely"].value
     # equal strata: the chunks' mean is the total
     assert statistics.mean(result.score for result in results) == pytest.approx(total.value)
-
-
-def test_results_and_scores_go_through_json_unchanged(engine: HFEngine, tasks: Path) -> None:
-    terms = [EvalTask("early", metric="spread"), EvalTask("prose", metric="bits_per_byte"), EvalTask("letters")]
-    scorer = Scorer.build(engine, terms, task_search_path=[tasks], n_chunks=3)
-    results = [scorer.score_chunk(chunk) for chunk in range(3)]
-    read = [ChunkResult.from_json(result.to_json()) for result in results]
-    assert read == results
-    score = scorer.total(results)
-    assert scorer.total(read) == score
-    assert Score.from_json(score.to_json()) == score
-    with pytest.raises(TaskError, match="chunk result: not readable"):
-        ChunkResult.from_json("{}")
-    with pytest.raises(TaskError, match="score: not readable"):
-        Score.from_json("[]")
-    with pytest.raises(TaskError, match="must hold each chunk once"):
-        scorer.total([results[0], results[0]])
 
 
 def test_a_trial_leaves_nothing_for_the_next_one(right: Path) -> None:
@@ -427,100 +270,6 @@ def test_nothing_is_printed(right: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("term", "message"),
-    [
-        (EvalTask("letters", metric="f1"), "task 'letters' has no metric 'f1'; it has: acc,none, acc_norm,none"),
-        (EvalTask("letters", metric="acc,strict"), "task 'letters' has no metric 'acc,strict'; it has: acc,none"),
-        (EvalTask("telling"), "has no metric 'acc,none'; it has: exact_match,first, exact_match,whole"),
-        (
-            EvalTask("telling", metric="exact_match"),
-            "has several filters for metric 'exact_match'; it has: exact_match,f",
-        ),
-        (EvalTask("early"), "task 'early' has no metric 'acc,none'; it has: is_early,none, spread,none"),
-        (EvalTask("both", metric="acc_norm"), "task 'both' has no metric 'acc_norm'; it has: acc,none"),
-    ],
-)
-def test_metrics_that_a_task_does_not_have(engine: HFEngine, tasks: Path, term: EvalTask, message: str) -> None:
-    with pytest.raises(TaskError) as caught:
-        Scorer.build(engine, [term], task_search_path=[tasks])
-    assert message in str(caught.value)
-
-
-def test_an_unknown_task_lists_the_nearest_and_where_it_looked(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def only_local(*, include_path: Any, include_defaults: bool, metadata: Any) -> TaskManager:
-        return TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
-
-    # lm-eval's own tasks take ten seconds to index
-    monkeypatch.setattr("optuna_merge.evaluation.loader.TaskManager", only_local)
-    with pytest.raises(TaskError) as caught:
-        fake(tasks, terms=[EvalTask("lettres")])
-    assert str(caught.value) == (
-        f"unknown task 'lettres'; did you mean 'letters'? (looked in {tasks}, lm-eval's own tasks)"
-    )
-    (tmp_path / "torn.yaml").write_text("task: [")
-    with pytest.raises(TaskError, match=r"torn\.yaml could not be read: "):
-        fake(tmp_path, terms=[EvalTask("torn")])
-
-
-KEYS = {"text": "doc_to_text", "docs": "process_docs", "results": "process_results"}
-
-
-@pytest.mark.parametrize(
-    ("which", "body", "message"),
-    [
-        (
-            "text",
-            "if args[0]['question'][0] == '3': raise KeyError('story')",
-            "task 'broken', document 3: rendering its request raised KeyError: 'story'",
-        ),
-        (
-            "text",
-            "raise ValueError('no\\nstory')",
-            "task 'broken', document 0: loading it raised ValueError: no; correct",
-        ),
-        (
-            "results",
-            "if args[0]['question'][0] == '3': raise KeyError('x')",
-            "task 'broken', document 3: process_results raised KeyError: 'x'",
-        ),
-        (
-            "results",
-            "return {'acc': object()}",
-            "task 'broken': metric 'acc' must be made of numbers and texts, got object",
-        ),
-        ("text", "import nothing_like_it", "loading it raised ModuleNotFoundError: No module"),
-        ("docs", "return args[0].select([])", "task 'broken': no documents are left"),
-    ],
-)
-def test_a_task_whose_code_raises_is_named_with_its_document(
-    tmp_path: Path, which: str, body: str, message: str
-) -> None:
-    answer = {"text": "'q'", "results": "{'acc': 1}", "docs": "args[0]"}[which]
-    (tmp_path / "broken_helpers.py").write_text(f"def f(*args):\n    {body}\n    return {answer}\n")
-    write_task(tmp_path, "broken", n_documents=5, verbatim=f"{KEYS[which]}: !function broken_helpers.f\n")
-    with pytest.raises(TaskError) as caught:
-        _build_and_score(tmp_path)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def _build_and_score(folder: Path) -> None:
-    engine, scorer = fake(folder, terms=[EvalTask("broken")])
-    loaded(engine, 0.1)
-    scorer.score_all()
-
-
-def test_a_task_that_runs_generated_code_must_be_allowed(tmp_path: Path) -> None:
-    write_task(tmp_path, "broken", verbatim="unsafe_code: true\n")
-    with pytest.raises(TaskError, match="task 'broken' runs code that the model generates"):
-        _build_and_score(tmp_path)
-    _, scorer = fake(tmp_path, terms=[EvalTask("broken")], allow_unsafe_code=True)
-    assert scorer.n_documents == N_DOCUMENTS
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"limit": 0}, "limit must be above 0, got 0: no documents would be left"),
@@ -535,20 +284,6 @@ def test_a_task_that_runs_generated_code_must_be_allowed(tmp_path: Path) -> None
 def test_options_that_cannot_be(right: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         fake(right, **options)
-
-
-@pytest.mark.parametrize("sampler", ["default", "first_n"])
-@pytest.mark.parametrize(("split", "most"), [("test", N_DOCUMENTS - 1), ("train", N_DOCUMENTS)])
-def test_more_examples_than_there_are_documents(tmp_path: Path, split: str, most: int, sampler: str) -> None:
-    write_task(tmp_path, "one", fewshot_split=split, fewshot_config={"sampler": sampler})
-    fake(tmp_path, terms=[EvalTask("one")], num_fewshot=most)
-    with pytest.raises(TaskError, match=f"task 'one': num_fewshot must be at most {most}, .* got {most + 1}; lower it"):
-        fake(tmp_path, terms=[EvalTask("one")], num_fewshot=most + 1)
-
-
-def test_a_search_path_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"task_search_path must name folders, got .*nowhere"):
-        fake(tmp_path / "nowhere")
 
 
 def test_describing_needs_no_weights(model: Path, tasks: Path) -> None:
