@@ -1,15 +1,16 @@
-"""How fast merging is: against the speed of memory, and against mergekit's executor on the same checkpoints.
+"""Speed of merging, compared with copying memory and with mergekit's executor on the same checkpoints.
 
     python benchmarks/merge_speed.py                              four checkpoints of 0.5 B parameters
     python benchmarks/merge_speed.py --n-layers 4 --methods ties  smaller, one method
     python benchmarks/merge_speed.py --no-mergekit --device cuda
 
-Checkpoints are random bfloat16, made on the spot; sources are read once before anything is measured. The copy
-bandwidth is that of copying the same tensors into the resident model, read plus written, in the same run. Each repeat
-has other weights and another density, as the trials of a search have; "kept" is the time of a merge with the density
-of the one before. "MiB" is the memory used beyond the resident model and the mapped files: the run fails if it is over
-512. On the CPU it is that of anonymous pages, looked at every 5 ms (on Linux alone), for the peak that the kernel
-keeps counts the pages of mapped files too.
+The checkpoints are random bfloat16, made by the run, and are read once before anything is measured. The copy bandwidth
+is measured in the same run: bytes read plus written when the same tensors are copied into the resident model. Each
+repeat has other weights and another density, like the trials of a search. "kept" is the time of a merge with the same
+density as the merge before.
+
+"MiB" is the memory used beyond the resident model and the mapped files; the run fails above 512. On the CPU it counts
+anonymous pages, sampled every 5 ms (on Linux only), because the kernel's own peak counts pages of mapped files too.
 """
 
 from __future__ import annotations
@@ -41,54 +42,70 @@ EXTRA_MIB = 512
 
 
 def main() -> None:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, [str(path) for path in write_models(Path(folder), args.n_layers)])
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-layers", type=int, default=21)
     parser.add_argument("--methods", default="linear,task_arithmetic,ties,dare_ties,della,breadcrumbs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mergekit", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        references = [str(path) for path in write_models(Path(folder), args.n_layers)]
-        merger = Merger({r: Checkpoint.open(r) for r in references}, device=args.device)
-        resident = {
-            name: torch.empty(merger.checkpoints[references[0]].shape(name), dtype=torch.bfloat16, device=args.device)
-            for name in merger.names
-        }
-        n_elements = sum(tensor.numel() for tensor in resident.values())
-        copy_all(merger, resident)  # warms the page cache
-        copy_s = statistics.median(seconds_of(lambda: copy_all(merger, resident)) for _ in range(args.repeats))
-        bandwidth = 2 * 2 * len(references) * n_elements / copy_s
-        print(
-            f"{len(references)} checkpoints of {n_elements / 1e6:.0f} M parameters, {torch.get_num_threads()} threads"
-        )
-        print(f"copying: {bandwidth / 1e9:.1f} GB/s")
-        print(
-            f"{'method':18}{'first s':>9}{'s':>9}{'kept s':>9}{'GB/s':>7}{'of copy':>9}{'mergekit s':>12}{'times':>7}"
-            f"{'MiB':>7}"
-        )
-        for method in args.methods.split(","):
-            recipes = [
-                make_recipe(method, references, args.n_layers, DENSITY - 0.001 * i, i) for i in range(args.repeats + 1)
-            ]
-            with ExtraMemory(args.device) as memory:
-                times = [seconds_of(lambda recipe=recipe: merge_all(merger, recipe, resident)) for recipe in recipes]
-                kept = make_recipe(method, references, args.n_layers, DENSITY - 0.001 * args.repeats, -1)
-                kept_s = seconds_of(lambda recipe=kept: merge_all(merger, recipe, resident))
-            seconds = statistics.median(times[1:])
-            n_read = len(recipes[0].references) - (method == "linear")  # which does not read its base
-            speed = 2 * (n_read + 1) * n_elements / seconds
-            theirs = seconds_of(lambda recipe=recipes[0]: run_mergekit(recipe)) if args.mergekit else float("nan")
-            print(
-                f"{method:18}{times[0]:9.2f}{seconds:9.2f}{kept_s:9.2f}{speed / 1e9:7.1f}{speed / bandwidth:9.0%}"
-                f"{theirs:12.2f}{theirs / seconds:7.1f}{memory.peak_mib:7.0f}",
-                flush=True,
-            )
-            assert memory.peak_mib <= EXTRA_MIB, f"{method}: {memory.peak_mib:.0f} MiB beyond model and files"
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, references: list[str]) -> None:
+    merger = Merger({r: Checkpoint.open(r) for r in references}, device=args.device)
+    resident = {
+        name: torch.empty(merger.checkpoints[references[0]].shape(name), dtype=torch.bfloat16, device=args.device)
+        for name in merger.names
+    }
+    n_elements = sum(tensor.numel() for tensor in resident.values())
+    copy_all(merger, resident)  # fills the page cache
+    copy_s = statistics.median(seconds_of(lambda: copy_all(merger, resident)) for _ in range(args.repeats))
+    bandwidth = 2 * 2 * len(references) * n_elements / copy_s
+    print(f"{len(references)} checkpoints of {n_elements / 1e6:.0f} M parameters, {torch.get_num_threads()} threads")
+    print(f"copying: {bandwidth / 1e9:.1f} GB/s")
+    print(
+        f"{'method':18}{'first s':>9}{'s':>9}{'kept s':>9}{'GB/s':>7}{'of copy':>9}{'mergekit s':>12}{'times':>7}"
+        f"{'MiB':>7}"
+    )
+    for method in args.methods.split(","):
+        measure(args, method, references, merger, resident, bandwidth)
+
+
+def measure(
+    args: argparse.Namespace,
+    method: str,
+    references: list[str],
+    merger: Merger,
+    resident: dict[str, torch.Tensor],
+    bandwidth: float,
+) -> None:
+    """Measure one method and print its line."""
+    n_elements = sum(tensor.numel() for tensor in resident.values())
+    recipes = [make_recipe(method, references, args.n_layers, DENSITY - 0.001 * i, i) for i in range(args.repeats + 1)]
+    with ExtraMemory(args.device) as memory:
+        times = [seconds_of(lambda recipe=recipe: merge_all(merger, recipe, resident)) for recipe in recipes]
+        kept = make_recipe(method, references, args.n_layers, DENSITY - 0.001 * args.repeats, -1)
+        kept_s = seconds_of(lambda: merge_all(merger, kept, resident))
+    seconds = statistics.median(times[1:])
+    n_read = len(recipes[0].references) - (method == "linear")  # which does not read its base
+    speed = 2 * (n_read + 1) * n_elements / seconds
+    theirs = seconds_of(lambda: run_mergekit(recipes[0])) if args.mergekit else float("nan")
+    print(
+        f"{method:18}{times[0]:9.2f}{seconds:9.2f}{kept_s:9.2f}{speed / 1e9:7.1f}{speed / bandwidth:9.0%}"
+        f"{theirs:12.2f}{theirs / seconds:7.1f}{memory.peak_mib:7.0f}",
+        flush=True,
+    )
+    assert memory.peak_mib <= EXTRA_MIB, f"{method}: {memory.peak_mib:.0f} MiB beyond model and files"
 
 
 def write_models(folder: Path, n_layers: int) -> list[Path]:
-    """A base and its fine-tunes, of Llama's shapes."""
+    """Write a base and its fine-tunes, with Llama's shapes."""
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
     shapes["model.norm.weight"] = (HIDDEN,)
     for layer in range(n_layers):
@@ -122,7 +139,7 @@ def write_models(folder: Path, n_layers: int) -> list[Path]:
 
 
 def make_recipe(method: str, references: list[str], n_layers: int, density: float, number: int) -> Recipe:
-    """The merge of one trial; each number has other weights, for tensors of the same numbers are left as they are."""
+    """The merge of one trial. Each ``number`` has other weights, because equal merges are not written again."""
     declared = METHODS[method]
     base = None if declared.base == "none" else references[0]
     values = {"weight": (0.37 + 0.001 * number, 0.91, 0.22), "density": (density,) * N_SOURCES}
@@ -169,7 +186,7 @@ def run_mergekit(recipe: Recipe) -> None:
 
 
 class ExtraMemory:
-    """The peak of the memory used within a ``with`` block, beyond what was used before it."""
+    """Peak of the memory used in a ``with`` block beyond what was used before it."""
 
     def __init__(self, device: str) -> None:
         self.peak_mib = 0.0

@@ -24,7 +24,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Number = int | float  # pydantic reads an int as a float where the type says float alone
 
 PASSTHROUGH = "passthrough"
-"""The method of a recipe that copies one model; a source is scored on its own by it."""
+"""The method that copies one model, so that a source can be scored on its own."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True)  # types that read JSON refuse other keys and other types
 _WITH_ADAPTER = re.compile(r"(?P<model>.+?)\+(?P<adapter>/.+|[^/@+]+(?:/[^/@+]+)?@[^/@+]+)")
