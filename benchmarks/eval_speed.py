@@ -1,12 +1,12 @@
-"""Time of one evaluation, over that of lm-eval on the same live model and over its bare forward passes.
+"""Time of one evaluation, relative to lm-eval on the same live model and to the bare forward passes.
 
     python benchmarks/eval_speed.py [--quickstart DIR] [--json]
 
-On the quickstart's base model and tasks, if they are there (``python studies/quickstart_models.py`` makes them), and
-on random models made on the spot: a small one with short prompts, on which everything but arithmetic shows, and a
-larger one with longer prompts, on which arithmetic dominates. Three multiple-choice tasks each; those of the random
-models have four single letters, five words, six phrases of several tokens as choices. All figures come from this one
-run, timed in turns; the best of five is taken.
+Measured on the quickstart's base model and tasks, if they exist (``python studies/quickstart_models.py`` makes them),
+and on two random models made on the spot: a small one with short prompts, where overhead dominates, and a larger one
+with longer prompts, where arithmetic dominates. Each has three multiple-choice tasks; those of the random models offer
+four letters, five words, or six phrases of several tokens. All figures come from this one run: the candidates take
+turns, and the best of five counts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 WORDS = "cat dog mat sat ran after the and on one two three four five six seven eight nine ten letter next".split()
 
 
-QUICKSTART_DOCUMENTS = 120  # that many of a task's are searched
+QUICKSTART_DOCUMENTS = 120  # as many of each task as the quickstart searches
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     report(figures, as_json=options.json)
     first = next(iter(figures))
     if figures[first]["over_lm_eval"] > TARGET_LM_EVAL or figures["larger"]["over_forward"] > TARGET_FORWARD:
-        print(f"missed: at most {TARGET_LM_EVAL} ({first}), {TARGET_FORWARD} (larger)", file=sys.stderr)
+        print(f"missed: must be at most {TARGET_LM_EVAL} ({first}) and {TARGET_FORWARD} (larger)", file=sys.stderr)
         sys.exit(1)
 
 
@@ -121,13 +121,13 @@ def report(figures: dict[str, Any], *, as_json: bool) -> None:
         seconds = row["seconds"]
         print(f"{name}: {row['n_requests']} requests, {row['n_tokens']} tokens, {row['n_chunks']} chunks")
         print(f"  one evaluation: {seconds['chunks']:.3f} s in chunks, {seconds['at_once']:.3f} s at once")
-        print(f"  over lm_eval.simple_evaluate ({seconds['lm_eval']:.2f} s): {row['over_lm_eval']:.3f}")
-        print(f"  over bare forward passes ({seconds['forward']:.3f} s): {row['over_forward']:.2f}")
-        print(f"  in chunks over at once: {row['chunks_over_once']:.3f}")
+        print(f"  relative to lm_eval.simple_evaluate ({seconds['lm_eval']:.2f} s): {row['over_lm_eval']:.3f}")
+        print(f"  relative to bare forward passes ({seconds['forward']:.3f} s): {row['over_forward']:.2f}")
+        print(f"  in chunks, relative to at once: {row['chunks_over_once']:.3f}")
 
 
 def bare_forward(model: Any, n_tokens: int, batch_tokens: int, length: int = 64) -> None:
-    """The decoder without its output layer on as many tokens, in full batches without padding."""
+    """Run the decoder without its output layer on ``n_tokens`` tokens, in full batches without padding."""
     tokens = torch.zeros((batch_tokens // length, length), dtype=torch.long)
     n_full, rest = divmod(n_tokens, tokens.numel())
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def bare_forward(model: Any, n_tokens: int, batch_tokens: int, length: int = 64)
 
 
 def best_seconds(**functions: Callable[[], Any]) -> dict[str, float]:
-    """Best of five for each, in turns, so that a busy machine slows them alike."""
+    """The best of five times for each function; they take turns, so that a busy machine slows all alike."""
     seconds: dict[str, float] = dict.fromkeys(functions, float("inf"))
     for _ in range(5):
         for name, function in functions.items():

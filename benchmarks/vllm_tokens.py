@@ -1,9 +1,9 @@
-"""Tokens that vLLM computes for multiple-choice tasks, over those of lm-eval's own vLLM model; the answers compared.
+"""Tokens that vLLM computes for multiple-choice tasks, relative to lm-eval's own vLLM model; answers are compared.
 
     python benchmarks/vllm_tokens.py [--documents N] [--json]
 
-A random model made on the spot; questions after a few examples, which are the same for all, as in a few-shot task.
-Tokens found in the prefix cache are not computed. Counts do not depend on the machine, seconds do.
+The model is random and made on the spot. Each question follows the same few examples, as in a few-shot task. Tokens
+found in the prefix cache are not computed. The counts do not depend on the machine, the seconds do.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def main() -> None:
             sep=", ",
         )
     met = "met" if figures["four letters"]["ratio"] <= TARGET else "missed"
-    print(f"goal: at most {TARGET} of lm-eval's tokens for four letters: {met}")
+    print(f"target: at most {TARGET} of lm-eval's tokens for four letters: {met}")
 
 
 def questions(n: int, choices: list[str] | None) -> list[TextRequest]:
-    """Four choices of each of ``n`` questions after five examples; phrases of one to three words if none are given."""
+    """Four choices for each of ``n`` questions after five examples; None: phrases of one to three words."""
     rnd = random.Random(0)
 
     def words(n_words: int) -> str:
@@ -121,7 +121,7 @@ def by_lm_eval(folder: Path, tasks: dict[str, list[TextRequest]]) -> dict[str, A
     found = importlib.metadata.version
 
     def version(name: str) -> str:
-        """Of vLLM's CPU build, which is distributed under another name than the one lm-eval asks for."""
+        """Find the version of vLLM's CPU build too, whose distribution has another name than lm-eval asks for."""
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return found(name)
         return found(f"{name}-cpu")

@@ -14,17 +14,17 @@ LETTERS = ["A", "B", "C", "D"]
 
 
 def documents(data_dir: str = "data", **_metadata: object) -> dict[str, Dataset]:
-    """Return the documents that lm-eval asks; it passes the task's ``metadata``.
+    """Return the documents for lm-eval, which passes the task's ``metadata``.
 
     Args:
-        data_dir: Folder of the prepared sample; a relative one is relative to this file.
+        data_dir: Folder of the prepared sample, absolute or relative to this file.
 
     Returns:
-        One split, ``train``: fields story, question, candidate_answers, answer (index of the right candidate) and
-        choices (the letters of as many candidates as there are).
+        One split, ``train``, with the fields story, question, candidate_answers, answer (the index of the right
+        candidate) and choices (one letter for each candidate).
 
     Raises:
-        TaskError: If the sample is not prepared, or a document has not 2 to 4 candidates, one of them right.
+        TaskError: If the sample is not prepared, or a document does not have 2 to 4 candidates with one of them right.
     """
     path = HERE / data_dir / "spartqa_train.jsonl"
     docs = read_sample(path, "optuna-merge prepare-data studies/spartqa_alpaca.yaml")
