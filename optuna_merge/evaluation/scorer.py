@@ -111,12 +111,7 @@ class Scorer:
         """
         _refuse_options(tasks, limit, holdout)
         uses_template, reason = _choose_chat_template(engine, apply_chat_template)
-        rendering = {
-            "apply_chat_template": uses_template,
-            "fewshot_as_multiturn": fewshot_as_multiturn,
-            "chat_template": engine.apply_chat_template if uses_template else None,
-            "tokenizer_name": engine.tokenizer_name if uses_template else "",
-        }
+        rendering = _rendering_options(engine, uses_template, fewshot_as_multiturn)
         others = () if holdout is None or isinstance(holdout, float | int) else holdout
         loader = Loader(task_search_path, allow_unsafe_code)
         with quietly(), _lm_eval_seeds():
@@ -278,6 +273,16 @@ def _choose_chat_template(engine: Engine, wanted: bool | None) -> tuple[bool, st
     if engine.has_chat_template:
         return True, "applied: the tokenizer has one"
     return False, "not applied: the tokenizer has none"
+
+
+def _rendering_options(engine: Engine, uses_template: bool, fewshot_as_multiturn: bool) -> dict[str, Any]:
+    """Options of lm-eval's ``build_all_requests``."""
+    return {
+        "apply_chat_template": uses_template,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "chat_template": engine.apply_chat_template if uses_template else None,
+        "tokenizer_name": engine.tokenizer_name if uses_template else "",
+    }
 
 
 def _hold_out_share(terms: list[Term], share: float, seed: int) -> list[Term]:

@@ -75,7 +75,7 @@ class VLLMEngine:
     at once.
 
     Attributes:
-        dtype: Of the resident weights.
+        dtype: The resident weights' dtype.
         device: The first worker's device.
         batch_tokens: Tokens that vLLM computes at once.
         tokenizer_name: As lm-eval names it.
@@ -98,8 +98,9 @@ class VLLMEngine:
             described: Opens a folder with ``config.json`` and tokenizer; weights there are not read.
             shapes: Name of each tensor of the checkpoint to its shape.
             dtype: ``float32``, ``float16`` or ``bfloat16``.
-            weights_factory: Import path and argument of what makes tensors in the workers, for :meth:`load_made`.
-            options: Of vLLM's ``LLM``, which replace defaults of ours; ``in_process``: run it in this process.
+            weights_factory: For :meth:`load_made`: import path and argument of the factory that the workers call; see
+                ``WeightsWorker.load_from``.
+            options: Options of vLLM's ``LLM``, which override our defaults; ``in_process`` runs it in this process.
             trust_remote_code: Run model code that the folder brings.
 
         Raises:
@@ -166,7 +167,7 @@ class VLLMEngine:
     def load_made(self, request: str) -> None:
         """Overwrite the weights with tensors that the workers make of a request.
 
-        As with :meth:`load_weights`, the engine refuses to score until a load has gone through.
+        As with :meth:`load_weights`, the engine refuses to score until a load succeeds.
 
         Args:
             request: Plain text that the weights factory understands.
@@ -174,7 +175,7 @@ class VLLMEngine:
         Raises:
             NonFiniteMergeError: If a tensor holds NaN or infinity after rounding; names it.
             EngineError: If a tensor is unknown, missing, repeated or of another shape; names it.
-            EngineDiedError: If vLLM dies twice over it.
+            EngineDiedError: If vLLM dies twice during the load.
             OptunaMergeError: What the weights factory raises.
         """
         assert self._weights_factory is not None, "built without a weights factory"
@@ -186,7 +187,7 @@ class VLLMEngine:
         plan = make_plan(encoded.items, block_size=self._block_size)
         generated = [cut_prompt(tokens, request, self._language.window) for _, request, tokens in encoded.generated]
         needed = max(
-            # vLLM counts the token that it is asked for
+            # vLLM counts the token that it is asked for, too
             [*(len(prompt) + 1 for prompt in plan.prompts), *(len(tokens) + n for tokens, n in generated)],
             default=1,
         )

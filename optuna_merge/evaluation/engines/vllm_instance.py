@@ -36,7 +36,7 @@ class InstanceDiedError(Exception):
 
 
 def require_vllm() -> None:
-    """Refuse to go on without a vLLM that has what is needed.
+    """Refuse to go on without a vLLM that is new enough.
 
     Raises:
         EngineError: If it is not installed, or too old; says what to install.
@@ -72,10 +72,10 @@ class VLLMInstance:
 
         Args:
             described: Opens a folder with ``config.json`` and tokenizer; weights there are not read.
-            dtype: Of the model.
+            dtype: The model's dtype.
             on_cpu: Whether vLLM runs on the CPU.
             trust_remote_code: Run model code that the folder brings.
-            options: Of vLLM's ``LLM``, which replace defaults of ours; ``in_process``: run it in this process.
+            options: Options of vLLM's ``LLM``, which override our defaults; ``in_process`` runs it in this process.
 
         Raises:
             EngineError: If an option is ours to set.
@@ -103,8 +103,8 @@ class VLLMInstance:
 
         Args:
             length: Tokens of the longest sequence.
-            window: Tokens that the model's own window has; ``length`` may exceed it by the token that is asked for.
-            generates: Whether texts will be generated, so that it is worth compiling the model.
+            window: The model's own window, in tokens; ``length`` may exceed it by the token that is asked for.
+            generates: Whether text will be generated, which makes compiling the model worth its time.
 
         Raises:
             EngineError: If vLLM is missing, does not know an option, or cannot start.
