@@ -152,7 +152,7 @@ class Engine(Protocol):
         """Do everything that does not depend on weights: tokenizing, grouping by context, planning batches.
 
         Args:
-            requests: Of any kinds, in any mixture.
+            requests: Requests of any kinds, mixed in any way.
 
         Raises:
             EngineError: If a request cannot be answered by this model, such as a continuation longer than its window.

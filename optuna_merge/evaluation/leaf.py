@@ -148,7 +148,7 @@ class Leaf:
         return float(np.std(draws, ddof=1))
 
     def definition(self) -> list[Any]:
-        """What decides how responses become values, for the fingerprint."""
+        """Everything that decides how responses become values, for the fingerprint."""
         config = self.task.config
         parts = [_code_text(getattr(config, name, None)) for name in ("process_results", "filter_list", "metric_list")]
         aggregations = {metric: _code_text(self.aggregation(metric)) for metric, _ in self.wanted}

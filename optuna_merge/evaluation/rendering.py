@@ -23,7 +23,7 @@ def render(name: str, task: Task, selected: Sequence[int], **options: Any) -> di
         name: Name of the task.
         task: The task; it remembers how it rendered these documents.
         selected: Numbers of the documents, in ascending order; at least one.
-        **options: Of ``Task.build_all_requests``: chat template and the like.
+        **options: Further options of ``Task.build_all_requests``, such as the chat template.
 
     Returns:
         Document to its requests, in lm-eval's order.

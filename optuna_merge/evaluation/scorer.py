@@ -196,8 +196,8 @@ class Scorer:
         """Difference of two values on the same documents, searched or holdout, and its standard error.
 
         Args:
-            score: Of one model.
-            other: Of another one, over the same documents.
+            score: The score of one model.
+            other: The score of another one, on the same documents.
 
         Returns:
             ``score.value - other.value``, and its standard error, from the differences on each document. Tasks count

@@ -1,4 +1,4 @@
-"""What a task's metric gives for one document, as plain JSON values and back.
+"""A metric's values for single documents, converted to plain JSON values and back.
 
 A tuple becomes ``{"tuple": [...]}`` and a mapping ``{"dict": {...}}``, so that an aggregation gets what it expects.
 """

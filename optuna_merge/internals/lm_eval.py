@@ -59,7 +59,7 @@ class TooFewExamplesError(Exception):
 
     Attributes:
         n_available: Documents that could be examples.
-        asked_excluded: Whether the document that is asked is not among them.
+        asked_excluded: Whether the document that is asked was left out of them.
     """
 
     def __init__(self, n_available: int, asked_excluded: bool) -> None:
@@ -86,8 +86,8 @@ class Loading:
     """How far lm-eval got with a task that could not be loaded.
 
     Attributes:
-        has_no_documents: Whether the split that is evaluated is empty.
-        reached_documents: Whether it was at work on the first document.
+        has_no_documents: Whether the evaluated split is empty.
+        reached_documents: Whether lm-eval had begun to render the first document.
     """
 
     has_no_documents: bool = False
@@ -158,14 +158,14 @@ def without_progress_bar() -> Iterator[None]:
 
 
 def take_instances(task: Task) -> list[Instance]:
-    """The requests that a task has built; it keeps none."""
+    """Take the requests that a task has built out of it."""
     instances = task.instances
     _set_instances(task, None)
     return cast("list[Instance]", instances)
 
 
 def apply_filters(task: Task, instances: Sequence[Instance]) -> None:
-    """Run a task's filters on answered requests, whose ``filtered_resps`` they fill."""
+    """Run a task's filters, which fill ``filtered_resps`` of answered requests."""
     _set_instances(task, list(instances))
     try:
         task.apply_filters()
@@ -186,17 +186,19 @@ def filter_names(task: Task) -> list[str]:
 
 
 def is_multimodal(task: Task) -> bool:
-    """Whether a task needs images or audio; lm-eval sets the attribute only if it does."""
+    """Whether a task needs images or audio."""
+    # lm-eval sets the attribute on such tasks only
     return bool(getattr(task, "MULTIMODAL", False))
 
 
 def runs_generated_code(task: Task) -> bool:
-    """Whether a task executes what the model generates; lm-eval sets the attribute only if it does."""
+    """Whether a task executes what the model generates."""
+    # lm-eval sets the attribute on such tasks only
     return bool(getattr(task, "UNSAFE_CODE", False))
 
 
 def read_task_file(path: Path) -> None:
-    """Raise what is wrong with a task file: lm-eval leaves a file that it cannot read out of its index in silence."""
+    """Raise what is wrong with a task file; lm-eval's index silently leaves out a file that it cannot read."""
     load_yaml(path, resolve_func=False)
 
 

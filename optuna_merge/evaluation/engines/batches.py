@@ -204,7 +204,7 @@ class _Tree:
         self._open: list[int] = []
 
     def extends(self, branch: tuple[int, ...]) -> bool:
-        """Whether adding the branch leaves the open one open."""
+        """Whether the branch begins with the whole open branch, so that adding it closes nothing."""
         return self._n_common(branch) == len(self._open)
 
     def n_new(self, branch: tuple[int, ...]) -> int:

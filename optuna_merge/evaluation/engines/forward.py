@@ -156,7 +156,7 @@ class Forward:
 
 
 def _takes_trees(model: Any, config: Any, parameters: Any) -> bool:
-    """Whether attention follows a given mask and positions: no recurrence, no distances of its own."""
+    """Whether attention follows the given mask and positions: no recurrence, no built-in distances such as ALiBi."""
     layers = set(getattr(config, "layer_types", None) or ())
     return (
         {"position_ids", "attention_mask"} <= set(parameters)

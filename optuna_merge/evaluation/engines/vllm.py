@@ -240,7 +240,7 @@ class VLLMEngine:
         self._instance.start(self._length, window=self._language.window, generates=self._generates)
 
     def _surviving(self, call: Callable[[], _Result]) -> _Result:
-        """What a call returns; if vLLM dies over it, what it returns after vLLM was started and loaded again."""
+        """Return what ``call`` returns; if vLLM dies meanwhile, start and load it again and repeat the call once."""
         while True:
             try:
                 if self._is_complete and not self._instance.holds(self._length):

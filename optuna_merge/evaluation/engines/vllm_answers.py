@@ -1,4 +1,4 @@
-"""What vLLM is asked, and how its outputs answer requests: log-probabilities of planned questions, generated texts.
+"""Turns planned questions and prompts into calls of vLLM, and its outputs into log-probabilities and texts.
 
 Knows vLLM's sampling parameters and outputs. It does not know weights, nor how vLLM is started.
 """

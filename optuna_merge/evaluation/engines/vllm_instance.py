@@ -32,7 +32,7 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class InstanceDiedError(Exception):
-    """What vLLM raised, in one line; this instance cannot be relied on any longer."""
+    """The first line of what vLLM raised; the running vLLM can no longer be relied on."""
 
 
 def require_vllm() -> None:

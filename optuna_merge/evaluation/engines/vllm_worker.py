@@ -1,4 +1,4 @@
-"""What runs inside vLLM's workers: tensors are made, checked, and loaded into the model that is resident there.
+"""The code that runs inside vLLM's workers: it makes tensors, checks them, and loads them into the resident model.
 
 A worker is told what makes its tensors by an import path and plain text, so that only text goes between processes. It
 knows nothing of merging.
@@ -28,7 +28,7 @@ TensorMaker = Callable[[str], Iterator[tuple[str, Tensor]]]
 """Makes the tensors that a request, plain text, asks for; each is new, and nothing else refers to it."""
 
 Answer = dict[str, str]
-"""What a worker answers: nothing if all went well, else ``error`` (the name of an error of ours) and ``message``."""
+"""A worker's answer: empty if all went well, else ``error`` (the class name of one of our errors) and ``message``."""
 
 
 class WeightsWorker:
