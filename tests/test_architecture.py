@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "atomic": set(),
     "checkpoints": {"recipe"},
-    "cli": {"config", "data", "internals", "merging", "methods", "report", "search", "storage", "study"},
+    "cli": {"config", "data", "internals", "merging", "methods", "report", "storage", "study"},
     "config": {"methods", "recipe"},
     "data": set(),
     "errors": set(),
