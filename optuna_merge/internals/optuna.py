@@ -176,11 +176,9 @@ def append_to_journal(
         KeyError: If there is no such trial.
         UpdateFinishedTrialError: If it is finished.
     """
+    storage.check_trial_is_updatable(trial_id, storage.get_trial(trial_id).state)  # both take the lock themselves
     with storage._thread_lock:
-        storage._sync_with_backend()
-        replayed = storage._replay_result
-        storage.check_trial_is_updatable(trial_id, replayed.get_trial(trial_id).state)
-        head = {"worker_id": replayed.worker_id, "trial_id": trial_id}
+        head = {"worker_id": storage._replay_result.worker_id, "trial_id": trial_id}
         logs = [{**head, "op_code": _JOURNAL_OPERATIONS[kind], **fields} for kind, fields in lines]
         storage._backend.append_logs(logs)
         storage._sync_with_backend()

@@ -198,6 +198,16 @@ def test_who_lost_a_trial_cannot_tell_it(url: str) -> None:
     assert claims.study.trials[0].value == 2.0
 
 
+def test_what_was_kept_of_a_trial_that_another_process_finished_is_dropped(url: str) -> None:
+    claims = claims_of(url)
+    slow = claims.next(1)
+    claims_of(url).study.tell(0, 2.0)
+    slow.trial.set_user_attr("late", 1)  # is kept
+    with pytest.raises(TrialTakenError, match=r"gave no sign of life for 60 s"):
+        slow.tell(1.0, TrialState.COMPLETE)
+    assert claims.study.trials[0].user_attrs == {}
+
+
 def test_a_process_says_that_it_lives_and_notices_that_its_trial_is_taken(url: str) -> None:
     claims = claims_of(url, lease_s=0.2)
     claim = claims.next(1)
