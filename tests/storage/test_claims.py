@@ -205,7 +205,7 @@ def test_what_was_kept_of_a_trial_that_another_process_finished_is_dropped(url: 
     slow.trial.set_user_attr("late", 1)  # is kept
     with pytest.raises(TrialTakenError, match=r"gave no sign of life for 60 s"):
         slow.tell(1.0, TrialState.COMPLETE)
-    assert claims.study.trials[0].user_attrs == {}
+    assert claims_of(url).study.trials[0].user_attrs == {}
 
 
 def test_a_process_says_that_it_lives_and_notices_that_its_trial_is_taken(url: str) -> None:
