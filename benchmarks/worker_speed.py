@@ -1,10 +1,11 @@
-"""Trials per hour of one study by the number of its workers.
+"""Trials per hour of one study, by the number of its workers.
 
     python -m benchmarks.worker_speed [--seconds 2.0] [--trials 6] [--workers 1 2 4 8 16]
 
-Real: the command line, ``run-study --workers N``, with two-layer models of 16 dimensions on the CPU, 1 and 2 workers.
-Simulated: an engine that sleeps for the time that a trial takes; what is left of ideal scaling is the storage's, the
-lock's and the machine's. From the first trial's start to the last one's end; SQLite, no pruning.
+Real: the command ``run-study --workers N`` with two-layer models of 16 dimensions on the CPU, 1 and 2 workers.
+Simulated: an engine that sleeps for as long as a trial takes. What is missing to ideal scaling there is lost to the
+storage, the lock and the machine. Time runs from the start of the first trial to the end of the last one; SQLite, no
+pruning.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ N_CHUNKS = 5
 
 
 class SleepingEngine(FakeEngine):
-    """Takes its time to answer."""
+    """Sleeps before it answers."""
 
     seconds = 0.0
 
@@ -53,13 +54,13 @@ class SleepingEngine(FakeEngine):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0, help="that a simulated trial sleeps")
-    parser.add_argument("--trials", type=int, default=6, help="of each worker")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long a simulated trial sleeps")
+    parser.add_argument("--trials", type=int, default=6, help="trials of each worker")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    print("| engine | workers | trials per hour | of one worker's, times workers |")
+    print("| engine | workers | trials per hour | of ideal |")
     print("|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

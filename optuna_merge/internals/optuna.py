@@ -7,19 +7,18 @@ nothing of merging and imports grpc only when a server is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import optuna
 from optuna.samplers import CmaEsSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.storages.journal import JournalFileSymlinkLock
-from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import FrozenTrial, TrialState
 
 if TYPE_CHECKING:
@@ -151,37 +150,6 @@ def intermediate_value_columns(value: float) -> dict[str, Any]:
     """The columns in which an ``RDBStorage`` keeps an intermediate value, which may be infinite or NaN."""
     stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
     return {"intermediate_value": stored, "intermediate_value_type": kind}
-
-
-JournalKind = Literal["param", "user_attr", "system_attr", "step"]
-_JOURNAL_OPERATIONS: dict[JournalKind, JournalOperation] = {
-    "param": JournalOperation.SET_TRIAL_PARAM,
-    "user_attr": JournalOperation.SET_TRIAL_USER_ATTR,
-    "system_attr": JournalOperation.SET_TRIAL_SYSTEM_ATTR,
-    "step": JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE,
-}
-
-
-def append_to_journal(
-    storage: JournalStorage, trial_id: int, lines: Iterable[tuple[JournalKind, Mapping[str, Any]]]
-) -> None:
-    """Append several lines about one trial to a journal, in one write.
-
-    Args:
-        storage: The storage of the journal.
-        trial_id: A trial that is not finished.
-        lines: What each sets, and its fields as ``JournalStorage`` writes them.
-
-    Raises:
-        KeyError: If there is no such trial.
-        UpdateFinishedTrialError: If it is finished.
-    """
-    storage.check_trial_is_updatable(trial_id, storage.get_trial(trial_id).state)  # both take the lock themselves
-    with storage._thread_lock:
-        head = {"worker_id": storage._replay_result.worker_id, "trial_id": trial_id}
-        logs = [{**head, "op_code": _JOURNAL_OPERATIONS[kind], **fields} for kind, fields in lines]
-        storage._backend.append_logs(logs)
-        storage._sync_with_backend()
 
 
 class SymlinkLock(JournalFileSymlinkLock):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import subprocess
@@ -18,7 +17,6 @@ import optuna
 import pytest
 import sqlalchemy
 from optuna.distributions import FloatDistribution
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import CmaEsSampler, RandomSampler
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -271,41 +269,6 @@ def test_the_columns_of_an_intermediate_value(tmp_path: Path, value: float) -> N
     assert read == pytest.approx(value, nan_ok=True), broken(
         "intermediate_value_to_stored_repr is not what is read back", "storage/writes.py"
     )
-
-
-def test_lines_that_are_appended_to_a_journal_are_those_that_optuna_writes(tmp_path: Path) -> None:
-    users = "storage/writes.py, which writes a trial's lines together"
-    texts = []
-    for ours in (False, True):
-        file = tmp_path / f"journal_{ours}"
-        storage = JournalStorage(JournalFileBackend(str(file)))
-        trial_id = running(storage)
-        n_before = len(file.read_text().splitlines())
-        distribution = optuna.distributions.distribution_to_json(SPACE["a"])
-        if ours:
-            lines: list[tuple[internals.JournalKind, dict[str, Any]]] = [
-                ("param", {"param_name": "a", "param_value_internal": 0.5, "distribution": distribution}),
-                ("user_attr", {"user_attr": {"key": [1]}}),
-                ("system_attr", {"system_attr": {"key": [2]}}),
-                ("step", {"step": 3, "intermediate_value": 0.75}),
-            ]
-            internals.append_to_journal(storage, trial_id, lines)
-        else:
-            storage.set_trial_param(trial_id, "a", 0.5, SPACE["a"])
-            storage.set_trial_user_attr(trial_id, "key", [1])
-            storage.set_trial_system_attr(trial_id, "key", [2])
-            storage.set_trial_intermediate_value(trial_id, 3, 0.75)
-        trial = storage.get_trial(trial_id)
-        assert trial.params == {"a": 0.5}, broken("the storage has not replayed what was appended", users)
-        written = [json.loads(line) for line in file.read_text().splitlines()[n_before:]]
-        assert all(line.pop("worker_id") for line in written), broken("lines have no worker_id", users)
-        texts.append(written)
-        storage.set_trial_state_values(trial_id, TrialState.FAIL)
-    assert texts[0] == texts[1], broken("JournalStorage writes other lines", users)
-    with pytest.raises(UpdateFinishedTrialError):
-        internals.append_to_journal(storage, trial_id, [])
-    with pytest.raises(KeyError):
-        internals.append_to_journal(storage, 99, [])
 
 
 def test_the_lock_of_a_journal_file_is_a_link(tmp_path: Path) -> None:
