@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import os
@@ -323,7 +324,32 @@ def test_a_server_answers_the_client_of_the_proxy() -> None:
         server.stop(grace=None).wait()
 
 
-# --- weight
+# --- one door
+
+
+def test_no_other_file_touches_an_underscored_name_of_optuna() -> None:
+    package = Path(internals.__file__).parents[1]
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text()
+        if path == Path(internals.__file__) or "optuna" not in text:
+            continue
+        tree = ast.parse(text)
+        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        theirs = [module for module in modules if module.split(".")[0] == "optuna"]
+        found += [f"{path.name}: {module}" for module in theirs if "._" in module]
+        if theirs:
+            found += [
+                f"{path.name}:{node.lineno}: {ast.unparse(node)}"
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute)
+                and node.attr.startswith("_")
+                and not node.attr.startswith("__")
+                and ast.unparse(node.value) not in ("self", "cls")
+                and not ast.unparse(node.value).startswith("self._")  # an object of ours
+            ]
+    assert found == []
 
 
 def test_the_internals_are_light() -> None:
