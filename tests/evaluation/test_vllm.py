@@ -1,4 +1,4 @@
-"""What can be said of the vLLM engine without vLLM, and, marked ``vllm``, what its CPU build does."""
+"""The vLLM engine: what can be tested without vLLM, and, marked ``vllm``, what its CPU build does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from optuna_merge.internals.vllm import THREADS
 from optuna_merge.testing.conformance import EngineConformance, TextRequest
 from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
 
-# The head sizes that the CPU build's attention knows begin at 32.
+# the smallest head that the CPU build's attention supports
 HEAD_DIM = 32
 CHOICES = [" A", " B", " C", " D"]
 LONG = "the cat sat on the mat and the dog ran after the cat one two three four five six seven eight nine ten"
@@ -85,7 +85,7 @@ def family(
 
 
 def reads_folders() -> type:
-    """vLLM's ``LLM``, which loads the weights of its folder by itself, whatever it is told."""
+    """A subclass of vLLM's ``LLM`` that loads the weights of its folder itself, whatever options it is given."""
     from vllm import LLM
 
     class ReadsFolders(LLM):
@@ -154,7 +154,7 @@ class TestWithoutVLLM:
 
 @pytest.fixture(scope="class")
 def resident(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resident]:
-    """One engine for the tests of a class, which find it as the one before has left it; a family of models."""
+    """One engine for all tests of a class, each of which finds it as the test before left it, and a family of models."""
     base, weights = family(tmp_path_factory.mktemp("family"))
     engine = make(base)
     engine.prepare(REQUESTS)
@@ -171,7 +171,7 @@ class TestVLLMEngine(EngineConformance):
         self._engine = resident[0]
 
     def make_engine(self, folder: Path) -> VLLMEngine:
-        """The one that there is, of the same shape, without weights."""
+        """Return the shared engine, which has the same shape, after a failed load."""
         with pytest.raises(EngineError, match="must be delivered"):
             self._engine.load_weights([])
         return self._engine
@@ -179,7 +179,7 @@ class TestVLLMEngine(EngineConformance):
 
 @pytest.mark.vllm
 class TestAgainstTheOthers:
-    """The resident engine, a fresh one, and the transformers engine, for several merges in a row."""
+    """The resident engine agrees with a fresh one and with the transformers engine, for several merges in a row."""
 
     @pytest.mark.parametrize(
         ("architecture", "tied", "options"),
@@ -215,7 +215,7 @@ class TestAgainstTheOthers:
         assert responses[1] == responses[3] != responses[2]
         assert engine.n_starts == 1
         if options:
-            return  # what a worker process starts with is in the test of its death
+            return  # another test looks at what a worker process starts with
         engine.close()
         exported = tmp_path / "exported"
         shutil.copytree(base, exported)
@@ -232,7 +232,7 @@ class TestAgainstTheOthers:
 @pytest.mark.vllm
 class TestHazards:
     def test_the_prefix_cache_forgets_the_merge_before(self, resident: Resident) -> None:
-        """A prompt longer than a block, the same for both merges: its blocks are those of the first one if kept."""
+        """Both merges get the same prompt, longer than a block; if blocks were kept, the second would use the first's."""
         engine, base, weights = resident
         other = HFEngine(base, device="cpu")
         requests = [TextRequest("loglikelihood", (LONG, choice)) for choice in CHOICES]
@@ -248,7 +248,7 @@ class TestHazards:
                 assert abs(response[0] - expected[0]) < 1e-4
 
     def test_grouping_changes_no_log_likelihood(self, resident: Resident) -> None:
-        """The choices of one question together, each alone, and by the log-probabilities of whole prompts."""
+        """Choices are scored alike in one question, each alone, and through the log-probabilities of whole prompts."""
         from vllm import SamplingParams
 
         engine, _, weights = resident
@@ -270,7 +270,7 @@ class TestHazards:
             assert abs(sum(found[token].logprob for token, found in pairs) - response[0]) < 1e-5
 
     def test_activations_that_overflow_leave_no_trace(self, resident: Resident) -> None:
-        """Finite weights whose keys and values are not: what they leave in the cache must not reach the next merge."""
+        """Finite weights may give infinite keys and values; what these leave in the cache must not reach the next merge."""
         engine, _, weights = resident
         prepared = engine.prepare(REQUESTS)
         engine.load_weights(weights[0].items())
@@ -350,7 +350,7 @@ class TestEnginesOfTheirOwn:
     def test_a_checkpoint_that_lacks_a_weight_is_refused(
         self, tmp_path: Path, engine_of: Callable[..., VLLMEngine]
     ) -> None:
-        """It would stay random: vLLM itself only logs it."""
+        """The weight would stay random, because vLLM only logs this."""
         base, weights = family(tmp_path, tied=False)
         lacking = {name: tensor for name, tensor in weights[0].items() if name != "lm_head.weight"}
         shapes = {name: tuple(tensor.shape) for name, tensor in lacking.items()}
@@ -389,5 +389,5 @@ def test_an_engine_that_dies_is_started_once_again(tmp_path: Path, engine_of: Ca
     assert engine.respond(prepared) == expected
     assert engine.n_starts == 3
     engine.close()
-    # such threads can abort a process that ends
+    # a thread at work when the process ends can abort it
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]

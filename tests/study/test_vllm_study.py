@@ -1,4 +1,4 @@
-"""A study with the vLLM engine through the command line, killed and gone on with; needs vLLM's CPU build."""
+"""A study with the vLLM engine, killed and resumed through the command line; needs vLLM's CPU build."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, study_file
 
 @pytest.mark.vllm
 def test_the_quickstart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its models with two heads instead of four, of the size that the CPU build knows, trained for a while only."""
+    """Its models, but trained briefly and with two heads instead of four, of a size that the CPU build supports."""
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     script = importlib.import_module("quickstart_models")
     script.make_models(tmp_path / "quickstart_models", script.Settings(n_heads=2, base_steps=60, skill_steps=30))
@@ -101,7 +101,7 @@ def test_the_quickstart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def check_kill(file: Path, tmp_path: Path, n_trials: int) -> None:
-    """Kill a study after a few chunks, go on with it, and compare it with one that was left alone."""
+    """Kill a study after a few chunks, resume it, and compare it with one that was left alone."""
     name = yaml.safe_load(file.read_text())["study"]["name"]
     environment = {**os.environ, **SETTINGS}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -111,7 +111,7 @@ def check_kill(file: Path, tmp_path: Path, n_trials: int) -> None:
     deadline = time.monotonic() + 900
     documents = killed / "documents" / name
     while len(list(documents.glob("*.jsonl"))) < 6:
-        assert process.poll() is None, "it ended by itself"
+        assert process.poll() is None, "the study ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     workers = children(process.pid)
@@ -127,7 +127,7 @@ def check_kill(file: Path, tmp_path: Path, n_trials: int) -> None:
             command(file, storage, n_trials), env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        summaries.append(json.loads(done.stdout))  # vLLM prints nothing among the results
+        summaries.append(json.loads(done.stdout))  # so vLLM printed nothing to stdout
     ours, theirs = trials(name, killed), trials(name, whole)
     assert len(ours) == n_trials
     assert ours == theirs
