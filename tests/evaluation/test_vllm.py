@@ -154,7 +154,7 @@ class TestWithoutVLLM:
 
 @pytest.fixture(scope="class")
 def resident(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resident]:
-    """One engine for all tests of a class, each of which finds it as the test before left it, and a family of models."""
+    """A family of models, and one engine for all tests of a class: each test finds it as the one before left it."""
     base, weights = family(tmp_path_factory.mktemp("family"))
     engine = make(base)
     engine.prepare(REQUESTS)
@@ -232,7 +232,7 @@ class TestAgainstTheOthers:
 @pytest.mark.vllm
 class TestHazards:
     def test_the_prefix_cache_forgets_the_merge_before(self, resident: Resident) -> None:
-        """Both merges get the same prompt, longer than a block; if blocks were kept, the second would use the first's."""
+        """Both merges get one prompt, longer than a block; if blocks were kept, the second would use the first's."""
         engine, base, weights = resident
         other = HFEngine(base, device="cpu")
         requests = [TextRequest("loglikelihood", (LONG, choice)) for choice in CHOICES]
@@ -270,7 +270,7 @@ class TestHazards:
             assert abs(sum(found[token].logprob for token, found in pairs) - response[0]) < 1e-5
 
     def test_activations_that_overflow_leave_no_trace(self, resident: Resident) -> None:
-        """Finite weights may give infinite keys and values; what these leave in the cache must not reach the next merge."""
+        """Finite weights may give infinite keys and values, which must not reach the next merge through the cache."""
         engine, _, weights = resident
         prepared = engine.prepare(REQUESTS)
         engine.load_weights(weights[0].items())
