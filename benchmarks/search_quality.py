@@ -39,7 +39,7 @@ from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import PASSTHROUGH, Recipe
 from optuna_merge.search.space import ModelRefs
 from optuna_merge.storage.attributes import DOCUMENTS
-from optuna_merge.storage.trials import best_merge
+from optuna_merge.storage.trials import best_merge, score_or_worst
 from optuna_merge.study.engines import build_scorer, make_engine
 from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.models import StudyModels
@@ -172,7 +172,7 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
             best = best_merge(study)
             if best is not None and best.number == trial.number:
                 true = landscape.truth(objective, objective.recipe(best))
-                steps.append(Step(documents, float(best.value or 0.0), true))
+                steps.append(Step(documents, score_or_worst(best), true))
 
 
 def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: int) -> list[Step]:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from optuna_merge.internals.optuna import known_state
 from optuna_merge.storage import attributes
-from optuna_merge.storage.trials import best_merge, generation, n_finished, score_of
+from optuna_merge.storage.trials import best_merge, generation, n_finished, score_of, score_or_worst
 from optuna_merge.study.watcher import Watcher
 
 PAUSE_S = 2.0
@@ -208,7 +208,7 @@ def _standing(study: optuna.Study) -> list[tuple[str, str]]:
         and trial.state == TrialState.COMPLETE
         and (best is None or trial.number != best.number)
     ]
-    rival = max(rivals, key=lambda trial: score_of(trial) or 0.0, default=None)
+    rival = max(rivals, key=score_or_worst, default=None)
     ahead = None if best is None else score_of(best)
     behind = None if rival is None else score_of(rival)
     if best is not None:

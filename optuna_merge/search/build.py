@@ -5,7 +5,6 @@ Knows which section of the file makes which class; knows nothing of how they dra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import optuna
@@ -20,7 +19,7 @@ from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
-from optuna_merge.storage.trials import score_of
+from optuna_merge.storage.trials import score_or_worst
 
 _PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
     "wilcoxon": SignedRankPruner,
@@ -112,4 +111,4 @@ def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]
     ]
     if not scored:
         return space.uniform()
-    return max(scored, key=lambda trial: score_of(trial) or -math.inf).params
+    return max(scored, key=score_or_worst).params

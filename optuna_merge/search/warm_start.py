@@ -19,6 +19,7 @@ from optuna_merge.errors import StudyError
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
 from optuna_merge.storage.open import open_study, storage_error, storage_url
+from optuna_merge.storage.trials import score_or_worst
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _read(config: StudyConfig, space: SearchSpace) -> WarmStart:
             f"{where} must be a study with a merge that was scored on every document, study {name!r} has none; run it"
             " first"
         )
-    best = sorted(merges, key=lambda trial: (-(trial.value or 0.0), trial.number))[: wanted.n_best]
+    best = sorted(merges, key=lambda trial: (-score_or_worst(trial), trial.number))[: wanted.n_best]
     shared = [name for name in space.distributions if all(name in trial.params for trial in best)]
     if not shared:
         raise StudyError(

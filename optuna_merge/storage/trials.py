@@ -26,6 +26,12 @@ def score_of(trial: FrozenTrial) -> float | None:
     return None if trial.values is None else math.fsum(trial.values)
 
 
+def score_or_worst(trial: FrozenTrial) -> float:
+    """A trial's score, to compare trials by; minus infinity if it has none."""
+    score = score_of(trial)
+    return -math.inf if score is None else score
+
+
 def n_finished(study: optuna.Study) -> int:
     """How many trials count towards ``n_trials``: those that are complete, pruned or failed."""
     return len(study.get_trials(deepcopy=False, states=FINISHED))
@@ -51,7 +57,7 @@ def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if trial.user_attrs.get(attributes.BASELINE_KIND) not in ("source", "base")
     ]
-    merges.sort(key=lambda trial: (_score_or_worst(trial), -trial.number), reverse=True)
+    merges.sort(key=lambda trial: (score_or_worst(trial), -trial.number), reverse=True)
     front = {trial.number for trial in front_of(study)}
     drawn = [trial for trial in merges[1:] if attributes.BASELINE not in trial.user_attrs]
     drawn.sort(key=lambda trial: trial.number not in front)
@@ -61,8 +67,3 @@ def best_merges(study: optuna.Study, n: int) -> list[FrozenTrial]:
 def front_of(study: optuna.Study) -> list[FrozenTrial]:
     """The Pareto front: complete trials that no other trial beats in every objective; empty with one objective."""
     return study.best_trials if len(study.directions) > 1 else []
-
-
-def _score_or_worst(trial: FrozenTrial) -> float:
-    score = score_of(trial)
-    return -math.inf if score is None else score

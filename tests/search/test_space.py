@@ -14,7 +14,9 @@ from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import RecipeError
 from optuna_merge.recipe import PASSTHROUGH, ParameterSet, Recipe
+from optuna_merge.search.build import best_uniform
 from optuna_merge.search.space import ModelRefs, SearchSpace, model_labels
+from optuna_merge.storage import attributes
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +379,20 @@ def test_the_start_is_the_best_uniform_merge_unless_the_file_says_otherwise(make
         "layers_00_01.math.weight": 0.3,
     }
     assert make(2, search={"lambda": {"low": 0, "high": 2, "start": 0.7}}).uniform()["layers_00_01.lambda"] == 0.7
+
+
+def test_a_uniform_merge_that_scored_zero_is_better_than_one_below(make: Any) -> None:
+    """With negative weights every score may be 0 or below."""
+    space, study = make(2), optuna.create_study(direction="maximize")
+    assert best_uniform(study, space) == space.uniform()
+    for scale, value in ((1.0, -0.25), (2.0, 0.0), (3.0, -0.5)):
+        labels = {attributes.BASELINE: f"uniform x{scale:g}", attributes.BASELINE_KIND: "uniform"}
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=value, params=space.uniform(scale), distributions=space.distributions, user_attrs=labels
+            )
+        )
+    assert best_uniform(study, space) == space.uniform(2.0)
 
 
 def test_random_init_draws_the_start_from_the_given_generator(make: Any) -> None:
