@@ -52,16 +52,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("run-study", short_help="Run a study, or continue it.")(run_study.run_study)
-app.command("check", short_help="Validate a study file without loading weights.")(check.check)
-app.command("status", short_help="Show the progress of a study.")(status.status)
-app.command("report", short_help="Compare the best merges with the baselines.")(report.report)
-app.command("dashboard", short_help="Show a study in the browser.")(dashboard.dashboard)
-app.command("explain", short_help="Show which layer groups and models matter.")(explain.explain)
-app.command("export", short_help="Write the merge of a trial as a model.")(export.export)
+_MORE = "mergekit-evolve's options are accepted too; docs/from-mergekit-evolve.md says what each does."
+_SAME = "All options of run-study are accepted too, so its line can be repeated with this command."
+app.command("run-study", short_help="Run a study, or continue it.", epilog=_MORE)(run_study.run_study)
+app.command("check", short_help="Validate a study file without loading weights.", epilog=_SAME)(check.check)
+app.command("status", short_help="Show the progress of a study.", epilog=_SAME)(status.status)
+app.command("report", short_help="Compare the best merges with the baselines.", epilog=_SAME)(report.report)
+app.command("dashboard", short_help="Show a study in the browser.", epilog=_SAME)(dashboard.dashboard)
+app.command("explain", short_help="Show which layer groups and models matter.", epilog=_SAME)(explain.explain)
+app.command("export", short_help="Write the merge of a trial as a model.", epilog=_SAME)(export.export)
 app.command("methods", short_help="List the merge methods.")(methods.methods)
 app.command("serve-storage", short_help="Serve a storage to workers on other hosts.")(serve_storage.serve_storage)
-app.command("prepare-data", short_help="Prepare the documents of the eval tasks.")(prepare_data.prepare_data)
+app.command("prepare-data", short_help="Prepare the documents of the eval tasks.", epilog=_SAME)(
+    prepare_data.prepare_data
+)
 
 
 def _print_version(asked: bool) -> None:

@@ -12,15 +12,31 @@ if TYPE_CHECKING:
     from optuna_merge.study.check import Check
 
 
+_SHOWN = (
+    "n_trials",
+    "task_search_path",
+    "device",
+    "workers",
+    "devices",
+    "num_gpus",
+    "batch_size",
+    "force_population_size",
+    "merge_cuda",
+    "vllm",
+    "load_in_8bit",
+    "load_in_4bit",
+    "trust_remote_code",
+    "as_json",
+)
+
+
+@options.takes_study(shown=_SHOWN)
 def check(
-    file: options.StudyFile,
-    task_search_path: options.TaskSearchPath = None,
-    vllm: Annotated[bool, typer.Option("--vllm", help="Plan for scoring with vLLM.")] = False,
+    given: options.StudyArguments,
     card: Annotated[
         str | None,
         typer.Option("--card", metavar="SIZE", help="Memory of the GPU, such as 24GB; default: that of the GPU here."),
     ] = None,
-    as_json: options.Json = False,
 ) -> None:
     """Validate the study file and show the plan, in seconds, without loading weights.
 
@@ -29,14 +45,11 @@ def check(
 
     Example: optuna-merge check studies/quickstart.yaml --card 24GB
     """
-    from optuna_merge.config.read import load_study
     from optuna_merge.study.check import check_study
     from optuna_merge.study.memory import parse_size
 
-    backend = {"engine.backend": "vllm" if vllm else None}
-    config = load_study(file, options.overrides_of(task_search_path=task_search_path, more=backend))
-    result = check_study(config, None if card is None else parse_size(card))
-    if as_json:
+    result = check_study(given.load(), None if card is None else parse_size(card))
+    if given.as_json:
         output.print_json(result.as_dict())
         return
     for line in _lines(result):

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from optuna_merge.cli import options
+from optuna_merge.cli import options, output
 
 
+@options.takes_study(shown=("storage_path", "storage", "as_json"))
 def dashboard(
-    file: options.StudyFile,
+    given: options.StudyArguments,
     port: Annotated[
         int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes any free port.")
     ] = 8080,
@@ -18,8 +19,6 @@ def dashboard(
         str,
         typer.Option(metavar="ADDRESS", help="Address to listen on; everyone who reaches it can delete the study."),
     ] = "127.0.0.1",
-    storage_path: options.StoragePath = None,
-    storage: options.StorageUrl = None,
 ) -> None:
     """Show a study in the browser with optuna-dashboard, while it runs or afterwards. Ctrl-C stops the server.
 
@@ -30,8 +29,11 @@ def dashboard(
     from optuna_merge.report.dashboard import refresh
     from optuna_merge.report.dashboard_server import make_dashboard
 
-    config, study = options.open_study_file(file, storage_path, storage)
+    config, study = given.open()
     refresh(study, config)
     server = make_dashboard(config, host, port)
-    typer.echo(server.url)
+    if given.as_json:
+        output.print_json({"url": server.url})
+    else:
+        typer.echo(server.url)
     server.serve()

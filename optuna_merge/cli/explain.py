@@ -12,13 +12,8 @@ if TYPE_CHECKING:
     from optuna_merge.report.explain import Importances
 
 
-def explain(
-    file: options.StudyFile,
-    html: options.Html = None,
-    storage_path: options.StoragePath = None,
-    storage: options.StorageUrl = None,
-    as_json: options.Json = False,
-) -> None:
+@options.takes_study(shown=("storage_path", "storage", "as_json"))
+def explain(given: options.StudyArguments, html: options.Html = None) -> None:
     """Show which layer groups and models matter, that is, where the best tenth of the merges differs from the rest.
 
     Loads no model. A share tells how much, not in which direction.
@@ -28,14 +23,14 @@ def explain(
     from optuna_merge.report.explain import explain, pictures_of
     from optuna_merge.report.page import pictures_page
 
-    _, study = options.open_study_file(file, storage_path, storage)
+    _, study = given.open()
     importances = explain(study)
     if html is not None:
         title = (
             f"What matters in study {importances.study}: the best tenth of {importances.n_trials} merges against all"
         )
         output.write_page(html, pictures_page(title, pictures_of(importances)))
-    if as_json:
+    if given.as_json:
         output.print_json(importances.as_dict())
     else:
         _print(importances)

@@ -10,8 +10,9 @@ import typer
 from optuna_merge.cli import options, output
 
 
+@options.takes_study(shown=("storage_path", "storage", "seed", "trust_remote_code", "as_json"))
 def export(
-    file: options.StudyFile,
+    given: options.StudyArguments,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new or empty.")],
     trial: Annotated[
         int | None, typer.Option("--trial", metavar="N", help="Number of the trial; default: the best merge.")
@@ -21,10 +22,6 @@ def export(
         str | None, typer.Option("--push", metavar="ORG/NAME", help="Also upload the folder to the Hugging Face hub.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a repository that --push creates public.")] = False,
-    storage_path: options.StoragePath = None,
-    storage: options.StorageUrl = None,
-    seed: options.Seed = None,
-    as_json: options.Json = False,
 ) -> None:
     """Write the merged model of a trial: the tensors that were scored, tokenizer, model card and merge file.
 
@@ -37,14 +34,14 @@ def export(
 
     if push is not None:
         hub.check_name(push)
-    config, study = options.open_study_file(file, storage_path, storage, seed=seed)
+    config, study = given.open()
     results = markdown_table(summarize(study, config))
     done = export_trial(study, config, out, trial, results=results, overwrite=overwrite, note=output.note)
     address = None
     if push is not None:
         output.note(f"uploading to {push}")
         address = hub.push(done.folder, push, message=f"optuna-merge: {done.description}", private=not public)
-    if as_json:
+    if given.as_json:
         output.print_json({"trial": done.trial, "score": done.score, "folder": str(done.folder), "address": address})
     else:
         typer.echo(str(done.folder))

@@ -16,18 +16,17 @@ if TYPE_CHECKING:
     from optuna_merge.study.holdout_file import HoldoutRow
 
 
+_SHOWN = ("storage_path", "storage", "task_search_path", "device", "seed", "vllm", "trust_remote_code", "as_json")
+
+
+@options.takes_study(shown=_SHOWN)
 def report(
-    file: options.StudyFile,
-    storage_path: options.StoragePath = None,
-    storage: options.StorageUrl = None,
+    given: options.StudyArguments,
     best: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="Number of best merges to show; default: 5.")
     ] = None,
-    task_search_path: options.TaskSearchPath = None,
-    seed: options.Seed = None,
     html: options.Html = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print markdown, for a model card.")] = False,
-    as_json: options.Json = False,
 ) -> None:
     """Compare the best merges with the sources, the base and uniform merges, on searched and held-out documents.
 
@@ -40,13 +39,13 @@ def report(
     from optuna_merge.study.holdout_file import N_BEST, needs_holdout
 
     best = best or N_BEST
-    config, study = options.open_study_file(file, storage_path, storage, task_search_path, seed)
+    config, study = given.open()
     if config.holdout is not None and needs_holdout(study, config.storage_path, best):
         _score_holdout(study, config, best)
     summary = summarize(study, config, best)
     if html is not None:
         output.write_page(html, _page(study, summary, config))
-    if as_json:
+    if given.as_json:
         output.print_json(summary.as_dict())
     elif markdown:
         typer.echo(markdown_table(summary))

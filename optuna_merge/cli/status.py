@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from optuna_merge.report.summary import Summary
 
 
+@options.takes_study(shown=("storage_path", "storage", "as_json"))
 def status(
-    file: options.StudyFile,
-    storage_path: options.StoragePath = None,
-    storage: options.StorageUrl = None,
+    given: options.StudyArguments,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show a live view, refreshed every two seconds, until the study is done.")
     ] = False,
-    as_json: options.Json = False,
 ) -> None:
     """Show the progress of a study and what leads, while it runs or afterwards. Loads no model.
 
@@ -30,11 +28,11 @@ def status(
     """
     from optuna_merge.report.summary import summarize
 
-    config, study = options.open_study_file(file, storage_path, storage)
+    config, study = given.open()
     if watch:
         _watch(study)
     summary = summarize(study, config)
-    if as_json:
+    if given.as_json:
         output.print_json(summary.as_dict())
     else:
         _print(summary)

@@ -30,7 +30,7 @@ def check_name(repository: str) -> None:
     """
     organisation, _, name = repository.partition("/")
     if not organisation or not name or "/" in name:
-        raise ExportError(f"--push must be org/name, got {repository!r}; for example my-org/my-merge")
+        raise ExportError(f"repository must be org/name, got {repository!r}; for example my-org/my-merge")
 
 
 def push(folder: Path, repository: str, *, message: str, private: bool = True, hub: Hub | None = None) -> str:

@@ -50,7 +50,7 @@ def make_dashboard(config: StudyConfig, host: str = "127.0.0.1", port: int = 808
         server = make_server(host, port, app, server_class=_ThreadingServer, handler_class=_QuietHandler)
     except (OSError, OverflowError) as exc:
         raise StudyError(
-            f"{host}:{port}: must be an address to listen on, got {reason(exc)}; choose another --port"
+            f"{host}:{port}: must be an address to listen on, got {reason(exc)}; choose another port"
         ) from exc
     return Server(f"http://{host}:{server.server_port}/dashboard/studies/{study_id(study)}", server)
 

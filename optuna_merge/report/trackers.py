@@ -138,7 +138,7 @@ def make_tracker(path: str) -> Tracker:
         tracker: Tracker = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, ValueError, TypeError) as exc:
         raise StudyError(
-            f"--tracker must be mlflow or the import path of a class without arguments, got {path} ({first_line(exc)});"
+            f"tracker must be mlflow or the import path of a class without arguments, got {path} ({first_line(exc)});"
             " see optuna_merge.Tracker"
         ) from exc
     return tracker

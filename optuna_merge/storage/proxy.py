@@ -160,7 +160,7 @@ def make_server(storage: BaseStorage, host: str, port: int) -> tuple[grpc.Server
     try:
         return server, server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as exc:
-        raise StudyError(f"port must be free, got {host}:{port}; choose another with --port") from exc
+        raise StudyError(f"port must be free, got {host}:{port}; choose another port") from exc
 
 
 class _Service:

@@ -5,6 +5,7 @@ Knows the study file and its open checkpoints; knows nothing of trials.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ from optuna_merge.merging.worker import FACTORY, describe_merger
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader, WorkerLoader
 from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
 from optuna_merge.study.models import StudyModels
+
+_ON_A_GPU = re.compile("fp4|fp8")
+"""Quantizations that vLLM's CPU build lists and cannot compute."""
 
 
 def make_loader(config: StudyConfig, models: StudyModels) -> tuple[RecipeLoader, Scorer]:
@@ -155,8 +159,15 @@ def _make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
     """The vLLM engine of a study, its workers told where the models are; vLLM itself starts with the first merge."""
     from optuna_merge.evaluation.engines.vllm_instance import require_vllm
 
+    engine = _vllm_engine(config, models)
+    quantization = config.engine.vllm.quantization
+    if engine.device == "cpu" and quantization is not None and _ON_A_GPU.search(quantization):
+        raise EngineError(
+            f"engine.vllm.quantization must be left out on a CPU, got {quantization}; vLLM quantizes on a GPU: remove"
+            " it, or run the study on one"
+        )
     require_vllm()
-    plan = plan_memory(config, models, _vllm_engine(config, models))
+    plan = plan_memory(config, models, engine)
     plan.check()
     share = {"gpu_memory_utilization": plan.utilization} if plan.card else {"kv_cache_memory_bytes": plan.kv_cache}
     return _vllm_engine(config, models, share)

@@ -100,7 +100,7 @@ def _find_trial(study: optuna.Study, config: StudyConfig, number: int | None) ->
         if trial is None:
             raise StudyError(f"{config.path}: study must have a complete merge to export, got none yet; run it first")
     elif not 0 <= number < len(trials):
-        raise StudyError(f"--trial must be in [0, {len(trials) - 1}], got {number}; see status")
+        raise StudyError(f"{config.path}: trial must be in [0, {len(trials) - 1}], got {number}; see status")
     else:
         trial = trials[number]
     if trial.state.name == "FAIL":

@@ -221,7 +221,7 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib|g|)", text.strip().lower())
     if found is None or not float(found[1]):
-        raise EngineError(f"--card must be a size such as 24GB, got {text!r}; look it up in nvidia-smi")
+        raise EngineError(f"card must be a size such as 24GB, got {text!r}; look it up in nvidia-smi")
     return int(float(found[1]) * (10**9 if found[2] == "gb" else 2**30))
 
 
@@ -231,11 +231,16 @@ def gib(n_bytes: float) -> str:
 
 
 def _weights(shapes: Shapes, itemsize: int, quantization: str = "") -> int:
-    """Bytes of the weights; a quantization to 8 bits stores matrices inside layers with one byte for each element."""
+    """Bytes of the weights; a quantization stores the matrices inside layers in 8 bits, or in 4 and a shared scale."""
+    in_matrices: float = itemsize
+    if re.search("fp8|int8", quantization):
+        in_matrices = 1
+    elif quantization == "mxfp4":
+        in_matrices = 1 / 2 + 1 / 32  # 32 elements share a scale of one byte
     total = 0
     for name, shape in shapes.items():
         is_matrix = len(shape) > 1 and re.search(r"\.\d+\.", name) is not None
-        total += math.prod(shape) * (1 if is_matrix and re.search("fp8|int8", quantization) else itemsize)
+        total += math.ceil(math.prod(shape) * (in_matrices if is_matrix else itemsize))
     return total
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from optuna_merge.errors import OptunaMergeError, WorkerError
+from optuna_merge.errors import WorkerError
 
 EXPECTED_ERROR = 1
 """Exit code of a worker that has reported an expected error; it is not replaced."""
@@ -101,18 +101,6 @@ def stop_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def parse_devices(devices: str) -> list[str]:
-    """Split the value of ``--devices``, such as ``cuda:0,cuda:1``.
-
-    Raises:
-        OptunaMergeError: If a name is empty.
-    """
-    names = [name.strip() for name in devices.split(",")]
-    if not all(names):
-        raise OptunaMergeError(f"--devices must be names separated by commas, got {devices!r}; try cuda:0,cuda:1")
-    return names
 
 
 def _may_restart(worker: _Worker) -> bool:

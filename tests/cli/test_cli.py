@@ -191,15 +191,6 @@ class TestAWholeStudy:
         other = study_file(study={"name": "tiny", "n_trials": 8, "seed": 3, "n_chunks": 2})
         assert "was created with study.n_chunks=1, now it is 2" in error_of(invoke("run-study", other))
 
-    @pytest.mark.parametrize(
-        ("option", "words"),
-        [
-            ("--no-in-memory", "every merge is made in memory"),
-        ],
-    )
-    def test_what_is_not_there_says_so(self, study_file: Callable[..., Path], option: str, words: str) -> None:
-        assert words in error_of(invoke("run-study", study_file(), option))
-
 
 class TestBadInput:
     @pytest.mark.parametrize("command", COMMANDS)
@@ -335,7 +326,7 @@ class TestBadInput:
         file = study_file()
         assert invoke("run-study", file, "--n-trials", 1).exit_code == 0
         error = error_of(invoke("export", file, tmp_path / "x", "--trial", 77))
-        assert "--trial must be in [0, 5], got 77; see status" in error
+        assert f"{file}: trial must be in [0, 5], got 77; see status" in error
         assert not (tmp_path / "x").exists()
 
     def test_a_failed_trial_is_not_exported(

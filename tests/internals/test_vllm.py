@@ -80,6 +80,11 @@ class TestInternals:
         }
         assert ours <= internals.option_names(), changed("the options of LLM", "VLLMInstance.start")
 
+    def test_the_quantizations_that_options_name(self) -> None:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+        assert {"fp8", "mxfp4"} <= set(QUANTIZATION_METHODS), changed("quantization", "--load-in-8bit, --load-in-4bit")
+
     def test_the_methods_of_llm(self) -> None:
         from vllm import LLM
 

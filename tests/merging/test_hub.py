@@ -34,7 +34,7 @@ def test_the_repository_is_made_and_the_folder_uploaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["merged", "a/b/c", "/merged", "org/"])
 def test_a_name_that_is_none(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ExportError, match="--push must be org/name, got"):
+    with pytest.raises(ExportError, match="repository must be org/name, got"):
         push(tmp_path, name, message="", hub=FakeHub())
 
 

@@ -202,6 +202,6 @@ def test_a_study_that_was_not_started_and_a_port_that_is_taken(config: StudyConf
     open_study(config)
     with (
         make_dashboard(config, port=0).server as server,
-        pytest.raises(StudyError, match=r"must be an address to listen on, got .*; choose another --port"),
+        pytest.raises(StudyError, match=r"must be an address to listen on, got .*; choose another port"),
     ):
         make_dashboard(config, port=server.server_port)

@@ -151,7 +151,7 @@ def test_a_tracker_of_ones_own_by_its_path() -> None:
     assert isinstance(make_tracker("mlflow"), MlflowTracker)
     for path in ("nonsense", "tests.report.test_trackers.Nobody", "no_such_module.Tracker", "pathlib.Path.nothing"):
         with pytest.raises(
-            StudyError, match=r"--tracker must be mlflow or the import path of a class .*; see optuna_merge\.Tracker"
+            StudyError, match=r"tracker must be mlflow or the import path of a class .*; see optuna_merge\.Tracker"
         ):
             make_tracker(path)
 

@@ -100,6 +100,8 @@ def test_what_makes_it_smaller() -> None:
     eighths = seven_b(options={"quantization": "fp8"})
     matrices = 32 * (4 * 4096 * 4096 + 3 * 11008 * 4096)
     assert eighths.weights == plan.weights - matrices
+    fourths = seven_b(options={"quantization": "mxfp4"})
+    assert fourths.weights == eighths.weights - matrices * 15 // 32  # a byte for each becomes 17 bytes for 32
     assert seven_b(options={"quantization": "unknown"}).weights == plan.weights
     assert seven_b(options={"kv_cache_memory_bytes": 10**9}).kv_cache == 10**9
     assert seven_b(options={"gpu_memory_utilization": 0.8}).kv_cache < plan.kv_cache
@@ -197,7 +199,7 @@ def test_sizes() -> None:
     assert parse_size("24 GiB") == parse_size("24") == parse_size("24g") == 24 * 2**30
     assert parse_size("79.1gib") == int(79.1 * 2**30)
     for text in ("", "0", "-1", "rtx", "24 TB", "nan"):
-        with pytest.raises(EngineError, match=r"--card must be a size such as 24GB, got"):
+        with pytest.raises(EngineError, match=r"card must be a size such as 24GB, got"):
             parse_size(text)
 
 

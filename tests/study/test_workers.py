@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from optuna_merge.errors import OptunaMergeError, WorkerError
-from optuna_merge.study.workers import CRASHED, parse_devices, run_workers
+from optuna_merge.errors import WorkerError
+from optuna_merge.study.workers import CRASHED, run_workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,9 +88,3 @@ def test_workers_stop_cleanly_with_their_parent_however_it_ends(tmp_path: Path, 
     output, _ = parent.communicate(timeout=600)
     assert output.splitlines()[-1:] == (["True"] if how == signal.SIGINT else [])
     assert not set(pids) & {parent.pid}
-
-
-def test_the_devices_of_workers() -> None:
-    assert parse_devices("cuda:0, cuda:1") == ["cuda:0", "cuda:1"]
-    with pytest.raises(OptunaMergeError, match=r"--devices must be names separated by commas, got 'cuda:0,'"):
-        parse_devices("cuda:0,")
