@@ -107,25 +107,31 @@ class BatchedStorage(StorageWrapper):
 
     # --- Optuna's calls that differ
 
-    def pass_on(self, call: Callable[..., Result], *args: Any) -> Result:  # noqa: D102
+    def pass_on(self, call: Callable[..., Result], *args: Any) -> Result:
+        """Make a call, and repeat it while the storage is away."""
         return self.patiently(call, *args)
 
-    def delete_study(self, study_id: int) -> None:  # noqa: D102
+    def delete_study(self, study_id: int) -> None:
+        """Write what is kept, then delete."""
         self.flush()
         super().delete_study(study_id)
 
-    def set_trial_param(  # noqa: D102
+    def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
+        """Keep a parameter."""
         self._keep(trial_id, "param", param_name, [float(param_value_internal), distribution_to_json(distribution)])
 
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:  # noqa: D102
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Keep a user attribute."""
         self._keep(trial_id, "user_attr", key, value)
 
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:  # noqa: D102
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Keep a system attribute."""
         self._keep(trial_id, "system_attr", key, value)
 
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:  # noqa: D102
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        """Keep an intermediate value, or write it with all that is kept if the last was written a second ago."""
         with self._lock:
             self._keep(trial_id, "step", step, float(intermediate_value))
             now = time.monotonic()
@@ -133,9 +139,8 @@ class BatchedStorage(StorageWrapper):
                 self._write_pending(trial_id)
                 self._reported[trial_id] = now
 
-    def set_trial_state_values(  # noqa: D102
-        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
-    ) -> bool:
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Write what is kept, then set the state."""
         with self._lock:
             self._write_pending(trial_id)
             self._reported.pop(trial_id, None)
@@ -148,13 +153,15 @@ class BatchedStorage(StorageWrapper):
                 return True
             raise
 
-    def get_trial(self, trial_id: int) -> FrozenTrial:  # noqa: D102
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Write what is kept, then read."""
         self.flush()
         return super().get_trial(trial_id)
 
-    def get_all_trials(  # noqa: D102
+    def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
+        """Write what is kept, then read."""
         self.flush()
         return super().get_all_trials(study_id, deepcopy, states)
 
