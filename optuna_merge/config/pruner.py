@@ -1,13 +1,16 @@
 """The section ``study.pruner``: which pruner ends weak trials early.
 
-Knows the options of each pruner and their bounds; does not know how many chunks there are to prune between.
+Knows the options of each pruner and their bounds; does not know how many chunks there are to prune between. Optuna's
+pruners that compare intermediate values are not offered: a chunk's score is mostly noise, and comparing trials chunk by
+chunk needs fewer documents (measured in ``docs/log.md``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field
+from pydantic import BeforeValidator, Discriminator, Field
 
 from optuna_merge.config.section import Section, short_form
 
@@ -35,48 +38,6 @@ class WilcoxonConfig(_Pruner):
     n_startup_steps: int | None = Field(None, ge=0)
 
 
-class MedianConfig(_Pruner):
-    """Optuna's ``MedianPruner``, with Optuna's options and defaults.
-
-    Attributes:
-        name: ``median``.
-        n_startup_trials: Trials before the first that may be pruned; None: 5.
-        n_warmup_steps: Chunks of a trial before its first comparison; None: 0.
-    """
-
-    name: Literal["median"] = "median"
-    n_startup_trials: int | None = Field(None, ge=0)
-    n_warmup_steps: int | None = Field(None, ge=0)
-
-
-class HyperbandConfig(_Pruner):
-    """Optuna's ``HyperbandPruner``, with Optuna's options and defaults.
-
-    Attributes:
-        name: ``hyperband``.
-        min_resource: Chunks of a trial before its first comparison; None: 1.
-        reduction_factor: At each comparison, one of this many trials continues; None: 3.
-    """
-
-    name: Literal["hyperband"] = "hyperband"
-    min_resource: int | None = Field(None, ge=1)
-    reduction_factor: int | None = Field(None, ge=2)
-
-
-class SuccessiveHalvingConfig(_Pruner):
-    """Optuna's ``SuccessiveHalvingPruner``, with Optuna's options; ``min_resource`` is Optuna's ``auto`` if not given.
-
-    Attributes:
-        name: ``successive_halving``.
-        min_resource: Chunks of a trial before its first comparison.
-        reduction_factor: At each comparison, one of this many trials continues; None: 4.
-    """
-
-    name: Literal["successive_halving"] = "successive_halving"
-    min_resource: int | None = Field(None, ge=1)
-    reduction_factor: int | None = Field(None, ge=2)
-
-
 class NoPrunerConfig(_Pruner):
     """Every trial is scored in full.
 
@@ -87,9 +48,17 @@ class NoPrunerConfig(_Pruner):
     name: Literal["none"] = "none"
 
 
+_REMOVED = ("median", "hyperband", "successive_halving")
+
+
+def _refuse_removed(value: Any) -> Any:
+    name = value.get("name") if isinstance(value, Mapping) else value
+    if name in _REMOVED:
+        raise ValueError(f"wilcoxon or none (without {', '.join(_REMOVED)}, which compared single noisy chunks)")
+    return value
+
+
 PrunerConfig = Annotated[
-    WilcoxonConfig | MedianConfig | HyperbandConfig | SuccessiveHalvingConfig | NoPrunerConfig,
-    Discriminator("name"),
-    short_form("wilcoxon"),
+    WilcoxonConfig | NoPrunerConfig, Discriminator("name"), short_form("wilcoxon"), BeforeValidator(_refuse_removed)
 ]
 """A pruner by its name, or with its options."""

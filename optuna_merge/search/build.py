@@ -23,9 +23,6 @@ from optuna_merge.storage.trials import score_or_worst
 
 _PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
     "wilcoxon": SignedRankPruner,
-    "median": optuna.pruners.MedianPruner,
-    "hyperband": optuna.pruners.HyperbandPruner,
-    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
     "none": optuna.pruners.NopPruner,
 }
 
@@ -81,12 +78,11 @@ def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner
         StudyError: If its first comparison would come after the last chunk.
     """
     name, options = config.study.pruner.name, config.study.pruner.options
-    for option in ("min_resource", "n_startup_steps", "n_warmup_steps"):
-        if options.get(option, 0) >= max(2, n_chunks):
-            raise StudyError(
-                f"{config.path}: study.pruner.{option} must be below the number of chunks, {n_chunks}, got"
-                f" {options[option]}; lower it or raise study.n_chunks"
-            )
+    if options.get("n_startup_steps", 0) >= max(2, n_chunks):
+        raise StudyError(
+            f"{config.path}: study.pruner.n_startup_steps must be below the number of chunks, {n_chunks}, got"
+            f" {options['n_startup_steps']}; lower it or raise study.n_chunks"
+        )
     return _PRUNERS[name](**options)
 
 

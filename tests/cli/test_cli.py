@@ -220,9 +220,9 @@ class TestBadInput:
         assert invoke("run-study", file, "--n-trials", "3").exit_code == 0
 
     def test_a_pruner_that_would_come_too_late(self, study_file: Callable[..., Path]) -> None:
-        file = study_file(study={"n_chunks": 3, "pruner": {"name": "median", "n_warmup_steps": 3}})
+        file = study_file(study={"n_chunks": 3, "pruner": {"n_startup_steps": 3}})
         error = error_of(invoke("check", file))
-        assert "study.pruner.n_warmup_steps must be below the number of chunks, 3, got 3" in error
+        assert "study.pruner.n_startup_steps must be below the number of chunks, 3, got 3" in error
 
     def test_missing_model_folder(self, study_file: Callable[..., Path], genome: dict) -> None:
         file = study_file(genome=with_model(genome, "./nope"))

@@ -104,12 +104,12 @@ def test_rules_of_a_method_s_declaration(problems: Any, monkeypatch: pytest.Monk
 
 
 def test_what_several_objectives_cannot_have(problems: Any) -> None:
-    wrong = problems(TWO_TASKS + "study: {goal: pareto, sampler: cmaes, pruner: median}\n")
+    wrong = problems(TWO_TASKS + "study: {goal: pareto, sampler: cmaes, pruner: wilcoxon}\n")
     assert wrong == [
         "my_study.yaml:8: study.sampler must search several objectives for study.goal pareto, got cmaes, which searches"
         " one; use gp, nsga2, tpe or random",
-        "my_study.yaml:8: study.pruner must be none for study.goal pareto, got median; no single score says which trial"
-        " is worse: remove it",
+        "my_study.yaml:8: study.pruner must be none for study.goal pareto, got wilcoxon; no single score says which"
+        " trial is worse: remove it",
     ]
     [line] = problems(TWO_TASKS)
     assert line.endswith("objective must be absent for one score, got 'style'; remove it or set study.goal: pareto")

@@ -64,26 +64,22 @@ ADDED = {
         ":5: tasks must make several objectives for study.goal pareto, got 'letters' alone; name another objective for"
         " some or leave study.goal out"
     ),
-    "study: {pruner: medain}": (
-        ":7: study.pruner.name must be one of 'wilcoxon', 'median', 'hyperband', 'successive_halving', 'none',"
-        " got 'medain'; choose one of them"
+    "study: {pruner: wilcoxn}": (
+        ":7: study.pruner.name must be one of 'wilcoxon', 'none', got 'wilcoxn'; choose one of them"
     ),
-    "study:\n  pruner:\n    name: [median]": (
-        ":9: study.pruner.name must be one of 'wilcoxon', 'median', 'hyperband', 'successive_halving', 'none',"
-        " got ['median']; choose one of them"
+    "study:\n  pruner:\n    name: [none]": (
+        ":9: study.pruner.name must be one of 'wilcoxon', 'none', got ['none']; choose one of them"
     ),
-    "study: {pruner: [median]}": (
-        ":7: study.pruner must be a mapping of keys, got ['median']; indent the keys below it"
+    "study: {pruner: [none]}": (":7: study.pruner must be a mapping of keys, got ['none']; indent the keys below it"),
+    "study: {pruner: {name: none, p_threshold: 0.2}}": (
+        ":7: study.pruner.p_threshold must be absent for none, got 0.2; it belongs to wilcoxon: remove it"
     ),
-    "study: {pruner: {name: median, p_threshold: 0.2}}": (
-        ":7: study.pruner.p_threshold must be absent for median, got 0.2; it belongs to wilcoxon: remove it"
+    "study: {pruner: median}": (
+        ":7: study.pruner must be wilcoxon or none (without median, hyperband, successive_halving, which compared"
+        " single noisy chunks), got 'median'; correct it"
     ),
-    "study: {pruner: {min_resource: 2}}": (
-        ":7: study.pruner.min_resource must be absent for wilcoxon, got 2; it belongs to hyperband and"
-        " successive_halving: remove it"
-    ),
-    "study: {pruner: {name: median, median: {n_warmup_steps: 1}}}": (
-        ":7: study.pruner.median must be a known key, got 'median'; known keys: n_startup_trials, n_warmup_steps, name"
+    "study: {pruner: {name: wilcoxon, wilcoxon: {p_threshold: 0.1}}}": (
+        ":7: study.pruner.wilcoxon must be a known key, got 'wilcoxon'; known keys: n_startup_steps, name, p_threshold"
     ),
     "study: {pruner: {p_threshold: 1}}": ":7: study.pruner.p_threshold must be less than 1.0, got 1; lower it",
     "study: {pruner: {p_treshold: 0.2}}": (

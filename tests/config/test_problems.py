@@ -12,11 +12,9 @@ from tests.config.study_text import STUDY
 
 
 def test_a_pruner_that_is_none_still_has_its_unknown_options_named(problems: Any) -> None:
-    assert problems(STUDY + "study:\n  pruner: {name: medain, n_warmup_steps: 1, min_resorce: 2}\n") == [
-        "my_study.yaml:8: study.pruner.name must be one of 'wilcoxon', 'median', 'hyperband', 'successive_halving',"
-        " 'none', got 'medain'; choose one of them",
-        "my_study.yaml:8: study.pruner.min_resorce must be a known key, got 'min_resorce';"
-        " did you mean 'min_resource'?",
+    assert problems(STUDY + "study:\n  pruner: {name: wilcoxn, n_startup_steps: 1, p_treshold: 0.2}\n") == [
+        "my_study.yaml:8: study.pruner.name must be one of 'wilcoxon', 'none', got 'wilcoxn'; choose one of them",
+        "my_study.yaml:8: study.pruner.p_treshold must be a known key, got 'p_treshold'; did you mean 'p_threshold'?",
     ]
 
 

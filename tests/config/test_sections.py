@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from optuna_merge.config.genome import GenomeConfig
-from optuna_merge.config.pruner import HyperbandConfig, MedianConfig, SuccessiveHalvingConfig, WilcoxonConfig
+from optuna_merge.config.pruner import WilcoxonConfig
 from optuna_merge.config.sampler import CmaEsConfig, OptunaSamplerConfig, RandomSamplerConfig
 from optuna_merge.config.search import Range, StructuredPrior
 from optuna_merge.config.section import Section
@@ -92,7 +92,7 @@ UNION_OPTIONS = [
     (section, name, option)
     for section, members in (
         ("study.sampler", (CmaEsConfig,)),
-        ("study.pruner", (WilcoxonConfig, MedianConfig, HyperbandConfig, SuccessiveHalvingConfig)),
+        ("study.pruner", (WilcoxonConfig,)),
         ("search.prior", (StructuredPrior,)),
     )
     for member in members
@@ -120,12 +120,12 @@ def test_an_option_without_a_name_is_the_default_s(load: Any) -> None:
 
 def test_the_options_of_a_sampler_or_pruner(load: Any) -> None:
     config = load(
-        STUDY + "study: {sampler: {name: tpe, n_startup_trials: 20}, pruner: {name: median, n_warmup_steps: 2}}"
+        STUDY + "study: {sampler: {name: tpe, n_startup_trials: 20}, pruner: {name: wilcoxon, n_startup_steps: 2}}"
     )
     assert config.study.sampler == OptunaSamplerConfig.model_validate({"name": "tpe", "n_startup_trials": 20})
     assert (config.study.sampler.options, config.study.pruner.options) == (
         {"n_startup_trials": 20},
-        {"n_warmup_steps": 2},
+        {"n_startup_steps": 2},
     )
     assert config.study.cmaes == CmaEsConfig()
     assert load(STUDY + "study: {sampler: {sigma0: 0.1}}").study.cmaes.sigma0 == 0.1
