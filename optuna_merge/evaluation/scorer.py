@@ -27,6 +27,7 @@ import torch
 from optuna_merge.errors import TaskError
 from optuna_merge.evaluation.chunks import MIN_CHUNK_REQUESTS, Chunk, cut
 from optuna_merge.evaluation.description import Description
+from optuna_merge.evaluation.difference import Difference, compare
 from optuna_merge.evaluation.engine import Engine
 from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
@@ -192,25 +193,27 @@ class Scorer:
             self._holdout = Chunk(self._engine, parts)
         return _aggregate(self._holdout_terms, self._holdout.score(self._engine), stderr=stderr)
 
-    def paired_difference(self, score: Score, other: Score) -> tuple[float, float]:
-        """Difference of two values on the same documents, searched or holdout, and its standard error.
+    def paired_difference(self, score: Score, other: Score) -> Difference:
+        """Difference of two values on the same documents, searched or holdout, paired by document.
 
         Args:
             score: The score of one model.
             other: The score of another one, on the same documents.
 
         Returns:
-            ``score.value - other.value``, and its standard error, from the differences on each document. Tasks count
-            as independent. The error is infinite if a task has only one document. Metrics that are no means are
-            bootstrapped over documents (200 draws, seeded).
+            ``score.value - other.value``, its standard error and its p-value; :func:`compare` says how both are
+            computed. If the difference is not finite, its error is infinite and its p-value is 1.
 
         Raises:
             TaskError: If the two were not scored on the same documents.
         """
         _refuse_unpaired(score.documents, other.documents)
         terms = self._terms if {term.key for term in self._terms} == set(score.tasks) else self._holdout_terms
-        variance = sum(term.weight**2 * term.paired_variance(score.documents, other.documents) for term in terms)
-        return score.value - other.value, math.sqrt(variance)
+        value = score.value - other.value
+        if not math.isfinite(value):
+            return Difference(value, math.inf, 1.0)
+        with quietly():
+            return Difference(value, *compare(terms, score.documents, other.documents))
 
     def describe(self) -> Description:
         """Say what was found and what one evaluation costs; needs no weights."""

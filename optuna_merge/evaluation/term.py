@@ -6,7 +6,6 @@ Knows how the values of leaves become one figure, as lm-eval aggregates them. It
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +16,7 @@ from lm_eval.api.metrics import mean
 
 from optuna_merge.errors import TaskError
 from optuna_merge.evaluation.description import TaskDescription
-from optuna_merge.evaluation.leaf import BOOTSTRAP_DRAWS, Leaf
+from optuna_merge.evaluation.leaf import Leaf
 from optuna_merge.evaluation.results import Documents, TaskScore
 
 
@@ -119,21 +118,37 @@ class Term:
         value, error = self._combine(values, sizes, errors)
         return TaskScore(self.metric, value, error, sum(sizes.values()), self.weight)
 
-    def paired_variance(self, documents: Documents, others: Documents) -> float:
-        """Variance of the difference of this term's metric between two models, on the same documents."""
-        pairs = self._pairs(documents, others)
-        if not self.is_mean:
-            return self._bootstrapped_variance(pairs)
-        sizes = _sizes(pairs)
-        variance = 0.0
+    def pairs(self, documents: Documents, others: Documents) -> dict[str, list[tuple[Any, Any] | None]]:
+        """The metric of two models on the same documents.
+
+        Returns:
+            Leaf to both values of each of its documents; None for a document without the metric. A leaf without the
+            metric is left out.
+        """
+        pairs: dict[str, list[tuple[Any, Any] | None]] = {}
+        for leaf in self.leaves:
+            columns = [scored.get(leaf.name, {}).get(self.metric, []) for scored in (documents, others)]
+            column = [None if a is None or b is None else (a, b) for a, b in zip(*columns, strict=True)]
+            if any(pair is not None for pair in column):
+                pairs[leaf.name] = column
+        return pairs
+
+    def shares(self, documents: Documents, others: Documents) -> dict[str, np.ndarray]:
+        """What each document contributes to weight x difference of two models, for a metric that is a mean.
+
+        Returns:
+            Leaf to the shares of its documents, float64, shape ``[n_documents]``; NaN for a document without the
+            metric. All shares of all leaves sum to weight x difference.
+        """
+        pairs = self.pairs(documents, others)
+        sizes = {name: sum(pair is not None for pair in column) for name, column in pairs.items()}
+        shares = {}
         for name, column in pairs.items():
-            if len(column) < 2:
-                return math.inf
             # the aggregate is linear in the leaves, so a leaf's coefficient is the aggregate of its unit vector
             coefficient, _ = self._combine({leaf: float(leaf == name) for leaf in pairs}, sizes)
-            differences = [float(a) - float(b) for a, b in column]
-            variance += coefficient**2 * float(np.var(differences, ddof=1)) / len(column)
-        return variance
+            differences = np.array([math.nan if pair is None else float(pair[0]) - float(pair[1]) for pair in column])
+            shares[name] = self.weight * coefficient / sizes[name] * differences
+        return shares
 
     def describe(self) -> TaskDescription:
         """What was found for this term."""
@@ -190,34 +205,6 @@ class Term:
         n = len(values)
         error = math.sqrt(sum(e**2 for e in known.values())) / n if len(known) == n else None
         return sum(values.values()) / n, error
-
-    def _bootstrapped_variance(self, pairs: Mapping[str, Sequence[tuple[Any, Any]]]) -> float:
-        if any(len(column) < 2 for column in pairs.values()):
-            return math.inf
-        rnd = random.Random(0)
-        sizes = _sizes(pairs)
-        leaves = {leaf.name: leaf for leaf in self.leaves}
-
-        def aggregated(drawn: Mapping[str, Sequence[tuple[Any, Any]]], side: int) -> float:
-            values = {
-                name: leaves[name].value(self._metric_name, [pair[side] for pair in column])
-                for name, column in drawn.items()
-            }
-            return self._combine(values, sizes)[0]
-
-        differences = []
-        for _ in range(2 * BOOTSTRAP_DRAWS):
-            drawn = {name: rnd.choices(column, k=len(column)) for name, column in pairs.items()}
-            differences.append(aggregated(drawn, 0) - aggregated(drawn, 1))
-        return float(np.var(differences, ddof=1))
-
-    def _pairs(self, documents: Documents, others: Documents) -> dict[str, list[tuple[Any, Any]]]:
-        pairs = {}
-        for leaf in self.leaves:
-            both = zip(documents[leaf.name][self.metric], others[leaf.name][self.metric], strict=True)
-            if present := [(a, b) for a, b in both if a is not None and b is not None]:
-                pairs[leaf.name] = present
-        return pairs
 
 
 def leaves_of(terms: Sequence[Term]) -> list[Leaf]:

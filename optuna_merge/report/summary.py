@@ -183,8 +183,8 @@ def verdict(summary: Summary) -> str:
     if not parts:
         return ""
     return (
-        f"On the holdout the best merge, chosen on the searched documents, is {' and '.join(parts)}: two-sided z tests,"
-        " paired by document."
+        f"On the holdout the best merge, chosen on the searched documents, is {' and '.join(parts)}: two-sided"
+        " permutation tests, paired by document."
     )
 
 

@@ -9,7 +9,6 @@ Knows the objective and a finished study; ``holdout_file.py`` knows the file tha
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,7 +80,7 @@ def _score(trial: FrozenTrial, objective: MergeObjective, note: Callable[[str], 
 
 
 def _row(entry: _Entry, best: _Entry, objective: MergeObjective) -> HoldoutRow:
-    difference, stderr = objective.scorer.paired_difference(best.score, entry.score)
+    ahead = objective.scorer.paired_difference(best.score, entry.score)
     return HoldoutRow(
         trial=entry.trial.number,
         value=entry.score.value,
@@ -89,22 +88,7 @@ def _row(entry: _Entry, best: _Entry, objective: MergeObjective) -> HoldoutRow:
             name: TaskFigure(task.metric, task.value, task.stderr, task.n_documents)
             for name, task in entry.score.tasks.items()
         },
-        difference=difference,
-        difference_stderr=stderr,
-        p_value=two_sided_p(difference, stderr),
+        difference=ahead.value,
+        difference_stderr=ahead.stderr,
+        p_value=ahead.p_value,
     )
-
-
-def two_sided_p(difference: float, stderr: float) -> float:
-    """Two-sided p-value of the z test that a difference is 0.
-
-    Args:
-        difference: Finite.
-        stderr: Standard error of the difference, at least 0; infinite if it is unknown.
-
-    Returns:
-        In [0, 1]; 1 if the difference is 0.
-    """
-    if difference == 0:
-        return 1.0
-    return math.erfc(abs(difference) / stderr / math.sqrt(2)) if stderr > 0 else 0.0

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 HOLDOUT_FILE = "holdout.json"
+_TEST = "permutation"
+"""What gives the p-values. Rows with p-values of another test are made again, from the scores that are kept."""
 N_BEST = 5
 """How many of the best merges a report scores on the holdout; the searched documents rank them."""
 
@@ -47,7 +49,7 @@ class HoldoutRow:
         tasks: Eval task to its figure.
         difference: The best merge's value minus this one's.
         difference_stderr: Standard error of the difference, paired by document.
-        p_value: Two-sided, of a paired z test that the difference is 0.
+        p_value: Two-sided, of the permutation test of ``evaluation/difference.py``, which pairs documents.
     """
 
     trial: int
@@ -60,12 +62,13 @@ class HoldoutRow:
 
 @dataclass(frozen=True)
 class _Holdout:
-    """The content of the file: its rows, and the best merge that their differences are from."""
+    """The content of the file: its rows, the best merge that their differences are from, and what tested these."""
 
     study: str
     best_trial: int
     recipe: str | None
     rows: list[HoldoutRow]
+    test: str = "z"  # of a version that did not name it
 
 
 _HOLDOUT = TypeAdapter(_Holdout)
@@ -79,7 +82,7 @@ def needs_holdout(study: optuna.Study, storage_path: Path, n_best: int) -> bool:
 
 
 def read_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial | None) -> dict[int, HoldoutRow]:
-    """Trial number to its row; empty if there is no file, or if it was made for another best merge.
+    """Trial number to its row; empty if there is no file, or if it was made for another best merge or by a z test.
 
     Raises:
         StudyError: If the file cannot be read.
@@ -95,8 +98,8 @@ def read_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial | No
         raise _unreadable(path, f"{where}: {problem['msg']}") from exc
     except (OSError, ValueError) as exc:
         raise _unreadable(path, reason(exc)) from exc
-    made_for = (found.study, found.best_trial, found.recipe)
-    if made_for != (study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST)):
+    made_for = (found.study, found.best_trial, found.recipe, found.test)
+    if made_for != (study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST), _TEST):
         return {}  # another study may have written there, even one of the same name
     return {row.trial: row for row in found.rows}
 
@@ -107,7 +110,7 @@ def write_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial, ro
     Raises:
         StudyError: If the file cannot be written.
     """
-    content = _Holdout(study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST), rows)
+    content = _Holdout(study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST), rows, _TEST)
     write_scores(storage_path / HOLDOUT_FILE, json.dumps(asdict(content), indent=1))
 
 

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 
 from optuna_merge.errors import TaskError
+from optuna_merge.evaluation.difference import Difference, sign_flip_p
 from optuna_merge.evaluation.engines.hf import HFEngine
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.evaluation.term import EvalTask
@@ -177,14 +178,16 @@ def test_a_paired_difference_by_hand(right: Path) -> None:
     first = scorer.score_all()
     loaded(engine, 0.9)
     second = scorer.score_all()
-    difference, error = scorer.paired_difference(first, second)
-    assert difference == first.value - second.value
-    variance = 0.0
+    found = scorer.paired_difference(first, second)
+    assert found.value == first.value - second.value
+    variance, shares = 0.0, []
     for name, weight, n in (("right", 1, 200), ("rarely", -2, 100)):
         values = [np.array(s.documents[name]["acc,none"]) for s in (first, second)]
         variance += weight**2 * np.var(values[0] - values[1], ddof=1) / n
-    assert error == pytest.approx(math.sqrt(variance))
-    assert scorer.paired_difference(first, first) == (0, 0)
+        shares += [weight * (a - b) / n for a, b in zip(*values, strict=True)]
+    assert found.stderr == pytest.approx(math.sqrt(variance))
+    assert found.p_value == pytest.approx(sign_flip_p(shares))
+    assert scorer.paired_difference(first, first) == Difference(0.0, 0.0, 1.0)
     _, smaller = fake(right, limit=50)
     with pytest.raises(TaskError, match="must be over the same documents"):
         scorer.paired_difference(first, smaller._engine.load_weights([("w", torch.zeros(4))]) or smaller.score_all())
@@ -198,10 +201,11 @@ def test_a_paired_difference_of_a_metric_that_is_no_mean(engine: HFEngine, model
     engine.load_weights((name, tensor * 0.95) for name, tensor in weights.items())
     second = scorer.score_all()
     engine.load_weights(weights.items())
-    difference, error = scorer.paired_difference(first, second)
-    assert difference != 0
-    assert 0 < error < abs(first.value)
-    assert scorer.paired_difference(first, second) == (difference, error)
+    found = scorer.paired_difference(first, second)
+    assert found.value != 0
+    assert 0 < found.stderr < abs(first.value)
+    assert 0 < found.p_value <= 1
+    assert scorer.paired_difference(first, second) == found
 
 
 def test_shuffling_draws_other_documents_with_the_prompts_of_a_full_run(engine: HFEngine, tasks: Path) -> None:

@@ -45,10 +45,15 @@ def held(trial: int, value: float, difference: float = 0.0, stderr: float = 0.0,
 
 
 def write(
-    config: StudyConfig, rows: list[HoldoutRow], best: int = 6, study: str = "tiny", recipe: str | None = None
+    config: StudyConfig,
+    rows: list[HoldoutRow],
+    best: int = 6,
+    study: str = "tiny",
+    recipe: str | None = None,
+    test: str = "permutation",
 ) -> None:
     config.storage_path.mkdir(exist_ok=True)
-    data = {"study": study, "best_trial": best, "recipe": recipe, "rows": [asdict(row) for row in rows]}
+    data = {"study": study, "best_trial": best, "recipe": recipe, "rows": [asdict(row) for row in rows], "test": test}
     (config.storage_path / HOLDOUT_FILE).write_text(json.dumps(data))
 
 
@@ -101,7 +106,7 @@ def test_the_verdict(study: optuna.Study, config: StudyConfig) -> None:
     assert verdict(summary) == (
         "On the holdout the best merge, chosen on the searched documents, is 0.3000 ± 0.0300 better than the best"
         " source (model_0; p < 0.0001) and 0.0200 ± 0.0400 worse than the best uniform merge (uniform x2; p = 0.6171):"
-        " two-sided z tests, paired by document."
+        " two-sided permutation tests, paired by document."
     )
     assert markdown_table(summary).endswith(verdict(summary))
     assert "| model_0 | 0.9000 | 0.4000 | +0.3000 ± 0.0300 |" in markdown_table(summary)
@@ -129,6 +134,11 @@ def test_figures_of_another_recipe_are_not_this_study_s(study: optuna.Study, con
     assert needs_holdout(study, config.storage_path, 1)
     write(config, [held(6, 0.7)])
     assert not needs_holdout(study, config.storage_path, 1)
+
+
+def test_p_values_of_a_z_test_are_made_again(study: optuna.Study, config: StudyConfig) -> None:
+    write(config, [held(6, 0.7)], test="z")
+    assert needs_holdout(study, config.storage_path, 1)
 
 
 def front_study() -> optuna.Study:
