@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -272,6 +273,24 @@ def test_public_names_are_sorted_and_lead_home() -> None:
     assert set(optuna_merge._HOMES) == set(names)
     with pytest.raises(AttributeError, match="module 'optuna_merge' has no attribute 'nonsense'"):
         _ = optuna_merge.nonsense
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_has_a_user() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    names = {"grpcio": "grpc", "pyyaml": "yaml"}
+
+    def libraries(requirements: list[str]) -> set[str]:
+        plain = [re.split(r"[\[<>=~! ;]", requirement)[0] for requirement in requirements]
+        return {names.get(name, name.replace("-", "_")) for name in plain}
+
+    always = libraries(project["dependencies"])
+    extras = {library for values in project["optional-dependencies"].values() for library in libraries(values)}
+    imported = {name.split(".")[0] for module in FILES for name in imports(module)}
+    imported -= {"optuna_merge", *sys.stdlib_module_names}
+    assert (
+        imported - always - {"pytest"} <= {"grpc", "vllm", "wandb"} <= extras | {"grpc"}
+    )  # grpcio is imported as grpc
+    assert always - imported == {"scipy"}  # Optuna imports it late, for its GPSampler
 
 
 def test_the_tree_of_errors_is_the_one_in_its_docstring() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -70,3 +71,12 @@ def test_a_hub_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert path == "/api/repos/create"
     assert body["name"] == "merged"
     assert body["organization"] == "org"
+
+
+def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        hub = HfApi(endpoint=f"http://127.0.0.1:{taken.getsockname()[1]}", token="hf_nobody")
+        with pytest.raises(ExportError, match=r"org/merged: hub must accept the upload, got .*efused"):
+            push(tmp_path, "org/merged", message="", hub=hub)
