@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from typer.main import get_command
@@ -47,11 +48,17 @@ VALUES = {
     "--force-population-size": "5",
 }
 
-# What a machine without GPU and vLLM answers to the options that need them.
+# What a machine without GPU or vLLM answers to the options that need them.
 REFUSED = {
-    "--num-gpus": "device 'cuda:0' is not there",
-    "--vllm": "vllm must be installed to be used",
-    "--merge-cuda": "engine.merge_device must be there, got cuda (0 CUDA devices found)",
+    **({} if find_spec("vllm") else {"--vllm": "vllm must be installed to be used"}),
+    **(
+        {}
+        if torch.cuda.is_available()
+        else {
+            "--num-gpus": "device 'cuda:0' is not there",
+            "--merge-cuda": "engine.merge_device must be there, got cuda (0 CUDA devices found)",
+        }
+    ),
     "--load-in-8bit": "--load-in-8bit must be given for vLLM, got the transformers engine",
     "--load-in-4bit": "--load-in-4bit must be given for vLLM, got the transformers engine",
 }
@@ -197,6 +204,7 @@ class TestWhatAnOptionDoes:
         [error] = errors_of(invoke("run-study", file, "--force-population-size", 5))
         assert "study.sampler.popsize must be absent for random, got 5" in error
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_quantization_that_needs_a_gpu_is_refused_on_a_cpu(self, study_file: Callable[..., Path]) -> None:
         config = load_study(study_file(), {"engine.backend": "vllm", "engine.vllm.quantization": "fp8"})
         with pytest.raises(EngineError, match=r"engine.vllm.quantization must be left out on a CPU, got fp8; vLLM"):
