@@ -46,7 +46,7 @@ $(VENV)-vllm/installed: pyproject.toml tests/vllm.txt
 	touch $@
 
 test-vllm: setup-vllm
-	$(VENV)-vllm/bin/python -m pytest -m vllm tests/evaluation/test_vllm.py tests/study/test_vllm_study.py
+	$(VENV)-vllm/bin/python -m pytest -m vllm tests/evaluation/test_vllm.py tests/internals/test_vllm.py tests/study/test_vllm_study.py
 
 bench-vllm: setup-vllm
 	$(VENV)-vllm/bin/python benchmarks/vllm_tokens.py
