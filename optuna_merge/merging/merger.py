@@ -19,7 +19,7 @@ from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import common_names
 from optuna_merge.checkpoints.reference import ResolvedReference
 from optuna_merge.checkpoints.unify import unify
-from optuna_merge.errors import MergeError, first_line, is_out_of_memory
+from optuna_merge.errors import MergeError, NonFiniteMergeError, first_line, is_out_of_memory
 from optuna_merge.merging.placement import Placement, count_disk_waits, free_host_bytes, place_checkpoints
 from optuna_merge.merging.plan import MergePlan, MergeStep, Numbers
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
@@ -123,6 +123,8 @@ class Merger:
             base or the first model. Stopping early leaves nothing open.
 
         Raises:
+            NonFiniteMergeError: If a method refuses a tensor because of NaN or infinity; others give a result that is
+                not finite, which whoever scores it refuses.
             MergeError: If the recipe does not fit the checkpoints, a method fails, or a tensor does not fit into memory
                 even in small pieces; the message names the tensor.
         """
@@ -197,6 +199,13 @@ class Merger:
                 plan.function(self._inputs(plan, name, step.numbers, tensors), result)
             except Exception as exc:  # a user's method may raise anything
                 if is_out_of_memory(exc):
+                    raise
+                if not_finite := plan.not_finite(tensors):
+                    raise NonFiniteMergeError(
+                        f"{name}: every model must be finite, got NaN or infinity in {', '.join(not_finite)}; repair or"
+                        " leave out that model"
+                    ) from exc
+                if isinstance(exc, NonFiniteMergeError):
                     raise
                 raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
         if step.destination is not None:

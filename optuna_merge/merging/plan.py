@@ -64,6 +64,14 @@ class MergePlan:
         """The tensor ``name`` of every checkpoint that is read."""
         return [checkpoint.get(name) for checkpoint in self.read]
 
+    def not_finite(self, tensors: list[Tensor]) -> list[str]:
+        """References of the checkpoints whose tensor, of those from :meth:`tensors`, holds NaN or infinity."""
+        references = [self.recipe.models[i] for i in self.used]
+        if self.base is not None:
+            assert self.recipe.base_model is not None
+            references.insert(0, self.recipe.base_model)
+        return [reference for reference, tensor in zip(references, tensors, strict=True) if not tensor.isfinite().all()]
+
     @cached_property
     def settings(self) -> tuple[Any, ...]:
         """What every tensor is made from, besides its method parameters."""

@@ -22,12 +22,8 @@ def arcee_fusion(inputs: MergeInput, out: Tensor) -> None:
     n_elements = flat.numel()
     if n_elements == 0:
         return
-    quantity = Quantity(("importance", inputs.identities[0]), _importance)
     # As in mergekit, a quantile is the entry at this place of the ascending order.
-    q1, median, q3 = (
-        kth_largest(inputs, quantity, n_elements - int(torch.tensor(q) * (n_elements - 1)))[0]
-        for q in (0.25, 0.5, 0.75)
-    )
+    q1, median, q3 = (_at(inputs, int(torch.tensor(q) * (n_elements - 1))) for q in (0.25, 0.5, 0.75))
     values = torch.tensor([q1, median, q3])
     threshold = (values[1] + 1.5 * (values[2] - values[0])).item()
     for chunk in inputs.chunks():
@@ -35,9 +31,20 @@ def arcee_fusion(inputs: MergeInput, out: Tensor) -> None:
         flat[chunk.span] = chunk.task_vector(0).mul_(taken).add_(chunk.base)
 
 
+def _at(inputs: MergeInput, place: int) -> float:
+    """The importance at a place, from 0, of the ascending order."""
+    # A divergence near 0 may round to a negative number, and so may an importance.
+    identity, n_elements = inputs.identities[0], inputs.models[0].numel()
+    above = Quantity(("importance", identity), lambda chunk: _importance(chunk).clamp_(min=0))
+    value = kth_largest(inputs, above, n_elements - place)[0]
+    if value > 0:
+        return value
+    below = Quantity(("negated importance", identity), lambda chunk: _importance(chunk).neg_().clamp_(min=0))
+    return -kth_largest(inputs, below, place + 1)[0]
+
+
 def _importance(chunk: Chunk) -> Tensor:
     model, base = (tensor.view(-1, chunk.inputs.row_elements) for tensor in (chunk.model(0), chunk.base))
     p, q = (torch.softmax(rows, dim=-1).add_(1e-8) for rows in (model, base))
     divergence = torch.sum(p * torch.log(p / q), dim=-1, keepdim=True)
-    importance = torch.mul(torch.sub(model, base).abs_(), divergence)
-    return importance.clamp_(min=0).view(-1)
+    return torch.mul(torch.sub(model, base).abs_(), divergence).view(-1)

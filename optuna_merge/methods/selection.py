@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optuna_merge.errors import NonFiniteMergeError
 from optuna_merge.methods.elementwise import evaluate
 from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
 
 _LOW_BITS = 15  # of the 31 bits of a magnitude; the other bits number its bin
 _N_BINS = 1 << (31 - _LOW_BITS)
+_MAGNITUDE_BITS = 0x7FFFFFFF
+_BIN_OF_INFINITY = 0x7F800000 >> _LOW_BITS  # NaN has larger magnitude bits
 _N_REMEMBERED = 4  # splits of one tensor: a density that is not searched costs nothing after the first merge
 _N_REMEMBERED_VALUES = 256  # distinct values of one bin
 _N_ENTRIES = 1 << 20  # entries of one bin whose places are kept while it is searched
@@ -28,10 +31,11 @@ _LINE = 8  # neighbours that are looked at together when searching entries of a 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number for each element of a tensor that is never negative.
+    """A number for each element of a tensor that is at least 0; -0 counts as 0.
 
     Attributes:
-        key: Identifies the quantity and its models; with an equal key, values are equal in every merge.
+        key: What it is, for messages, and the identities of its models. With an equal key, values are equal in every
+            merge.
         of: Returns its float32 values in a piece, shape ``[n]``, which the caller may overwrite.
         index: The source, if the quantity is the magnitudes of its task vector.
     """
@@ -43,7 +47,8 @@ class Quantity:
 
 def magnitudes(inputs: MergeInput, index: int) -> Quantity:
     """The magnitudes of a source's task vector."""
-    return Quantity(("magnitude", inputs.identities[index]), lambda chunk: chunk.task_vector(index).abs_(), index)
+    key = ("magnitude of the change", inputs.identities[index])
+    return Quantity(key, lambda chunk: chunk.task_vector(index).abs_(), index)
 
 
 _Entries = list[tuple[int, Tensor, Tensor]]
@@ -154,12 +159,22 @@ def _find_kth_largest(inputs: MergeInput, quantity: Quantity, k: int) -> tuple[f
 
 
 def _histogram(inputs: MergeInput, quantity: Quantity) -> tuple[int, Tensor]:
-    """The first bin that is not empty, and the counts from it to the last bin that is not empty."""
+    """The first bin that is not empty, and the counts from it to the last bin that is not empty.
+
+    Raises:
+        NonFiniteMergeError: If a value is NaN or infinity, which have no place among the others.
+    """
     counts = torch.zeros(_N_BINS, dtype=torch.int64, device=inputs.device)
     for chunk in inputs.chunks():
-        counts += torch.bincount(quantity.of(chunk).view(torch.int32) >> _LOW_BITS, minlength=_N_BINS)
+        bits = quantity.of(chunk).view(torch.int32).bitwise_and_(_MAGNITUDE_BITS)  # -0 and NaN may have a sign
+        counts += torch.bincount(bits >> _LOW_BITS, minlength=_N_BINS)
     filled = counts.nonzero().view(-1)
     first, last = torch.stack([filled[0], filled[-1]]).tolist()
+    if last >= _BIN_OF_INFINITY:
+        raise NonFiniteMergeError(
+            f"{inputs.name}: {quantity.key[0]} of each element must be finite, got NaN or infinity; this merge cannot"
+            " be scored"
+        )
     return first, counts[first : last + 1].clone()
 
 
@@ -279,7 +294,7 @@ def _places(is_in: Tensor) -> Tensor:
 
 def _value_of(bits: int) -> float:
     value: float = torch.tensor([bits], dtype=torch.int32).view(torch.float32).item()
-    return math.inf if math.isnan(value) else value
+    return value
 
 
 def _next_below(value: float) -> float:

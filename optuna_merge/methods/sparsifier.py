@@ -75,8 +75,12 @@ class Sums:
         self._parts.append(parts.view(-1))
 
     def total(self) -> float:
-        """The sum, rounded once."""
-        return math.fsum(torch.cat(self._parts).tolist()) if self._parts else 0.0
+        """The sum, rounded once; not finite if a part is not, or if it is too large."""
+        parts = torch.cat(self._parts).tolist() if self._parts else []
+        try:
+            return math.fsum(parts)
+        except (ValueError, OverflowError):  # infinities of both signs, or a sum beyond the largest number
+            return float(sum(parts))
 
 
 def l1_norm(values: Tensor) -> Tensor:

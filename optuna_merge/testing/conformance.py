@@ -7,6 +7,7 @@ For the tests of this package and of packages that extend it. Knows the seams, n
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,6 +96,65 @@ class MethodConformance:
             merged = merge_tensors(self.method, models, base)
             assert merged.shape == shape
             assert merged.isfinite().all()
+
+    def test_rows_that_no_fine_tune_changed_stay(self) -> None:
+        """Fine-tunes change a part of a tensor, and are rounded; a source may equal the base or another source."""
+        import torch
+
+        for dtype, settings in itertools.product(("bfloat16", "float16", "float32"), ({}, self._mid_range())):
+            base = (0.1 * self._random((24, 64), 0)).to(getattr(torch, dtype))
+            tunes = [self._fine_tune(base, seed + 1) for seed in range(self.n_models)]
+            zeros = torch.zeros_like(base)
+            for start, models in (
+                (base, tunes),
+                (base, [tunes[0], *tunes[:-1]]),
+                (base, [*tunes[:-1], base]),
+                (base, [base] * self.n_models),
+                (zeros, [*tunes[:-1], zeros]),
+                (zeros, [zeros] * self.n_models),
+            ):
+                merged = merge_tensors(self.method, models, start if self._has_base() else None, **settings)
+                assert merged.isfinite().all(), (dtype, settings)
+                is_unchanged = torch.stack([(model == start).all(1) for model in models]).all(0)
+                expected = start[is_unchanged].float()
+                torch.testing.assert_close(merged[is_unchanged], expected, rtol=1e-4, atol=1e-6)
+
+    def test_what_is_not_finite_never_becomes_finite(self) -> None:
+        """NaN or infinity in a source is in the result, or the method refuses the tensor by name."""
+        import torch
+
+        negative_nan = torch.tensor(-4194304, dtype=torch.int32).view(torch.float32)  # its sign bit is set
+        values = (torch.tensor(math.nan), negative_nan, torch.tensor(math.inf), torch.tensor(-math.inf))
+        places = ((3, 5), (slice(None), 5), slice(1, None))  # one element, one of each row, nearly all
+        positions = range(self.n_models + self._has_base())
+        cases = itertools.product(({}, self._mid_range()), values, places, positions)
+        for settings, bad, place, position in cases:
+            models, base = self._models((4, 1024))
+            [*models, base][position][place] = bad
+            try:
+                is_reported = not merge_tensors(self.method, models, base, **settings).isfinite().all()
+            except NonFiniteMergeError as exc:
+                is_reported = str(exc).startswith("model.layers.0.mlp.up_proj.weight: ")
+            assert is_reported, (settings, bad, place, position)
+
+    def _fine_tune(self, base: Tensor, seed: int) -> Tensor:
+        """The base with a small change of its last rows, rounded to its dtype."""
+        changed = base.float()
+        changed[len(base) // 3 :] += 1e-4 * self._random((len(base) - len(base) // 3, base.shape[1]), seed)
+        return changed.to(base.dtype)
+
+    def _has_base(self) -> bool:
+        """Whether the base is part of the arithmetic."""
+        from optuna_merge.methods import find_method
+
+        return self._models()[1] is not None and find_method(self.method).base != "unused"
+
+    def _mid_range(self) -> dict[str, Any]:
+        """The middle of each parameter's range to search, as for :func:`merge_tensors`."""
+        from optuna_merge.methods import find_method
+
+        parameters = find_method(self.method).parameters_for(self._models()[1] is not None)
+        return {parameter.name: sum(parameter.search) / 2 for parameter in parameters if parameter.search is not None}
 
 
 @dataclass(frozen=True)

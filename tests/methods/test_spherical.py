@@ -153,3 +153,13 @@ def test_directions_that_cancel() -> None:
     with pytest.raises(MethodError, match="weighted directions of the models must not cancel"):
         merge_tensors("multislerp", [RIGHT, -RIGHT, 0 * UP], weight=[1.0, 1.0, 1.0])
     assert merge_tensors("multislerp", [UP, UP, UP], UP).equal(UP)
+
+
+def test_infinite_inner_products_of_both_signs_are_not_finite() -> None:
+    """They come from blocks of their own, whose sums are added in Python."""
+    infinite, signs = torch.ones(2, 1 << 18), torch.ones(2, 1 << 18)
+    infinite[:, 0] = torch.inf
+    signs[1] = -1.0
+    for method in ("slerp", "nuslerp", "multislerp", "karcher"):
+        merged = merge_tensors(method, [infinite, signs])
+        assert not merged[:, 0].isfinite().any(), method
