@@ -58,6 +58,14 @@ def write_task(folder: Path, name: str, n: int = 40, gold: str = "i % 4") -> Non
     (folder / f"{name}.yaml").write_text(TASK.format(name=name))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests a plain run leaves out; those that are skipped name what they need in their reasons above."""
+    if terminalreporter.stats.get("deselected"):
+        terminalreporter.write_line(
+            "deselected: the tests of the vLLM engine; make test-vllm installs vLLM and runs them"
+        )
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``base`` and the sources ``model_0`` and ``model_1``, fine-tunes of it: Llamas of two layers."""

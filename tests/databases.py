@@ -94,7 +94,7 @@ def mariadb() -> Iterator[str]:
     pytest.importorskip("pymysql")
     programs = [shutil.which(name) for name in ("mariadb-install-db", "mariadbd", "mariadb")]
     if None in programs:
-        pytest.skip("needs MariaDB's server")
+        pytest.skip("needs MariaDB: apt-get install mariadb-server")
     install, server, client = map(str, programs)
     with tempfile.TemporaryDirectory(prefix="mariadb-") as name:
         folder, port = Path(name), free_port()

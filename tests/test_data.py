@@ -15,6 +15,7 @@ import yaml
 
 from optuna_merge.data import PreparedSample, prepare_data, read_sample
 from optuna_merge.errors import DataError, TaskError
+from tests.processes import obeying_permissions
 
 N_ROWS = 60
 SHUFFLED = {
@@ -352,10 +353,10 @@ class TestRefusals:
         with pytest.raises(DataError, match=r"places.jsonl: must be writable, got File exists; make room"):
             prepare_data(["places"], [tasks], source)
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_read_only_destination(self, tasks: Path, source: Path) -> None:
         tasks.chmod(0o555)
-        with pytest.raises(DataError, match=r"places.jsonl: must be writable, got Permission denied"):
+        denied = r"places.jsonl: must be writable, got Permission denied"
+        with obeying_permissions(), pytest.raises(DataError, match=denied):
             prepare_data(["places"], [tasks], source)
 
     def test_nothing_is_written_when_one_of_two_is_refused(self, tasks: Path, source: Path) -> None:

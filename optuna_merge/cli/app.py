@@ -80,7 +80,8 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if sys.platform == "win32":  # no fcntl, with which workers lock each other
+        raise OptunaMergeError("the operating system must be a POSIX system, got Windows; use Linux, or WSL on Windows")
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def test_a_tokenizer_without_tokenizer_json_is_read_by_transformers(tmp_path: Pa
 
 
 def test_a_tokenizer_of_sentencepiece(tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install sentencepiece")
 
     texts = iter(["the cat sat on the mat", "a dog and a cat", "one two three four"] * 10)
     sentencepiece.SentencePieceTrainer.train(

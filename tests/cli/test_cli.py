@@ -69,6 +69,11 @@ def broken(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
     return make
 
 
+def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "must be a POSIX system, got Windows; use Linux, or WSL on Windows" in error_of(invoke("methods"))
+
+
 class TestAWholeStudy:
     def test_from_check_to_export(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
         file = study_file()

@@ -238,7 +238,7 @@ def test_a_failing_method_names_the_tensor(references: tuple[str, ...], monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; nothing installs one")
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_cuda_gives_what_the_cpu_gives(method: str, references: tuple[str, ...]) -> None:
     on_gpu = dict(Merger.open(references, device="cuda").merge(recipe_of(references, method)))

@@ -76,7 +76,7 @@ def test_order_of_models_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; nothing installs one")
 def test_cuda_draws_the_same_mask() -> None:
     on_cpu = merge_tensors("dare_linear", [ONES], ZEROS, density=0.5, weight=[1.0])
     assert merge_tensors("dare_linear", [ONES.cuda()], ZEROS.cuda(), density=0.5, weight=[1.0]).cpu().equal(on_cpu)

@@ -22,7 +22,7 @@ from tests.report.test_dashboard import fill, open_study
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 
 
 @pytest.fixture(params=[(30, 3, 3), (500, 25, 4)], ids=["small", "large"])

@@ -101,7 +101,7 @@ def test_a_chart_of_one_point_and_a_heat_map_of_one_value() -> None:
         assert "inf" not in drawing
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 @pytest.mark.parametrize(("n_trials", "n_groups", "n_models"), [(30, 3, 3), (500, 25, 4)])
 def test_in_a_browser(config: StudyConfig, tmp_path: Path, n_trials: int, n_groups: int, n_models: int) -> None:
     start = time.perf_counter()

@@ -159,7 +159,7 @@ def test_a_tracker_of_ones_own_by_its_path() -> None:
 def test_wandb_offline_read_back(
     study: optuna.Study, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    pytest.importorskip("wandb", reason="needs wandb: make setup-dev")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
