@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,11 +119,10 @@ def run_as_worker(file: Path, number: int, overrides: dict[str, Any], gpu: str |
     _see_only(gpu)
     try:
         config = keep_n_chunks(load_study(file, overrides))
-        objective = MergeObjective.from_config(config)
-        for line in objective.describe() if number == 1 else ():
-            output.note(line)
-        interrupted = run_here(config, objective, worker=number)
-        objective.close()
+        with closing(MergeObjective.from_config(config)) as objective:
+            for line in objective.describe() if number == 1 else ():
+                output.note(line)
+            interrupted = run_here(config, objective, worker=number)
     except OptunaMergeError:
         raise
     except Exception as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,10 +60,9 @@ def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int) -> Non
     from optuna_merge.study.objective import MergeObjective
     from optuna_merge.study.run import keep_n_chunks
 
-    objective = MergeObjective.from_config(keep_n_chunks(config))
-    check_fingerprint(study, objective.fingerprint())
-    score_holdout(study, objective, output.note, n_best)
-    objective.close()
+    with closing(MergeObjective.from_config(keep_n_chunks(config))) as objective:
+        check_fingerprint(study, objective.fingerprint())
+        score_holdout(study, objective, output.note, n_best)
 
 
 def _page(study: optuna.Study, summary: Summary, config: StudyConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,20 +81,18 @@ def _run(
     from optuna_merge.study.holdout_file import N_BEST
     from optuna_merge.study.run import keep_n_chunks
 
-    objective = None
     if len(devices) == 1:
-        objective = _objective(given.file, config)
-        interrupted = run_here(keep_n_chunks(config), objective, trackers)
+        with closing(_objective(given.file, config)) as objective:
+            interrupted = run_here(keep_n_chunks(config), objective, trackers)
+            if not interrupted:
+                score_holdout(options.open_started(config), objective, output.note)
     else:
         vllm = config.engine.backend == "vllm"
         interrupted = run_in_workers(given.file, given.overrides(), devices, vllm=vllm)
-    study = options.open_started(config)
-    if not interrupted:
-        objective = objective or _objective(given.file, config)
-        score_holdout(study, objective, output.note)
-    if objective is not None:
-        objective.close()
-    return summarize(study, config, N_BEST), interrupted
+        if not interrupted:
+            with closing(_objective(given.file, config)) as objective:
+                score_holdout(options.open_started(config), objective, output.note)
+    return summarize(options.open_started(config), config, N_BEST), interrupted
 
 
 def _save_final_model(config: StudyConfig) -> None:

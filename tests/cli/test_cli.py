@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from optuna_merge.cli.app import app
+from optuna_merge.errors import StudyError
 from optuna_merge.methods import METHODS
+from optuna_merge.study.objective import MergeObjective
 from optuna_merge.testing.models import write_tiny_models
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,25 @@ def broken(tmp_path: Path, tiny_models: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.mark.parametrize("command", ["run-study", "report"])
+def test_an_error_while_the_holdout_is_scored_frees_the_engine(
+    command: str, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own process would otherwise keep this one from ending."""
+    file, closed = study_file(study={"n_trials": 6}), []
+
+    def fails(*_: object) -> None:
+        raise StudyError("holdout: must be scored, got nothing; try again")
+
+    monkeypatch.setattr(MergeObjective, "close", lambda self: closed.append(self))
+    monkeypatch.setattr("optuna_merge.study.holdout.score_holdout", fails)
+    assert invoke("run-study", file).exit_code == 1
+    if command == "report":
+        closed.clear()
+        assert "holdout: must be scored" in error_of(invoke("report", file))
+    assert len(closed) == 1
 
 
 def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
