@@ -72,6 +72,12 @@ class BatchedStorage(StorageWrapper):
             for trial_id in list(self._pending):
                 self._write_pending(trial_id)
 
+    def forget(self, trial_id: int) -> None:
+        """Drop what is kept for a trial: another process runs it, or has finished it."""
+        with self._lock:
+            self._pending.pop(trial_id, None)
+            self._reported.pop(trial_id, None)
+
     def write_trial(self, trial_id: int, writes: Sequence[Write]) -> None:
         """Write to a trial at once, whatever is kept; see :func:`optuna_merge.storage.writes.write_trial`."""
         self.patiently(write_trial, self.backend, trial_id, writes)

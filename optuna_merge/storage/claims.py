@@ -211,6 +211,10 @@ class Claim:
                 return
             self._claims.put_back(trial_id(self.trial))
 
+    def give_up(self) -> None:
+        """Leave the trial to the process that has taken it over; what was not written yet is dropped."""
+        self._claims.storage.forget(trial_id(self.trial))
+
     def _refuse_if_taken(self) -> dict[str, Any]:
         """Check that this process still owns the trial; returns the trial's system attributes."""
         state, system_attrs = TrialState.FAIL, dict[str, Any]()

@@ -1,14 +1,16 @@
 """The scores of single documents, in files beside the storage.
 
-Knows lines of text and where they go; what a line says is the caller's affair.
+Knows lines of text, where they go, and who may add to them; what a line says is the caller's affair.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from optuna_merge.errors import StudyError
+from optuna_merge.atomic import write_atomically
+from optuna_merge.errors import StudyError, TrialTakenError
 from optuna_merge.storage.outages import reason
 
 
@@ -29,59 +31,94 @@ class DocumentScores:
         """The file of a trial."""
         return self._folder / f"trial_{trial_number:05d}.jsonl"
 
-    def begin(self, trial_number: int, digest: str, n_reported: int) -> list[str]:
-        """Start or resume the file of a trial: keep the lines of reported chunks, and drop all others.
+    def read(self, trial_number: int, digest: str) -> list[str]:
+        """The lines in the file of a trial, in the order in which they were written; a torn last line is left out.
 
         Args:
             trial_number: Number of the trial.
-            digest: Digest of its recipe; lines of another recipe are dropped.
-            n_reported: Chunks whose value the storage has.
+            digest: Digest of its recipe; lines of another recipe are left out.
+
+        Raises:
+            StudyError: If the file cannot be read.
+        """
+        path = self.path(trial_number)
+        try:
+            # A torn line may end within a character.
+            first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+        except FileNotFoundError:
+            return []
+        except OSError as exc:
+            raise _not_writable(path, exc) from exc
+        return lines if first == digest else []
+
+    def begin(self, trial_number: int, digest: str, lines: Iterable[str] = ()) -> TrialDocuments:
+        """Start the file of a trial, in place of one that is there. A kill leaves the old file or the new one.
+
+        Args:
+            trial_number: Number of the trial.
+            digest: Digest of its recipe.
+            lines: What the file holds to begin with.
 
         Returns:
-            The lines that the file held, if any chunk was reported: first those that were kept, then those of chunks
-            that were scored but not reported.
+            The file, to add lines to.
 
         Raises:
             StudyError: If the file cannot be written.
         """
-        path = self.path(trial_number)
-        there: list[str] = []
+        path, kept = self.path(trial_number), [*lines]
         try:
-            if n_reported and path.exists():
-                # A torn last line is dropped; it may end within a character.
-                first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
-                there = lines if first == digest else []
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in [digest, *there[:n_reported]]), encoding="utf-8")
+            write_atomically(path, "".join(f"{line}\n" for line in [digest, *kept]), sync=bool(kept))
+            return TrialDocuments(trial_number, path)
         except OSError as exc:
             raise _not_writable(path, exc) from exc
-        return there
 
-    def append(self, trial_number: int, line: str) -> None:
-        """Write one chunk's line. It survives the end of this process, and after :meth:`end` also that of the machine.
+
+class TrialDocuments:
+    """The file of a trial that this process runs. Used as a context, it closes the file.
+
+    When another process begins the trial, it puts a new file in the place of this one. From then on nothing can be
+    added here: this process has lost the trial.
+    """
+
+    def __init__(self, trial_number: int, path: Path) -> None:
+        self._trial_number = trial_number
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # no part of a line is written later
+
+    def __enter__(self) -> TrialDocuments:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, line: str) -> None:
+        """Write one chunk's line. It survives the end of this process, and after :meth:`sync` also that of the machine.
 
         Raises:
             StudyError: If it cannot be written.
+            TrialTakenError: If another process has begun the trial.
         """
-        path = self.path(trial_number)
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                raise TrialTakenError(
+                    f"{self._path}: trial {self._trial_number} must be run by one process, another one has begun it"
+                )
+            left = f"{line}\n".encode()
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as exc:
-            raise _not_writable(path, exc) from exc
+            raise _not_writable(self._path, exc) from exc
 
-    def end(self, trial_number: int) -> None:
-        """Sync the lines of a trial to disk.
+    def sync(self) -> None:
+        """Sync the lines to disk.
 
         Raises:
             StudyError: If they cannot be written.
         """
-        path = self.path(trial_number)
         try:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            os.fsync(self._file.fileno())
         except OSError as exc:
-            raise _not_writable(path, exc) from exc
+            raise _not_writable(self._path, exc) from exc
 
 
 def _not_writable(path: Path, exc: OSError) -> StudyError:

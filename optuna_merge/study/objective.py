@@ -34,7 +34,7 @@ from optuna_merge.search.build import make_pruner, make_sampler
 from optuna_merge.search.pruner import paired_estimate
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
-from optuna_merge.storage.documents import DocumentScores
+from optuna_merge.storage.documents import DocumentScores, TrialDocuments
 from optuna_merge.study.description import describe_study
 from optuna_merge.study.engines import make_loader
 from optuna_merge.study.fingerprint import study_fingerprint
@@ -241,37 +241,55 @@ class MergeObjective:
 
     def _score(self, trial: optuna.Trial, digest: str, on_chunk: Callable[[int], None], *, is_prunable: bool) -> Score:
         """Score chunk by chunk; report each to Optuna, which may prune the trial before the next one."""
-        before = known_state(trial)  # the trial as it was when it began, or was taken up again
-        scored = self._read_scored(trial, digest, len(before.intermediate_values))
-        results = scored[: len(before.intermediate_values)]
-        spent_s = before.user_attrs.get(attributes.EVALUATION_SECONDS, 0.0)
-        for chunk in range(len(results), self.scorer.n_chunks):
-            if is_prunable and results and trial.should_prune():  # also asks what a killed process did not come to ask
-                self._record_cost(trial, spent_s, results)
-                estimate = paired_estimate(trial.study, [result.score for result in results])
-                if estimate is not None:
-                    trial.set_user_attr(attributes.PAIRED_ESTIMATE, estimate)
-                raise optuna.TrialPruned
-            start = time.perf_counter()
-            result = scored[chunk] if chunk < len(scored) else self.scorer.score_chunk(chunk)
-            spent_s += time.perf_counter() - start
-            results.append(result)
-            self._documents.append(trial.number, result.to_json())
-            self._report(trial, result.score, chunk)
-            on_chunk(len(results))
-        self._record_cost(trial, spent_s, results)
+        reported = dict(known_state(trial).intermediate_values)  # by an earlier start of the trial
+        spent_s = known_state(trial).user_attrs.get(attributes.EVALUATION_SECONDS, 0.0)
+        scored = self._read_scored(trial, digest, reported)
+        results: list[ChunkResult] = []
+        with self._documents.begin(trial.number, digest, [line for line, _ in scored.values()]) as documents:
+            for chunk in range(self.scorer.n_chunks):
+                if chunk in reported and chunk in scored:
+                    results.append(scored[chunk][1])
+                    continue
+                # also asks what a killed process did not come to ask
+                if is_prunable and results and chunk not in reported and trial.should_prune():
+                    self._record_cost(trial, spent_s, results, documents)
+                    estimate = paired_estimate(trial.study, [result.score for result in results])
+                    if estimate is not None:
+                        trial.set_user_attr(attributes.PAIRED_ESTIMATE, estimate)
+                    raise optuna.TrialPruned
+                start = time.perf_counter()
+                result = scored[chunk][1] if chunk in scored else self.scorer.score_chunk(chunk)
+                spent_s += time.perf_counter() - start
+                results.append(result)
+                if chunk not in scored:
+                    documents.append(result.to_json())
+                if chunk not in reported:
+                    self._report(trial, result.score, chunk)
+                on_chunk(len(results))
+            self._record_cost(trial, spent_s, results, documents)
         return self.scorer.total(results, stderr=True)
 
-    def _read_scored(self, trial: optuna.Trial, digest: str, n_reported: int) -> list[ChunkResult]:
-        """The chunks that an earlier start of the trial scored: the reported ones first."""
-        lines = self._documents.begin(trial.number, digest, n_reported)
-        try:
-            return [ChunkResult.from_json(line) for line in lines]
-        except TaskError as exc:
-            path = self._documents.path(trial.number)
-            raise StudyError(
-                f"{path}: scores must be readable, got {exc}; delete it: the trial is scored anew"
-            ) from exc
+    def _read_scored(
+        self, trial: optuna.Trial, digest: str, reported: Mapping[int, float]
+    ) -> dict[int, tuple[str, ChunkResult]]:
+        """The chunks that earlier starts of the trial scored, by number, with their lines.
+
+        Of several lines for a chunk, which two owners of the trial may have written, the one that was reported counts.
+        """
+        if not reported:
+            return {}  # what is there may be of an earlier study of the same name
+        scored: dict[int, tuple[str, ChunkResult]] = {}
+        for line in self._documents.read(trial.number, digest):
+            try:
+                result = ChunkResult.from_json(line)
+            except TaskError as exc:
+                path = self._documents.path(trial.number)
+                raise StudyError(
+                    f"{path}: scores must be readable, got {exc}; delete it: the trial is scored anew"
+                ) from exc
+            if result.chunk not in scored or result.score == reported.get(result.chunk):
+                scored[result.chunk] = (line, result)
+        return dict(sorted(scored.items()))
 
     def _report(self, trial: optuna.Trial, score: float, chunk: int) -> None:
         if len(self.directions) == 1:
@@ -280,8 +298,10 @@ class MergeObjective:
             trial.storage.set_trial_intermediate_value(trial_id(trial), chunk, score)
             known_state(trial).intermediate_values[chunk] = score
 
-    def _record_cost(self, trial: optuna.Trial, spent_s: float, results: Sequence[ChunkResult]) -> None:
-        self._documents.end(trial.number)
+    def _record_cost(
+        self, trial: optuna.Trial, spent_s: float, results: Sequence[ChunkResult], documents: TrialDocuments
+    ) -> None:
+        documents.sync()
         trial.set_user_attr(attributes.EVALUATION_SECONDS, round(spent_s, 4))
         columns = [columns for result in results for columns in result.documents.values()]
         trial.set_user_attr(attributes.DOCUMENTS, sum(len(column["doc_id"]) for column in columns))

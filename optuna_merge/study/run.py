@@ -169,7 +169,8 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
                 watcher.trial_scored(claims.study, claim.trial)
                 finished = claim.tell(values if state == TrialState.COMPLETE else None, state)
     except (TrialTakenError, UpdateFinishedTrialError):
-        return  # the other process finishes it
+        claim.give_up()  # the other process finishes it
+        return
     except BaseException:
         _put_back(claim)  # the storage keeps its parameters and the chunks that it reported
         raise

@@ -141,9 +141,8 @@ def test_a_trial_gets_its_artifacts_once_and_a_new_best_its_note(config: StudyCo
 
     study = open_study(config)
     documents = DocumentScores(config.storage_path / "documents" / "tiny")
-    documents.begin(0, "digest", 0)
     chunk = {"chunk": 0, "score": 0.5, "documents": {"one": {"doc_id": [3, 8], "acc": [1.0, 0.0]}}}
-    documents.append(0, json.dumps(chunk))
+    documents.begin(0, "digest", [json.dumps(chunk)])
     warnings: list[str] = []
     watcher = DashboardWatcher(config, lambda trial: f"# merge {trial.number}\n", warnings.append)
     watcher.study_opened(study, 10, [])
