@@ -14,7 +14,7 @@ from optuna_merge.errors import ExportError
 from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.merging.merger import Merger
 from optuna_merge.merging.model_card import MERGE_FILE, model_card
-from optuna_merge.merging.whole_folder import whole_folder
+from optuna_merge.merging.whole_folder import recover, whole_folder
 from optuna_merge.recipe import Recipe
 
 
@@ -51,6 +51,7 @@ def export(
         MergeError: If the merge fails.
     """
     folder = folder.absolute()
+    recover(folder)
     _check_target(folder, merger, overwrite=overwrite)
     template = merger.template(recipe)
     architecture = next(iter(template.config.get("architectures") or ()), None)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +17,14 @@ import yaml
 
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.errors import ExportError, MergeError
+from optuna_merge.merging import whole_folder
 from optuna_merge.merging.export import export
 from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe
 from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
+from tests import processes
+from tests.processes import obeying_permissions
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +184,10 @@ def test_a_file_size_limit_is_one_line(references: tuple[str, ...], tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_read_only_folder_is_one_line(references: tuple[str, ...], tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(ExportError, match=r"must be writable, got: Permission denied \(EACCES\)"):
+        with obeying_permissions(), pytest.raises(ExportError, match=r"must be writable, got: Permission denied"):
             export(recipe_of(references), tmp_path / "out", merger=Merger.open(references))
     finally:
         tmp_path.chmod(0o700)
@@ -227,3 +231,61 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(references: tuple[str, 
     assert left.name.startswith("out.")
     assert left.name.endswith(".partial")
     export(recipe_of(references), tmp_path / "out", merger=Merger.open(references))
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_kill_at_any_step_of_replacing_a_folder_loses_neither(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:  # as on a file system that cannot exchange two names, such as NFS
+        monkeypatch.setattr(whole_folder, "_exchange", lambda first, second: False)
+    folder = tmp_path / "out.put"
+    states = set()
+    for step in range(100):
+        for left in tmp_path.iterdir():
+            shutil.rmtree(left)
+        folder.mkdir()
+        (folder / "text").write_text("old")
+        process = processes.start(lambda step=step: replace_and_die(folder, step))
+        process.join()
+        whole_folder.recover(folder)
+        states.add((folder / "text").read_text())
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    assert step > 3
+    assert states == {"old", "new"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def replace_and_die(folder: Path, n_steps: int) -> None:
+    """Replace a folder, and die by SIGKILL before the next step on the file system after ``n_steps`` of them."""
+    steps = itertools.count()
+
+    def on_event(event: str, arguments: object) -> None:
+        is_step = event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+        if is_step and next(steps) == n_steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with whole_folder.whole_folder(folder) as partial:
+        (partial / "text").write_text("new")
+        sys.addaudithook(on_event)
+
+
+def test_an_export_takes_up_the_folder_that_a_killed_one_left_aside(
+    references: tuple[str, ...], tmp_path: Path
+) -> None:
+    merger, folder = Merger.open(references), tmp_path / "out"
+    export(recipe_of(references), folder, merger=merger).rename(tmp_path / "out.0123abcd.replaced")
+    with pytest.raises(ExportError, match=r"out: must be empty or new, got a folder with files"):
+        export(recipe_of(references), folder, merger=merger)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_folder_that_was_left_aside_is_not_taken_for_another(tmp_path: Path) -> None:
+    (tmp_path / "out.put.0123abcd.replaced").mkdir()
+    whole_folder.recover(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    whole_folder.recover(tmp_path / "out.put")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.put"]
