@@ -56,11 +56,14 @@ def to_mergekit(
             that are missing here are written as in the recipe.
         comment: Lines above the YAML, without ``#``.
 
+    Returns:
+        YAML. If mergekit lacks the method, a comment above it says so: the file then only records the merge.
+
     Raises:
         RecipeError: If mergekit cannot express the recipe.
     """
-    if "." in recipe.method:
-        raise RecipeError(f"recipe: mergekit has no method {recipe.method}; export the model itself instead")
+    if not is_in_mergekit(recipe):
+        comment = [*comment, f"mergekit has no method {recipe.method}: optuna-merge export writes the model"]
     spell = _Speller(references or {})
     config: dict[str, Any] = {"merge_method": recipe.method}
     if recipe.base_model is not None:
@@ -78,6 +81,11 @@ def to_mergekit(
     config["slices"] = _joined(_slices(recipe, _EndFilters(recipe, names, architecture), spell))
     lines = [f"# {line}".rstrip() for line in comment]
     return "\n".join([*lines, yaml.dump(config, Dumper=_DUMPER, sort_keys=False, width=120, allow_unicode=True)])
+
+
+def is_in_mergekit(recipe: Recipe) -> bool:
+    """Whether mergekit has the method of a recipe, and so can make the same model."""
+    return recipe.method == PASSTHROUGH or find_method(recipe.method).in_mergekit
 
 
 class _Speller:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from optuna_merge.merging.mergekit import is_in_mergekit
 from optuna_merge.recipe import Recipe, split_reference
 
 MERGE_FILE = "mergekit_config.yml"
@@ -40,7 +41,12 @@ def model_card(
         f"# {name}",
         f"Merged with optuna-merge by the method `{recipe.method}` from\n\n{models}{base}",
         *([results.strip()] if results.strip() else []),
-        f"## Merge file\n\n`mergekit-yaml` makes the same model from `{MERGE_FILE}`:\n\n"
-        f"```yaml\n{merge_file.rstrip()}\n```",
+        f"## Merge file\n\n{_use(recipe)}\n\n```yaml\n{merge_file.rstrip()}\n```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _use(recipe: Recipe) -> str:
+    if is_in_mergekit(recipe):
+        return f"`mergekit-yaml` makes the same model from `{MERGE_FILE}`:"
+    return f"`{MERGE_FILE}` records the merge. mergekit has no method `{recipe.method}`, so it cannot make the model:"

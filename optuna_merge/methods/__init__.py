@@ -51,16 +51,18 @@ class MergeMethod:
     """The declaration of a merge method, without its arithmetic.
 
     Attributes:
-        name: As in mergekit.
+        name: As in mergekit; of a user's method, its import path.
         summary: One line for people.
         reference: The paper, or where the method comes from.
         function: ``module:name`` of the tensor function.
         parameters: The numbers that it takes.
-        base: Whether it needs a base model, accepts one or does not use it.
+        base: ``required``; ``optional``; ``unused``: one may be given, and has no influence; ``none``: one is refused.
         n_models: Smallest and largest number of models besides the base; None means no limit.
         n_models_with_base: The same if a base is given, where it differs.
         switches: Options that are on or off, such as ``normalize``, with their defaults.
         is_random: Whether it draws random masks, which ``Recipe.seed`` determines.
+        in_mergekit: Whether mergekit has it, with this name and these parameters; if not, no mergekit file makes the
+            same model.
     """
 
     name: str
@@ -73,6 +75,7 @@ class MergeMethod:
     n_models_with_base: tuple[int, int | None] | None = None
     switches: tuple[tuple[str, bool], ...] = ()
     is_random: bool = False
+    in_mergekit: bool = True
 
     def parameters_for(self, has_base: bool) -> tuple[MethodParameter, ...]:
         """The parameters that apply with, or without, a base."""
@@ -317,4 +320,4 @@ def _import_method(path: str) -> MergeMethod:
         raise MethodError(
             f"merge method {path!r} must be a MergeMethod, got {type(found).__name__}", "declare it as one"
         )
-    return dataclasses.replace(found, name=path)
+    return dataclasses.replace(found, name=path, in_mergekit=False)

@@ -137,6 +137,14 @@ class MethodConformance:
                 is_reported = str(exc).startswith("model.layers.0.mlp.up_proj.weight: ")
             assert is_reported, (settings, bad, place, position)
 
+    def test_a_base_that_is_unused_has_no_influence(self) -> None:
+        """A method that declares its base unused makes the same merge with any base, and without one."""
+        models, base = self._models()
+        if base is not None and not self._has_base():
+            merged = merge_tensors(self.method, models, base)
+            for other in (None, base + 1):
+                assert merge_tensors(self.method, models, other).equal(merged)
+
     def _fine_tune(self, base: Tensor, seed: int) -> Tensor:
         """The base with a small change of its last rows, rounded to its dtype."""
         changed = base.float()

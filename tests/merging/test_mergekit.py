@@ -464,12 +464,6 @@ def test_mergekit_reads_the_tokenizer_source(source: str, read: str) -> None:
     assert str(config.tokenizer_source) == read
 
 
-def test_a_method_of_ones_own_has_no_merge_file() -> None:
-    recipe = make_recipe(("/base", "/a"), "my_package.my_method", [(0.5,)])
-    with pytest.raises(RecipeError, match=r"mergekit has no method my_package.my_method; export the model itself"):
-        to_mergekit(recipe)
-
-
 def test_own_ends_need_names() -> None:
     recipe = make_recipe(("/base", "/a"), "task_arithmetic", [(0.1,), (0.2,), (0.3,), (0.4,)], own_ends=True)
     with pytest.raises(RecipeError, match=r"a layer group of its own for the embedding .* give names"):
