@@ -7,9 +7,10 @@ nothing of merging and imports grpc only when a server is made.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import optuna
@@ -53,13 +54,28 @@ def known_state(trial: optuna.Trial) -> FrozenTrial:
 
 
 def known_trials(study: optuna.Study, states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
-    """A study's trials as of the start of the running trial, read once for each trial; not to be changed."""
+    """A study's trials as of the start of the running trial, read once for each trial; not to be changed.
+
+    So nobody changes them while a sampler looks at them: ``InMemoryStorage`` returns the very objects in which other
+    threads keep the parameters of their running trials.
+    """
+    if study._thread_local.cached_all_trials is None:
+        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+        set_known_trials(study, [_as_it_is(trial) if trial.state == TrialState.RUNNING else trial for trial in trials])
     return study._get_trials(deepcopy=False, states=states, use_cache=True)
 
 
 def set_known_trials(study: optuna.Study, trials: Sequence[FrozenTrial] | None) -> None:
     """Replace what :func:`known_trials` returns in this thread; None: read the storage at the next call."""
     study._thread_local.cached_all_trials = None if trials is None else list(trials)
+
+
+def _as_it_is(trial: FrozenTrial) -> FrozenTrial:
+    copied = copy.copy(trial)
+    copied.params, copied.distributions = dict(trial.params), dict(trial.distributions)
+    copied.user_attrs, copied.system_attrs = dict(trial.user_attrs), dict(trial.system_attrs)
+    copied.intermediate_values = dict(trial.intermediate_values)
+    return copied
 
 
 def whole_study(study: optuna.Study) -> optuna.Study:
@@ -78,9 +94,11 @@ def has_fixed_params(trial: FrozenTrial) -> bool:
 class OpenCmaEsSampler(CmaEsSampler):
     """Optuna's CMA-ES with public names for the three hooks that a subclass needs."""
 
-    def set_draw_seed(self, seed: int) -> None:
-        """Seed the next draw."""
-        self._cma_rng = LazyRandomState(seed)
+    def for_a_draw(self, seed: int) -> Self:
+        """A copy with a random state of its own, for one draw: other threads may draw at the same time."""
+        copied = copy.copy(self)
+        copied._cma_rng = LazyRandomState(seed)
+        return copied
 
     def make_optimizer(
         self,

@@ -5,6 +5,7 @@ Knows which section of the file makes which class; knows nothing of how they dra
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 
 import optuna
@@ -47,13 +48,16 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
     if isinstance(options, OptunaSamplerConfig):
         return make_named_sampler(options.name, options.options, list(space.distributions), seed)
 
+    starting = threading.Lock()
+
     def start(study: optuna.Study) -> Mapping[str, float]:
-        recorded: dict[str, float] | None = study.user_attrs.get(attributes.START)
-        if recorded is None:
-            recorded = space.start(best_uniform(study, space), np.random.default_rng(seed))
-            recorded |= record_warm_start(study, config, space)
-            study.set_user_attr(attributes.START, recorded)
-        return recorded
+        with starting:  # threads of study.optimize may draw their first points at the same time
+            recorded: dict[str, float] | None = study.user_attrs.get(attributes.START)
+            if recorded is None:
+                recorded = space.start(best_uniform(study, space), np.random.default_rng(seed))
+                recorded |= record_warm_start(study, config, space)
+                study.set_user_attr(attributes.START, recorded)
+            return recorded
 
     every = GP_EVERY if options.gp_every is None else options.gp_every
     return StableCmaEsSampler(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,9 @@ _GP_TRIALS = 250
 _ONE_SEQUENCE = (GridSampler, QMCSampler)
 """The seed of these fixes one sequence of points for the whole study, so it must be the same in every trial."""
 
+_FILTERING = threading.Lock()
+"""Held while warnings are filtered: the filters are the process's, and another thread would restore the wrong ones."""
+
 
 class RepeatableSampler(BaseSampler):
     """Any Optuna sampler, with draws that depend only on the seed, the trial's number and the trials before it.
@@ -44,7 +48,8 @@ class RepeatableSampler(BaseSampler):
     - It sees only trials with a value for every parameter of the search space. Samplers that draw what all trials have
       in common would otherwise draw at random as soon as a source has been scored by itself.
     - It sees a PRUNED trial with a ``paired_estimate`` user attribute as COMPLETE with that value.
-    - It sees the trials as of the start of the running trial.
+    - It sees the trials as of the start of the running trial. Threads (``study.optimize`` with ``n_jobs``) share no
+      sampler that takes a seed; which trials have ended before a trial begins then depends on their timing.
     - It is not asked about enqueued trials, which keep their fixed parameters.
 
     Any study can use it::
@@ -71,8 +76,8 @@ class RepeatableSampler(BaseSampler):
         self._names = frozenset(names)
         self._seed = seed
         self._n_latest = n_latest
-        self._inner = make(seed)
-        self._key: tuple[int, str] | None = None
+        make(seed)  # refuses wrong arguments now
+        self._kept = _Kept()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """What the sampler draws together."""
@@ -107,17 +112,25 @@ class RepeatableSampler(BaseSampler):
         """Do nothing: there is no process-wide random state."""
 
     def _sampler_of(self, trial: FrozenTrial, param_name: str = "") -> BaseSampler:
-        """The sampler of a trial, or of one parameter of it; kept until another is asked for."""
+        """The sampler of a trial, or of one parameter of it; kept until the same thread asks for another."""
         key = (trial.number, param_name)
-        if key != self._key:
-            self._inner, self._key = self._make(draw_seed(self._seed, trial.number, param_name)), key
-        return self._inner
+        if key != self._kept.key:
+            self._kept.sampler = self._make(draw_seed(self._seed, trial.number, param_name))
+            self._kept.key = key
+        return self._kept.sampler
 
     def _shown(self, study: optuna.Study) -> optuna.Study:
         # HyperbandPruner shows the trials of one bracket only; those of the others teach just as much.
         whole = whole_study(study)
         storage = _ShownTrials(whole, self._names, self._n_latest)
         return optuna.Study(whole.study_name, storage, whole.sampler, whole.pruner)
+
+
+class _Kept(threading.local):
+    """The sampler that a thread asked for last, and what for: a trial's number and a parameter's name."""
+
+    key: tuple[int, str] | None = None
+    sampler: BaseSampler
 
 
 class _ShownTrials(StorageWrapper):
@@ -183,7 +196,7 @@ def make_named_sampler(
             given["seed"] = draw_seed
         if issubclass(found, QMCSampler):  # its first trial is drawn by another sampler
             given.setdefault("independent_sampler", StableRandomSampler(seed=seed))
-        with warnings.catch_warnings():
+        with _FILTERING, warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return found(**given)
 

@@ -54,7 +54,8 @@ class StableCmaEsSampler(OpenCmaEsSampler):
     - The search space is given, and used in the order of its names. So the first trial is drawn by CMA-ES too, and all
       workers use the same space.
     - The random state of a draw is keyed by (seed, trial number): a study that was killed and resumed draws what an
-      uninterrupted one would have drawn.
+      uninterrupted one would have drawn. Threads (``study.optimize`` with ``n_jobs``) share no state of a draw; which
+      trials have ended before a trial begins then depends on their timing.
     - A PRUNED trial counts with the value of its ``paired_estimate`` user attribute; without one it is ignored.
     - Enqueued trials keep their fixed parameters and belong to no generation.
     - The first covariance can be any positive definite matrix.
@@ -77,6 +78,9 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         injected: Draws each trial whose number is a multiple of ``inject_every``. If it proposes no point, or not a
             whole one, the point of CMA-ES is used.
         inject_every: At least 1.
+
+    Attributes:
+        drawn_for: The study that a point is drawn for; None, except in the copy that draws it.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -121,7 +125,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         self._covariance = covariance
         self._injected = injected
         self._inject_every = inject_every
-        self._study: optuna.Study | None = None
+        self.drawn_for: optuna.Study | None = None
 
     @property
     def population_size(self) -> int:
@@ -146,9 +150,9 @@ class StableCmaEsSampler(OpenCmaEsSampler):
             return {}
         # HyperbandPruner shows the trials of one bracket only; those of the others teach just as much.
         study = whole_study(study)
-        self._study = study
-        self.set_draw_seed(int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]))
-        drawn = super().sample_relative(study, trial, search_space)
+        own = self.for_a_draw(int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]))
+        own.drawn_for = study
+        drawn = super(StableCmaEsSampler, own).sample_relative(study, trial, search_space)
         if drawn and self._injected is not None and trial.number % self._inject_every == 0:
             point = self._injected.sample_relative(study, trial, search_space)
             if point.keys() == drawn.keys():
@@ -166,7 +170,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         order = [list(self._fixed_space).index(name) for name in names]
         covariance = self._covariance[np.ix_(order, order)]
         sigma = float(np.sqrt(np.diag(covariance).mean()))
-        start = self._start(self._study) if callable(self._start) and self._study is not None else self._start
+        start = self._start(self.drawn_for) if callable(self._start) and self.drawn_for is not None else self._start
         mean = np.full(len(names), 0.5)
         if isinstance(start, Mapping):
             mean = to_unit({name: start[name] for name in names})

@@ -176,7 +176,7 @@ def test_a_draw_of_cma_es_follows_its_seed() -> None:
         sampler = Ours(seed=1, n_startup_trials=0, warn_independent_sampling=False)
         study = optuna.create_study(sampler=sampler)
         study.tell(study.ask(SPACE), 1.0)
-        sampler.set_draw_seed(seed)
+        study.sampler = sampler = sampler.for_a_draw(seed)
         return sampler.made_with[3] if study.ask(SPACE).params else 0, study.trials[1].params
 
     users = "search/samplers.py (StableCmaEsSampler.sample_relative)"
