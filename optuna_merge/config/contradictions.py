@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from optuna_merge.config.benchmarks import is_benchmark
 from optuna_merge.config.problem import Problem, short
-from optuna_merge.config.sampler import CmaEsConfig, OptunaSamplerConfig
+from optuna_merge.config.sampler import SAMPLERS, CmaEsConfig, OptunaSamplerConfig
 from optuna_merge.config.search import Range, SearchConfig
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import MethodError
@@ -136,6 +136,9 @@ def _sampler(config: StudyConfig) -> Iterator[Problem]:
             yield Problem(
                 f"study.sampler.{option}", f"be absent for {sampler.name}", got, "it belongs to cmaes: remove it"
             )
+    if sampler.name in SAMPLERS and "seed" in sampler.options:  # of other classes, search/named.py knows more
+        got = short(sampler.options["seed"])
+        yield Problem("study.sampler.seed", f"be absent for {sampler.name}", got, "use study.seed")
 
 
 def _warm_start(config: StudyConfig) -> Iterator[Problem]:

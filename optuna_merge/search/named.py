@@ -183,10 +183,15 @@ def make_named_sampler(
         n_latest: Show only this many trials to the sampler, the latest; None: all.
 
     Raises:
-        StudyError: If there is no such class, or it does not take the options.
+        StudyError: If there is no such class, it does not take the options, or a seed is among them.
     """
     found = _find_class(name)
     known = inspect.signature(found).parameters
+    if "seed" in options and "seed" in known and not issubclass(found, _ONE_SEQUENCE):
+        raise StudyError(
+            f"study.sampler.seed must be absent for {name}, got {options['seed']}: each trial has a seed of its own;"
+            " use study.seed"
+        )
 
     def make(draw_seed: int) -> BaseSampler:
         given = dict(options)

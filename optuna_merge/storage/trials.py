@@ -14,10 +14,13 @@ from optuna_merge.storage import attributes
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
+_GENERATIONS = ("cma:generation", "sepcma:generation", "cmawm:generation")
+"""Where CMA-ES and its variants record a trial's generation. Genetic algorithms have keys of their own."""
+
 
 def generation(trial: FrozenTrial) -> int | None:
     """The generation in which CMA-ES drew a trial, counted from 0; None if another way of drawing did."""
-    found: int | None = next((value for key, value in trial.system_attrs.items() if key.endswith(":generation")), None)
+    found: int | None = next((trial.system_attrs[key] for key in _GENERATIONS if key in trial.system_attrs), None)
     return found
 
 

@@ -48,6 +48,7 @@ ADDED = {
     "study: {sampler: {name: tpe, sigma0: 0.2}}": (
         ":7: study.sampler.sigma0 must be absent for tpe, got 0.2; it belongs to cmaes: remove it"
     ),
+    "study: {sampler: {name: tpe, seed: 5}}": (":7: study.sampler.seed must be absent for tpe, got 5; use study.seed"),
     "study: {sampler: {name: random, popsize: 8}}": (
         ":7: study.sampler.popsize must be absent for random, got 8; it belongs to cmaes: remove it"
     ),

@@ -586,6 +586,14 @@ def test_samplers_by_name_learn_from_the_study(name: str) -> None:
     assert np.mean(late) > np.mean(chance) + 0.1
 
 
+def test_only_cma_es_has_generations() -> None:
+    drawn = {
+        name: searched(name, 22, NAMED_OPTIONS[name]).trials[-1] for name in ("nsga2", "optuna.samplers.CmaEsSampler")
+    }
+    assert any(key.endswith(":generation") for key in drawn["nsga2"].system_attrs)  # of a genetic algorithm
+    assert [generation(trial) for trial in drawn.values()] == [None, 2]
+
+
 @pytest.mark.parametrize("name", [*NAMED_OPTIONS, "optuna.samplers.RandomSampler"])
 def test_samplers_by_name_go_on_as_they_would_have(name: str) -> None:
     storage = optuna.storages.InMemoryStorage()
@@ -672,6 +680,11 @@ def test_showing_a_sampler_the_study_does_not_read_the_storage(monkeypatch: pyte
         ("no_such.Sampler", {}, r"got 'no_such.Sampler': No module named 'no_such'; is its folder on PYTHONPATH\?"),
         ("optuna.pruners.NopPruner", {}, r"must be a class derived from optuna's BaseSampler, got 'optuna.pruners"),
         ("tpe", {"populaton": 3}, r"study.sampler: tpe must be made with .*, got {'populaton': 3}: .*; correct the op"),
+        (
+            "optuna.samplers.TPESampler",
+            {"seed": 5},
+            r"study.sampler.seed must be absent for .*, got 5: .*; use study.seed",
+        ),
         ("nsga2", {"population_size": 1}, r"got {'population_size': 1}: .* greater than or equal to 2"),
     ],
 )
