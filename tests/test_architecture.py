@@ -72,7 +72,8 @@ LIGHT = [
 # What those who build on the package import; these paths stay.
 PUBLIC = {
     "optuna_merge": """
-        MergeObjective OptunaMergeError Recipe RepeatableSampler StableCmaEsSampler StudyConfig Tracker load_study run_study
+        MergeObjective OptunaMergeError Recipe RepeatableSampler StableCmaEsSampler StudyConfig Tracker
+        load_study run_study
     """.split(),
     "optuna_merge.data": ["read_sample"],
     "optuna_merge.methods": ["METHODS", "MergeMethod", "find_method"],
