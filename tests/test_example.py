@@ -1,9 +1,16 @@
-"""Runs the example study of three 7 B models unchanged, on tiny models and datasets that take the names of its own."""
+"""Runs the examples of the README as they stand, on tiny models that take the names of their own.
+
+They are the study of three 7 B models, and the study in Python of the quickstart's models.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from optuna_merge.cli.app import app
+from optuna_merge.study.folder import OWNER_FILE
 from optuna_merge.testing.models import write_tiny_models
 from tests.checkpoints.test_vocabulary import extend
+from tests.test_quickstart_models import TINY
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,3 +104,31 @@ def test_the_example_runs_as_it_stands(project: Path, datasets_folder: Path, tmp
     assert invoke("export", study, out).exit_code == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.config.vocab_size == len(tokenizer) == 320
+
+
+def test_the_study_in_python_runs_after_the_quickstart(tmp_path: Path) -> None:
+    """What ``make quickstart`` makes, smaller, then the block of the README word for word, twice."""
+    shutil.copytree(ROOT / "eval_tasks" / "quickstart", tmp_path / "eval_tasks")
+    for task in (tmp_path / "eval_tasks").glob("*.yaml"):
+        task.write_text(task.read_text().replace("n_documents: 400", "n_documents: 40"))
+    (tmp_path / "studies").mkdir()
+    study = shutil.copy(ROOT / "studies" / "quickstart.yaml", tmp_path / "studies")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "studies"))
+        script = importlib.import_module("quickstart_models")
+        script.make_models(tmp_path / "studies" / "quickstart_models", script.Settings(**TINY), say=lambda _: None)
+    run = invoke("run-study", study, "--n-trials", 8)
+    assert run.exit_code == 0, run.output
+    ours, theirs = tmp_path / "studies" / "quickstart_study", tmp_path / "studies" / "plugin_study"
+    before = {file: file.read_bytes() for file in ours.rglob("*") if file.is_file()}
+    [block] = re.findall(r"```python\n(.*?MergeObjective.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for _ in range(2):
+        shown = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+        assert "merge_method: task_arithmetic" in shown.stdout
+        assert len([*theirs.glob("documents/*/*")]) == 50
+    assert {file: file.read_bytes() for file in ours.rglob("*") if file.is_file()} == before
+    owners = [json.loads((folder / OWNER_FILE).read_text()) for folder in (ours, theirs)]
+    assert owners[0]["study"] == "quickstart"
+    assert owners[0]["id"] != owners[1]["id"]
+    assert invoke("report", study, "--json").exit_code == 0

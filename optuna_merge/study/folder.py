@@ -6,12 +6,21 @@ Knows file names; knows neither how trials run nor how a merge is scored.
 from __future__ import annotations
 
 import json
+import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optuna.storages import InMemoryStorage
+from pydantic import TypeAdapter, ValidationError
+
 from optuna_merge.atomic import write_atomically
 from optuna_merge.errors import StudyError, first_line
+from optuna_merge.internals.optuna import backend_of, storage_of
+from optuna_merge.storage import attributes
+from optuna_merge.storage.lock import file_lock
 from optuna_merge.storage.outages import reason
+from optuna_merge.storage.owner import Owner
 from optuna_merge.storage.trials import best_merge, score_of
 
 if TYPE_CHECKING:
@@ -23,7 +32,34 @@ BEST_CONFIG = "best_config.yaml"
 """The best merge so far, as a mergekit file."""
 
 OWNER_FILE = "study.json"
-"""Names the study whose best merge the folder holds."""
+"""Names the study that the folder belongs to."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The content of ``study.json``.
+
+    Attributes:
+        study: Name of the study.
+        id: Its id; None in a folder of a version without ids.
+        process: The process of a study in memory; None of a study that outlives its process.
+    """
+
+    study: str
+    id: str | None = None
+    process: Owner | None = None
+
+    def is_of(self, study_name: str, study_id: str | None) -> bool:
+        """Whether this is the study of that name and id; None: it has none yet."""
+        return self.study == study_name if self.id is None else self.id == study_id
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the study can certainly not be resumed: it was in memory, and its process has gone or left it."""
+        return self.process is not None and self.process.is_gone
+
+
+_RECORD = TypeAdapter(_Record)
 
 
 def documents_folder(storage_path: Path, study_name: str) -> Path:
@@ -31,29 +67,60 @@ def documents_folder(storage_path: Path, study_name: str) -> Path:
     return storage_path / "documents" / study_name
 
 
+def claim_folder(study: optuna.Study, folder: Path, way_out: str = "choose another storage_path") -> None:
+    """Make a folder the study's own, or refuse it. To be called before anything of the study is written there.
+
+    A study has a random id among its attributes, and its folder has the same id in ``study.json``; both are made here.
+    Where an earlier version has left no id, names are compared. The folder of a study in memory is free for another
+    study when nobody can resume the former: its process has ended, or begins the other one.
+
+    Args:
+        study: The study.
+        folder: Its ``storage_path``; made if it is missing.
+        way_out: What the user can do if the folder is refused.
+
+    Raises:
+        StudyError: If the folder belongs to another study, or cannot be written.
+    """
+    path = folder / OWNER_FILE
+    with file_lock(path.with_name(f"{OWNER_FILE}.lock")):
+        found, own_id = _read(folder, study.study_name), study.user_attrs.get(attributes.STUDY_ID)
+        if found is not None and not found.is_over and not found.is_of(study.study_name, own_id):
+            got = f"study {found.study!r}" if found.study != study.study_name else "another study of that name"
+            raise StudyError(f"{folder}: must be of study {study.study_name!r}, got that of {got}; {way_out}")
+        if own_id is None:
+            own_id = uuid.uuid4().hex
+            study.set_user_attr(attributes.STUDY_ID, own_id)
+        in_memory = isinstance(backend_of(storage_of(study)), InMemoryStorage)
+        record = _Record(study.study_name, own_id, Owner.me() if in_memory else None)
+        if record == found:
+            return
+        content = {key: value for key, value in asdict(record).items() if value is not None}
+        try:
+            write_atomically(path, json.dumps(content) + "\n")
+        except OSError as exc:
+            raise StudyError(f"{path}: must be writable, got {reason(exc)}; make room and run again") from exc
+
+
 def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | None:
     """Write the best merge so far as a mergekit file, atomically.
+
+    Args:
+        study: A study that has claimed its folder.
+        objective: Its objective.
 
     Returns:
         The file; None if no merge has been scored yet.
 
     Raises:
-        StudyError: If the file cannot be written, or belongs to another study; a file that is there stays as it was.
+        StudyError: If the file cannot be written; a file that is there stays as it was.
     """
-    folder = objective.config.storage_path
-    path = folder / BEST_CONFIG
-    owner = _owner(folder, study.study_name)
-    if owner not in (None, study.study_name):
-        raise StudyError(
-            f"{path}: must be of study {study.study_name!r}, got that of study {owner!r}; choose another storage_path"
-        )
+    path = objective.config.storage_path / BEST_CONFIG
     best = best_merge(study)
     if best is None:
         return None
     comment = [f"study {study.study_name}, trial {best.number}, score {score_of(best):.6g}"]
     try:
-        if not (folder / OWNER_FILE).exists():
-            write_atomically(folder / OWNER_FILE, json.dumps({"study": study.study_name}) + "\n")
         write_atomically(path, objective.merge_file(best, comment))
     except OSError as exc:
         raise StudyError(
@@ -62,22 +129,26 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
     return path
 
 
-def _owner(folder: Path, study_name: str) -> str | None:
-    """The study whose best merge a folder holds; None if it holds none yet.
+def _read(folder: Path, study_name: str) -> _Record | None:
+    """Whose folder it is; None if it is nobody's yet.
 
     A folder from before ``study.json`` was introduced belongs to ``study_name`` if that study has scored documents
     there, else to the study that has.
     """
     path = folder / OWNER_FILE
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["study"])
+        return _RECORD.validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except ValidationError as exc:
+        problem = exc.errors()[0]
+        got = ": ".join([*map(str, problem["loc"]), problem["msg"]])
+        raise StudyError(f"{path}: must name the study of its folder, got {got}; delete it") from exc
+    except (OSError, ValueError) as exc:
         raise StudyError(f"{path}: must name the study of its folder, got {first_line(exc)}; delete it") from exc
     if not (folder / BEST_CONFIG).exists():
         return None
     if documents_folder(folder, study_name).is_dir():
-        return study_name
+        return _Record(study_name)
     others = sorted(other.name for other in (folder / "documents").glob("*") if other.is_dir())
-    return next(iter(others), None)
+    return _Record(others[0]) if others else None

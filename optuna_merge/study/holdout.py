@@ -9,17 +9,27 @@ Knows the objective and a finished study; ``holdout_file.py`` knows the file tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.results import Score
+from optuna_merge.internals.optuna import storage_of
 from optuna_merge.storage import attributes
+from optuna_merge.storage.lock import make_lock
+from optuna_merge.storage.open import local_file, storage_url
 from optuna_merge.storage.trials import best_merges
+from optuna_merge.study.folder import claim_folder
 from optuna_merge.study.holdout_file import N_BEST, HoldoutRow, TaskFigure, write_holdout, write_scores
 from optuna_merge.study.objective import MergeObjective
+
+_SILENT_S = 2.0
+"""How long to wait for another process before a line says so."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ def score_holdout(
 ) -> list[HoldoutRow]:
     """Score the best merges and every finished baseline on the holdout, and write the figures to ``holdout.json``.
 
-    Scores are cached on disk by recipe and documents, so only new merges cost anything.
+    Scores are kept on disk by recipe and documents, so only new merges cost anything. Of several processes that share
+    the study and its folder, one scores. The others wait for it and read its scores; if it dies, one of them goes on.
 
     Args:
         study: The study.
@@ -48,18 +59,41 @@ def score_holdout(
         The best merges first, then the baselines in their order; empty without a holdout or without a merge.
 
     Raises:
-        StudyError: If the figures cannot be written.
+        StudyError: If the figures cannot be written, or the folder belongs to another study.
     """
-    merges = best_merges(study, n_best)
-    if not merges or not objective.scorer.has_holdout:
+    if not objective.scorer.has_holdout or not best_merges(study, n_best):
         return []
-    best = merges[0]
+    claim_folder(study, objective.config.storage_path)
+    with _alone(study, objective.config, note):
+        return _score_models(study, objective, note, n_best)
+
+
+@contextmanager
+def _alone(study: optuna.Study, config: StudyConfig, note: Callable[[str], None]) -> Iterator[None]:
+    """Hold the holdout's own lock, so that those who run trials do not wait for it."""
+    file = local_file(storage_url(config.storage_path, config.study.storage))
+    lock = make_lock(storage_of(study), f"{config.study.name}.holdout", file)
+    waits = threading.Timer(_SILENT_S, note, ["another process scores the holdout; waiting for its figures"])
+    waits.daemon = True
+    waits.start()
+    try:
+        with lock():
+            waits.cancel()
+            yield
+    finally:
+        waits.cancel()
+
+
+def _score_models(
+    study: optuna.Study, objective: MergeObjective, note: Callable[[str], None], n_best: int
+) -> list[HoldoutRow]:
+    best, *others = best_merges(study, n_best)
     baselines = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if attributes.BASELINE in trial.user_attrs and trial.number != best.number
     ]
-    entries = [_Entry(trial, _score(trial, objective, note)) for trial in [*merges, *baselines]]
+    entries = [_Entry(trial, _score(trial, objective, note)) for trial in [best, *others, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]
     write_holdout(objective.config.storage_path, study, best, rows)
     return rows

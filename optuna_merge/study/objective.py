@@ -38,10 +38,14 @@ from optuna_merge.storage.documents import DocumentScores, TrialDocuments
 from optuna_merge.study.description import describe_study
 from optuna_merge.study.engines import make_loader
 from optuna_merge.study.fingerprint import study_fingerprint
-from optuna_merge.study.folder import documents_folder
+from optuna_merge.study.folder import claim_folder, documents_folder
 from optuna_merge.study.loaders import RecipeLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.replay import recorded_recipe
+
+_ANOTHER_FOLDER = (
+    'choose another storage_path, such as MergeObjective.from_file(path, {"storage_path": "another_study"})'
+)
 
 
 class MergeObjective:
@@ -71,6 +75,7 @@ class MergeObjective:
         self.scorer = scorer
         self.directions = [attributes.DIRECTION] * len(config.objectives)
         self._documents = DocumentScores(documents_folder(config.storage_path, config.study.name))
+        self._study: optuna.Study | None = None  # whose folder is known to be this one's
         self._loaded: str | None = None  # digest of the recipe whose weights the resident model has
         self._lock = threading.Lock()
 
@@ -118,8 +123,8 @@ class MergeObjective:
 
         Raises:
             optuna.TrialPruned: If the study's pruner stops the trial.
-            StudyError: If the study's directions differ from ``directions``, or the scores of the trial's documents
-                cannot be read or written.
+            StudyError: If the study's directions differ from ``directions``, the folder ``storage_path`` belongs to
+                another study, or the scores of the trial's documents cannot be read or written.
         """
         directions = [direction.name.lower() for direction in trial.study.directions]
         if directions != self.directions:
@@ -128,6 +133,9 @@ class MergeObjective:
                 f" {', '.join(directions)}; create it with directions={self.directions}"
             )
         with self._lock:
+            if trial.study is not self._study:
+                claim_folder(trial.study, self.config.storage_path, _ANOTHER_FOLDER)
+                self._study = trial.study
             return self._evaluate(trial, on_chunk)
 
     def load(self, recipe: Recipe) -> float:

@@ -31,7 +31,7 @@ from optuna_merge.storage.open import create_study, local_file, storage_error, s
 from optuna_merge.storage.outages import is_storage_error
 from optuna_merge.storage.runners import running
 from optuna_merge.storage.trials import best_merge, n_finished
-from optuna_merge.study.folder import write_best_config
+from optuna_merge.study.folder import claim_folder, write_best_config
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.watcher import Watcher
 
@@ -114,6 +114,7 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
 def _prepare(study: optuna.Study, config: StudyConfig, objective: MergeObjective) -> None:
     """Refuse a study whose scores mean something else; record what this run wants, and enqueue the baselines once."""
     check_fingerprint(study, objective.fingerprint())
+    claim_folder(study, config.storage_path)
     if study.user_attrs.get(attributes.WANTED) != config.study.n_trials:
         study.set_user_attr(attributes.WANTED, config.study.n_trials)
     study.set_metric_names(list(config.objectives))

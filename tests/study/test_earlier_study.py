@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from optuna_merge.cli.app import app
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import StudyError
+from optuna_merge.storage import attributes
 from optuna_merge.storage.trials import best_merge
 from optuna_merge.study.folder import BEST_CONFIG, OWNER_FILE
 from optuna_merge.study.objective import MergeObjective
@@ -88,13 +89,14 @@ def test_its_folder_is_its_own(study_file: Path) -> None:
     folder = study_file.parent / "out"
     before = (folder / BEST_CONFIG).read_bytes()
     other = MergeObjective.from_file(study_file, {"study.name": "later"})
-    message = r"best_config.yaml: must be of study 'later', got that of study 'earlier'; choose another storage_path"
+    message = r"out: must be of study 'later', got that of study 'earlier'; choose another storage_path"
     with pytest.raises(StudyError, match=message):
         run_study(other.config, other)
     assert (folder / BEST_CONFIG).read_bytes() == before
     assert not (folder / OWNER_FILE).exists()
     same = MergeObjective.from_file(study_file, {"study.n_trials": N_INTERRUPTED + 1})
     run_study(same.config, same)
-    assert json.loads((folder / OWNER_FILE).read_text()) == {"study": "earlier"}
+    own_id = open_started(same.config).user_attrs[attributes.STUDY_ID]
+    assert json.loads((folder / OWNER_FILE).read_text()) == {"study": "earlier", "id": own_id}
     with pytest.raises(StudyError, match=message):
         run_study(other.config, other)

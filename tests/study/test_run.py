@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import multiprocessing.connection
 import os
 import random
@@ -33,7 +32,7 @@ from optuna_merge.storage import attributes
 from optuna_merge.storage.open import open_storage, open_study, storage_url
 from optuna_merge.storage.trials import FINISHED, best_merge, score_of
 from optuna_merge.study import run as study
-from optuna_merge.study.folder import BEST_CONFIG, OWNER_FILE, write_best_config
+from optuna_merge.study.folder import BEST_CONFIG, write_best_config
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
 from optuna_merge.study.watcher import Watcher
@@ -272,23 +271,6 @@ def test_memory_that_is_out_while_merging_stops_the_study_and_more_lets_it_go_on
     assert run_study(stopped.config, stopped) == study.Outcome(6)
     assert table(urls[0]) == table(urls[1])
     assert stopped.loader.engine.n_responses == through.loader.engine.n_responses > n_responses
-
-
-def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:
-    run_study(objective.config, objective)
-    folder = objective.config.storage_path
-    assert json.loads((folder / OWNER_FILE).read_text()) == {"study": "tiny"}
-    before = (folder / BEST_CONFIG).read_text()
-    options = objective.config.study.model_copy(update={"name": "tiny, too"})
-    objective.config = objective.config.model_copy(update={"study": options})
-    message = r"best_config.yaml: must be of study 'tiny, too', got that of study 'tiny'; choose another storage_path"
-    with pytest.raises(StudyError, match=message):
-        run_study(objective.config, objective)
-    assert (folder / BEST_CONFIG).read_text() == before
-    (folder / OWNER_FILE).write_text("{}")
-    with pytest.raises(StudyError, match=r"study.json: must name the study of its folder, got 'study'; delete it"):
-        run_study(objective.config, objective)
-    assert (folder / BEST_CONFIG).read_text() == before
 
 
 class Doomed(Watcher):
