@@ -22,6 +22,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +31,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval_tasks" / "quickstart"))
 
 from letters import ALPHABET, N_LETTERS, RULES, draw_letters, guess, question, spaced
+
+from optuna_merge.atomic import write_atomically
 
 BASE = "base"
 _MARKER = "settings.json"
@@ -126,9 +129,7 @@ def make_models(out: Path, settings: Settings, n_processes: int = 1, say: Callab
             futures = [pool.submit(train_skill, out / skill, out / BASE, skill, settings) for skill in RULES]
             for future in futures:
                 future.result()
-    partial = marker.with_suffix(".partial")
-    partial.write_text(json.dumps(wanted, indent=2) + "\n")
-    partial.replace(marker)
+    write_atomically(marker, json.dumps(wanted, indent=2) + "\n")
     say(f"{out}: {', '.join((BASE, *RULES))} trained in {time.monotonic() - started:.0f} s")
     return True
 
@@ -238,13 +239,13 @@ def _batch(tokenizer, texts: list[Text]):
 
 
 def _save(model, tokenizer, folder: Path) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.eval().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as own:
+        partial = Path(own) / folder.name
+        model.eval().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
 
 
 def _digest(settings: Settings) -> str:
