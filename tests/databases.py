@@ -115,23 +115,38 @@ def mariadb() -> Iterator[str]:
             process.wait()
 
 
+class Proxy:
+    """``optuna-merge serve-storage``, on the same port whenever it is started."""
+
+    def __init__(self, served: str) -> None:
+        pytest.importorskip("grpc")
+        self._port = free_port()
+        self._served = served
+        self.url = f"grpc://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        address = ["--host", "127.0.0.1", "--port", str(self._port)]
+        command = [sys.executable, "-m", "optuna_merge", "serve-storage", self._served, *address]
+        self._process = subprocess.Popen(command)
+        wait_for(self._port)
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal and wait until the process is gone; background processes of a shell ignore SIGINT."""
+        self._process.send_signal(how)
+        self._process.wait()
+
+
 @contextlib.contextmanager
-def proxy(url: str) -> Iterator[str]:
-    """Run ``optuna-merge serve-storage``.
+def proxy(url: str) -> Iterator[Proxy]:
+    """A running proxy.
 
     Args:
         url: The storage to serve.
-
-    Yields:
-        The URL of the served storage.
     """
-    pytest.importorskip("grpc")
-    port = free_port()
-    command = [sys.executable, "-m", "optuna_merge", "serve-storage", url, "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command)
+    server = Proxy(url)
     try:
-        wait_for(port)
-        yield f"grpc://127.0.0.1:{port}"
+        yield server
     finally:
-        process.terminate()  # background processes of a shell ignore SIGINT
-        process.wait()
+        server.stop()

@@ -30,19 +30,12 @@ def serve_storage(
 
     from optuna_merge.config.paths import absolute_storage
     from optuna_merge.errors import StudyError
-    from optuna_merge.storage.batched import BatchedStorage
-    from optuna_merge.storage.open import open_storage, shown_url
-    from optuna_merge.storage.proxy import make_server
+    from optuna_merge.storage.open import shown_url
+    from optuna_merge.storage.server import serve
 
     if url.startswith(("journal:", "grpc:")):
         raise StudyError(f"URL must name a database, got {url}: Optuna's proxy serves no other; use sqlite:///FILE")
     url = absolute_storage(url, Path.cwd())
-    storage = BatchedStorage(open_storage(url), shown_url(url), batched=False)
-    server, port = make_server(storage, host, port)
-    server.start()
-    output.note(f"serving {shown_url(url)} as grpc://{host}:{port}; stop with Ctrl-C")
-    try:
+    with serve(url, host, port) as (server, free_port):
+        output.note(f"serving {shown_url(url)} as grpc://{host}:{free_port}; stop with Ctrl-C")
         server.wait_for_termination()
-    except KeyboardInterrupt:
-        server.stop(grace=1).wait()
-        raise

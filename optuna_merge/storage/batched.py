@@ -125,7 +125,13 @@ class BatchedStorage(StorageWrapper):
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
-        """Keep a parameter."""
+        """Keep a parameter. Unless it is kept, Optuna checks that its distribution suits the study's other trials.
+
+        What is kept needs no check: a study of ours has one search space, and its fingerprint holds it.
+        """
+        if not self._batched:
+            super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+            return
         self._keep(trial_id, "param", param_name, [float(param_value_internal), distribution_to_json(distribution)])
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:

@@ -23,10 +23,11 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import GrpcStorageProxy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import OptunaMergeError, TrialTakenError
-from optuna_merge.internals.optuna import known_state, set_known_trials, study_id, trial_id
+from optuna_merge.internals.optuna import backend_of, known_state, set_known_trials, study_id, trial_id
 from optuna_merge.storage.batched import BatchedStorage
 from optuna_merge.storage.lock import Lock
 from optuna_merge.storage.outages import is_storage_error
@@ -81,7 +82,7 @@ class Claims:
             lost = self._requeue_lost(trials)
             if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
                 return None
-            owner = Owner.me()
+            owner = Owner.me(direct=not isinstance(backend_of(self.storage.backend), GrpcStorageProxy))
             started = self._start(trials, lost, {OWNER: asdict(owner)})
             trial = optuna.Trial(self.study, started)
             # Without this the sampler and the pruner would read the whole study again.
@@ -94,7 +95,8 @@ class Claims:
         """Put back the running trials whose process is dead. The caller holds the lock.
 
         Args:
-            alone: Whether no other process runs the study; then every running trial is put back.
+            alone: Whether no other process runs the study; then every running trial is put back, except those of
+                processes that came through ``serve-storage``: one that waits for its server to come back looks absent.
 
         Returns:
             Numbers of the trials that were put back.
@@ -107,15 +109,17 @@ class Claims:
             self._seen.clear()
         lost = []
         for trial in trials:
-            if trial.state == TrialState.RUNNING and (alone or self._is_lost(trial)):
+            if trial.state == TrialState.RUNNING and self._is_lost(trial, alone=alone):
                 self.put_back(trial_id(trial))
                 lost.append(trial.number)
         return lost
 
-    def _is_lost(self, trial: FrozenTrial) -> bool:
+    def _is_lost(self, trial: FrozenTrial, *, alone: bool) -> bool:
         owner = trial.system_attrs.get(OWNER)
         if owner is None:
             return True  # its process died between asking and recording itself, all under the lock that we hold now
+        if alone and Owner(**owner).direct:
+            return True
         if Owner(**owner).is_here:
             return Owner(**owner).is_gone
         signs = json.dumps([owner, trial.system_attrs.get(BEAT), len(trial.intermediate_values)])

@@ -2,7 +2,8 @@
 
     SQLite, journal file    a kernel lock on a file beside it
     PostgreSQL, MySQL       the server's session lock
-    grpc://                 a call to optuna-merge serve-storage that lasts as long as the lock
+    grpc://                 a call to optuna-merge serve-storage that lasts as long as the lock; for so long the server
+                            holds the lock of the storage that it serves
 
 This file knows nothing of trials. A lock is lost when the server that keeps it goes away, so a process that finishes a
 trial must still check whether the trial is its own.
@@ -28,7 +29,7 @@ Lock = Callable[[], AbstractContextManager[None]]
 """Makes a context in which this process holds the lock; entering it waits for the lock."""
 
 _MYSQL_WAIT_S = 3600
-"""MySQL wants a limit; a study's lock is held for seconds."""
+"""MySQL wants a limit. When it is reached, we ask again: the other servers wait for a lock without limit."""
 
 
 def make_lock(storage: BaseStorage, name: str, file: Path | None) -> Lock:
@@ -40,10 +41,12 @@ def make_lock(storage: BaseStorage, name: str, file: Path | None) -> Lock:
         file: The file behind the storage, if there is one.
 
     Raises:
-        StudyError: If the storage has no locks.
+        StudyError: If the storage has no locks, or the name cannot be part of a file's.
     """
     backend = backend_of(storage)
     if file is not None:
+        if "/" in name or "\0" in name:
+            raise StudyError(f"a study must have a name that can be part of a file name, got {name!r}; choose another")
         return lambda: file_lock(file.with_name(f"{file.name}.{name}.lock"))
     if isinstance(backend, GrpcStorageProxy):
         return lambda: proxy.hold(backend, name)
@@ -76,7 +79,10 @@ def file_lock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterato
         raise StudyError(f"{path}: lock must be writable, got {reason(exc)}; choose another storage_path") from exc
     with handle:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing it is not enough: a process that was forked has it open too
 
 
 def has_locks(engine: sqlalchemy.Engine) -> bool:
@@ -86,22 +92,33 @@ def has_locks(engine: sqlalchemy.Engine) -> bool:
 
 @contextmanager
 def server_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
-    """Hold a session lock of a database server, through a connection of its own."""
-    take, give = _SERVERS[engine.name]
+    """Hold a session lock of a database server, through a connection of its own.
+
+    Raises:
+        StudyError: If the server says that it cannot give the lock.
+    """
+    take, give = map(sqlalchemy.text, _SERVERS[engine.name])
     key = hashlib.sha256(f"optuna-merge {name}".encode()).digest()
     given = {"key": int.from_bytes(key[:8], "big", signed=True), "name": f"optuna-merge {key.hex()[:40]}"}
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(sqlalchemy.text(take), given)
         try:
+            while not (taken := connection.execute(take, given).scalar()):
+                if taken is None:
+                    raise StudyError(
+                        f"storage {engine.url.render_as_string()} must give a lock, its GET_LOCK failed; look into the"
+                        " server's log and run the same command again"
+                    )
             yield
         finally:
             try:
-                connection.execute(sqlalchemy.text(give), given)
+                connection.execute(give, given)
             except sqlalchemy.exc.SQLAlchemyError:
                 connection.invalidate()  # the server is gone, and the lock with it
 
 
 _SERVERS = {
-    "postgresql": ("SELECT pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"),
+    "postgresql": ("SELECT 1 FROM pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"),
     **dict.fromkeys(("mysql", "mariadb"), (f"SELECT GET_LOCK(:name, {_MYSQL_WAIT_S})", "SELECT RELEASE_LOCK(:name)")),
 }
+"""How to take a lock, which gives 1 when it is taken, 0 when it was waited for in vain, NULL on an error; and how to
+give it back."""

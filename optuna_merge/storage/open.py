@@ -23,6 +23,8 @@ from optuna_merge.storage.outages import is_storage_error, reason
 
 _LOCK_WAIT_S = 60
 """How long a writer waits for another one of the same SQLite file."""
+_SCHEMA = "\0schema"
+"""Name of the lock under which tables are made; no study has it, for databases take no NUL in a name."""
 _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
 """The drivers that our extras install; a URL may name another."""
 
@@ -121,11 +123,13 @@ def shown_url(url: str) -> str:
 def local_file(url: str) -> Path | None:
     """The file behind an SQLite or journal URL; None for a database server and for SQLite in memory.
 
+    Symbolic links are followed: the locks of a file lie beside it, whatever path leads there.
+
     Raises:
         StudyError: If the URL is malformed.
     """
     if url.startswith("journal://"):
-        return Path(url.removeprefix("journal://")).expanduser().absolute()
+        return Path(url.removeprefix("journal://")).expanduser().resolve()
     if url.startswith(("sqlite:", "sqlite+")):
         try:
             database = sqlalchemy.engine.make_url(url).database
@@ -133,7 +137,7 @@ def local_file(url: str) -> Path | None:
             raise StudyError(
                 f"storage must be a URL such as sqlite:///study.db, got {url}; mend study.storage"
             ) from exc
-        return Path(database).absolute() if database and database != ":memory:" else None
+        return Path(database).resolve() if database and database != ":memory:" else None
     return None
 
 
@@ -152,7 +156,7 @@ def _open_database(url: str) -> BaseStorage:
     url = f"{_DRIVERS.get(scheme, scheme)}://{rest}"
     engine = sqlalchemy.create_engine(url)
     try:
-        with server_lock(engine, "schema") if has_locks(engine) else nullcontext():
+        with server_lock(engine, _SCHEMA) if has_locks(engine) else nullcontext():
             return RDBStorage(url)
     finally:
         engine.dispose()

@@ -27,6 +27,7 @@ class Owner:
         pid: Process id of this worker.
         started: When the process started, in clock ticks after boot; tells it from a later process with the same id.
         claim: Id of this one claim.
+        direct: Whether it opened the storage by itself, and not through ``serve-storage``.
     """
 
     host: str
@@ -34,11 +35,13 @@ class Owner:
     pid: int
     started: int
     claim: str
+    direct: bool = True
 
     @classmethod
-    def me(cls) -> Owner:
+    def me(cls, *, direct: bool = True) -> Owner:
         """This process, with a new claim."""
-        return cls(socket.gethostname(), _machine(), os.getpid(), _start_ticks(os.getpid()) or 0, uuid.uuid4().hex)
+        pid = os.getpid()
+        return cls(socket.gethostname(), _machine(), pid, _start_ticks(pid) or 0, uuid.uuid4().hex, direct)
 
     @property
     def is_here(self) -> bool:

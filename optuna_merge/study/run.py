@@ -102,7 +102,8 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
             with running(url, name, requeue):
                 with claims.lock():
                     _prepare(study, config, objective)
-                study.sampler, study.pruner = _sampler(study, objective), objective.pruner()
+                    study.sampler = _sampler(study, objective)
+                study.pruner = objective.pruner()
                 watcher.study_opened(study, config.study.n_trials, requeued)
                 outcome = _run_trials(claims, objective, watcher, deadline)
                 watcher.study_closed(study)
@@ -124,7 +125,7 @@ def _prepare(study: optuna.Study, config: StudyConfig, objective: MergeObjective
 
 
 def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:
-    """The sampler, with the population size that the study was started with."""
+    """The sampler, with the population size of the worker that began the study. The caller holds the lock."""
     sampler = objective.sampler(study.user_attrs.get(attributes.POPULATION))
     if attributes.POPULATION not in study.user_attrs and isinstance(sampler, StableCmaEsSampler):
         study.set_user_attr(attributes.POPULATION, sampler.population_size)

@@ -305,7 +305,7 @@ def test_a_server_answers_the_client_of_the_proxy() -> None:
     grpc = pytest.importorskip("grpc")
     from concurrent.futures import ThreadPoolExecutor
 
-    users = "storage/proxy.py"
+    users = "storage/proxy.py, storage/server.py"
     server = grpc.server(ThreadPoolExecutor())
     internals.add_storage_service(server, InMemoryStorage())
     port = server.add_insecure_port("127.0.0.1:0")

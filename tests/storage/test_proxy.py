@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,22 +13,20 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from optuna_merge.errors import StudyError
-from optuna_merge.internals.optuna import add_storage_service, trial_id, with_cache
+from optuna_merge.internals.optuna import add_storage_service, trial_id
 from optuna_merge.storage import proxy
 from optuna_merge.storage.claims import Claims
 from optuna_merge.storage.lock import make_lock
 from optuna_merge.storage.open import create_study, open_storage, open_study
+from optuna_merge.storage.server import serve
 
 pytest.importorskip("grpc")
 
 
 @pytest.fixture
-def served(tmp_path: Path):
-    storage = open_storage(f"sqlite:///{tmp_path}/study.db")
-    server, port = proxy.make_server(with_cache(storage), "127.0.0.1", 0)
-    server.start()
-    yield f"grpc://127.0.0.1:{port}"
-    server.stop(grace=None).wait()
+def served(tmp_path: Path) -> Iterator[str]:
+    with serve(f"sqlite:///{tmp_path}/study.db", "127.0.0.1", 0) as (_, port):
+        yield f"grpc://127.0.0.1:{port}"
 
 
 def test_a_study_is_run_through_the_proxy(served: str, tmp_path: Path) -> None:
@@ -94,7 +93,7 @@ def test_a_proxy_without_locks_is_refused(tmp_path: Path) -> None:
         server.stop(grace=None).wait()
 
 
-def test_addresses_that_lead_nowhere(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_lead_nowhere(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "_ANSWER_S", 0.3)
     with pytest.raises(StudyError, match=r"storage must be grpc://HOST:PORT, got grpc://;"):
         open_storage("grpc://")
@@ -103,5 +102,6 @@ def test_addresses_that_lead_nowhere(served: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(StudyError, match=r"grpc://127.0.0.1:1 must answer, it has not for 0 s; start it with"):
         open_storage("grpc://127.0.0.1:1")
     port = int(served.rpartition(":")[2])
+    other = f"sqlite:///{tmp_path}/other.db"
     with pytest.raises(StudyError, match=rf"port must be free, got 127.0.0.1:{port}; choose another"):
-        proxy.make_server(optuna.storages.InMemoryStorage(), "127.0.0.1", port)
+        serve(other, "127.0.0.1", port).__enter__()

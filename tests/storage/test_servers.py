@@ -37,21 +37,21 @@ def test_workers_on_postgresql_are_killed_and_no_trial_is_lost(
     study_file: Callable[..., Path], tmp_path: Path, server: databases.Postgres
 ) -> None:
     objective = small(study_file, tmp_path / "out", with_database(server, "killed"), n_trials=30)
-    assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(30))
+    assert share_and_kill([objective] * 3, n_kills=10) == list(range(30))
 
 
 def test_workers_on_mariadb_are_killed_and_no_trial_is_lost(study_file: Callable[..., Path], tmp_path: Path) -> None:
     with databases.mariadb() as url:
         objective = small(study_file, tmp_path / "out", url, n_trials=30)
-        assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(30))
+        assert share_and_kill([objective] * 3, n_kills=10) == list(range(30))
 
 
 def test_workers_on_the_proxy_are_killed_and_no_trial_is_lost(
     study_file: Callable[..., Path], tmp_path: Path, server: databases.Postgres
 ) -> None:
-    with databases.proxy(with_database(server, "served")) as url:
-        objective = small(study_file, tmp_path / "out", url, n_trials=30)
-        assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(30))
+    with databases.proxy(with_database(server, "served")) as proxy:
+        objective = small(study_file, tmp_path / "out", proxy.url, n_trials=30)
+        assert share_and_kill([objective] * 3, n_kills=10) == list(range(30))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

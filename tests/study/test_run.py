@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -314,21 +314,56 @@ def test_killed_twenty_times_it_ends_as_if_it_had_run_through(
     assert best[0] == best[1]
 
 
-def share_and_kill(objective: MergeObjective, n_workers: int, n_kills: int) -> list[int]:
-    """Let several workers run a study; kill ``n_kills`` of them at any point, and replace each.
+class Logged(Doomed):
+    """Notes when its process starts and finishes a trial; kills it too unless ``n_chunks`` is 0."""
+
+    def __init__(self, log: Path, n_chunks: int = 0, delay_s: float = 0.0) -> None:
+        super().__init__(n_chunks, delay_s)
+        self.log = log
+
+    def trial_started(self, trial: optuna.Trial) -> None:
+        self.note("start", trial.number)
+
+    def trial_finished(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, is_best: bool) -> None:
+        self.note("finish", trial.number)
+
+    def note(self, what: str, number: int) -> None:
+        with self.log.open("a") as log:
+            log.write(f"{os.getpid()} {what} {number}\n")
+
+
+def refuse_what_was_done_twice(log: Path) -> None:
+    """No trial may be finished twice, and none may be started while the process that started it before is alive."""
+    events = [line.split() for line in log.read_text().splitlines()]
+    finished = [number for _, what, number in events if what == "finish"]
+    assert len(finished) == len(set(finished))
+    last: dict[str, str] = {}
+    for index, (pid, what, number) in enumerate(events):
+        if what == "start":
+            before = last.get(number, pid)
+            assert before == pid or before not in [later for later, _, _ in events[index:]], f"{number}: {events}"
+            last[number] = pid
+
+
+def share_and_kill(objectives: Sequence[MergeObjective], n_kills: int) -> list[int]:
+    """Let a worker run each objective of one study; kill ``n_kills`` workers at any point, and replace each.
 
     Returns:
         The numbers of the finished trials.
     """
     chance = random.Random(7)
+    log = objectives[0].config.storage_path.with_name("log")
+    objective_of: dict[BaseProcess, MergeObjective] = {}
 
-    def start() -> BaseProcess:
+    def start(objective: MergeObjective) -> BaseProcess:
         nonlocal n_kills
         n_kills -= 1
-        doomed = Doomed(chance.randint(1, 20), chance.uniform(0, 0.03)) if n_kills >= 0 else None
-        return processes.start(partial(run_study, objective.config, objective, doomed))
+        end = (chance.randint(1, 20), chance.uniform(0, 0.03)) if n_kills >= 0 else ()
+        worker = processes.start(partial(run_study, objective.config, objective, Logged(log, *end)))
+        objective_of[worker] = objective
+        return worker
 
-    workers = [start() for _ in range(n_workers)]
+    workers = [start(objective) for objective in objectives]
     try:
         deadline = time.monotonic() + 300
         while workers:
@@ -338,12 +373,13 @@ def share_and_kill(objective: MergeObjective, n_workers: int, n_kills: int) -> l
                 workers.remove(worker)
                 if worker.exitcode:
                     assert worker.exitcode == -signal.SIGKILL
-                    workers.append(start())
+                    workers.append(start(objective_of[worker]))
         assert n_kills < 0
     finally:
         for worker in workers:
             processes.kill(worker)
-    trials = open_started(objective.config).trials
+    refuse_what_was_done_twice(log)
+    trials = open_started(objectives[0].config).trials
     assert all(len(t.intermediate_values) == 10 for t in trials if t.state == TrialState.COMPLETE)
     return [trial.number for trial in trials if trial.state in FINISHED]
 
@@ -353,7 +389,39 @@ def test_workers_share_a_study_while_they_are_killed(
     study_file: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     objective = small(study_file, tmp_path / "out", f"{kind}{tmp_path}/study.db", n_trials=40)
-    assert share_and_kill(objective, n_workers=3, n_kills=10) == list(range(40))
+    assert share_and_kill([objective] * 3, n_kills=10) == list(range(40))
+
+
+def test_workers_that_want_generations_of_different_sizes_use_that_of_the_first(
+    study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both ask for the size before either has recorded one, unless they take turns."""
+    both = multiprocessing.get_context("fork").Barrier(2)
+    url = f"sqlite:///{tmp_path}/study.db"
+
+    def work(n_workers: int) -> None:
+        objective = small(study_file, tmp_path / "out", url, n_trials=40)
+        options = objective.config.study.model_copy(update={"n_workers": n_workers})
+        objective.config = objective.config.model_copy(update={"study": options})
+        sampler = objective.sampler
+
+        def at_the_same_time(population: int | None = None) -> optuna.samplers.BaseSampler:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(3)
+            made = sampler(population)
+            (tmp_path / f"of_{n_workers}").write_text(str(made.population_size))
+            return made
+
+        objective.sampler = at_the_same_time
+        run_study(objective.config, objective)
+
+    with processes.forked(partial(work, 4), partial(work, 5)) as workers:
+        for worker in workers:
+            worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    recorded = str(open_study(url, "tiny").user_attrs[attributes.POPULATION])
+    assert recorded in ("12", "16")
+    assert {(tmp_path / f"of_{n}").read_text() for n in (4, 5)} == {recorded}
 
 
 def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callable[..., Path], tmp_path: Path) -> None:
