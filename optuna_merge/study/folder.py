@@ -24,9 +24,10 @@ from optuna_merge.storage.owner import Owner
 from optuna_merge.storage.trials import best_merge, score_of
 
 if TYPE_CHECKING:
-    import optuna
+    from collections.abc import Callable, Sequence
 
-    from optuna_merge.study.objective import MergeObjective
+    import optuna
+    from optuna.trial import FrozenTrial
 
 BEST_CONFIG = "best_config.yaml"
 """The best merge so far, as a mergekit file."""
@@ -102,12 +103,15 @@ def claim_folder(study: optuna.Study, folder: Path, way_out: str = "choose anoth
             raise StudyError(f"{path}: must be writable, got {reason(exc)}; make room and run again") from exc
 
 
-def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | None:
+def write_best_config(
+    study: optuna.Study, folder: Path, merge_file: Callable[[FrozenTrial, Sequence[str]], str]
+) -> Path | None:
     """Write the best merge so far as a mergekit file, atomically.
 
     Args:
-        study: A study that has claimed its folder.
-        objective: Its objective.
+        study: A study that has claimed the folder.
+        folder: Its ``storage_path``.
+        merge_file: Returns the mergekit file of a trial, with the given lines above it.
 
     Returns:
         The file; None if no merge has been scored yet.
@@ -115,13 +119,13 @@ def write_best_config(study: optuna.Study, objective: MergeObjective) -> Path | 
     Raises:
         StudyError: If the file cannot be written; a file that is there stays as it was.
     """
-    path = objective.config.storage_path / BEST_CONFIG
+    path = folder / BEST_CONFIG
     best = best_merge(study)
     if best is None:
         return None
     comment = [f"study {study.study_name}, trial {best.number}, score {score_of(best):.6g}"]
     try:
-        write_atomically(path, objective.merge_file(best, comment))
+        write_atomically(path, merge_file(best, comment))
     except OSError as exc:
         raise StudyError(
             f"{path}: best merge must be writable, got {reason(exc)}; make room and run the same command again"

@@ -121,7 +121,7 @@ def _prepare(study: optuna.Study, config: StudyConfig, objective: MergeObjective
     study.set_metric_names(list(config.objectives))
     record_warm_start(study, config, objective.space)
     objective.enqueue_baselines(study)
-    write_best_config(study, objective)
+    write_best_config(study, config.storage_path, objective.merge_file)
 
 
 def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:
@@ -182,7 +182,7 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
         is_best = best is not None and best.number == finished.number
     if is_best:
         with claims.lock():  # another worker may have found a better one by now
-            write_best_config(claims.study, objective)
+            write_best_config(claims.study, objective.config.storage_path, objective.merge_file)
     watcher.trial_finished(claims.study, finished, is_best)
 
 

@@ -211,12 +211,12 @@ def test_best_config_survives_a_disk_that_is_full(objective: MergeObjective, mon
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*No space left"):
-            write_best_config(open_started(objective.config), objective)
+            write_best_config(open_started(objective.config), objective.config.storage_path, objective.merge_file)
     with (
         processes.files_up_to(100),
         pytest.raises(StudyError, match=r"best_config.yaml: best merge must be writable, got .*File too large"),
     ):
-        write_best_config(open_started(objective.config), objective)
+        write_best_config(open_started(objective.config), objective.config.storage_path, objective.merge_file)
     assert file.read_text() == before
     assert not list(objective.config.storage_path.glob("*.partial"))
 
