@@ -91,6 +91,10 @@ def has_fixed_params(trial: FrozenTrial) -> bool:
 # --- samplers
 
 
+ToUnit = Callable[[dict[str, Any]], np.ndarray]
+"""Maps parameters to coordinates, shape ``[n]``, each range to [0, 1]."""
+
+
 class OpenCmaEsSampler(CmaEsSampler):
     """Optuna's CMA-ES with public names for the three hooks that a subclass needs."""
 
@@ -100,19 +104,13 @@ class OpenCmaEsSampler(CmaEsSampler):
         copied._cma_rng = LazyRandomState(seed)
         return copied
 
-    def make_optimizer(
-        self,
-        names: Sequence[str],
-        bounds: np.ndarray,
-        to_unit: Callable[[dict[str, Any]], np.ndarray],
-        seed: int,
-    ) -> cmaes.CMA:
+    def make_optimizer(self, names: Sequence[str], bounds: np.ndarray, to_unit: ToUnit, seed: int) -> cmaes.CMA:
         """Make the optimizer of the first generation.
 
         Args:
             names: The parameters in the order of the optimizer's coordinates.
             bounds: Lower and upper bound of each coordinate, shape ``[n, 2]``.
-            to_unit: Maps parameters to coordinates, shape ``[n]``, each range to [0, 1].
+            to_unit: Maps parameters to coordinates.
             seed: The optimizer's.
         """
         raise NotImplementedError

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_merge.internals.optuna import OpenCmaEsSampler, has_fixed_params, known_trials, whole_study
+from optuna_merge.internals.optuna import OpenCmaEsSampler, ToUnit, has_fixed_params, known_trials, whole_study
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 
 _EDGE = 1.5
@@ -159,13 +159,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
                 return point
         return drawn
 
-    def make_optimizer(
-        self,
-        names: Sequence[str],
-        bounds: np.ndarray,
-        to_unit: Callable[[dict[str, Any]], np.ndarray],
-        seed: int,
-    ) -> cmaes.CMA:
+    def make_optimizer(self, names: Sequence[str], bounds: np.ndarray, to_unit: ToUnit, seed: int) -> cmaes.CMA:
         """The optimizer of the first generation, with the given start and covariance."""
         order = [list(self._fixed_space).index(name) for name in names]
         covariance = self._covariance[np.ix_(order, order)]
