@@ -43,6 +43,7 @@ class Postgres:
     def __init__(self, folder: Path) -> None:
         programs = Path(pytest.importorskip("pgserver").__file__).parent / "pginstall" / "bin"
         self._postgres = str(programs / "postgres")
+        self._is_ready = str(programs / "pg_isready")
         self.port = free_port()
         self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
         self._folder = folder
@@ -64,6 +65,9 @@ class Postgres:
             **self._as,
         )
         wait_for(self.port)
+        ready = [self._is_ready, "-h", "127.0.0.1", "-p", str(self.port), "-t", "60"]
+        while subprocess.run(ready, capture_output=True, check=False).returncode == 1:  # it listens, and starts up
+            time.sleep(0.05)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Stop the server.
