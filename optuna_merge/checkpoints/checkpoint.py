@@ -93,6 +93,16 @@ class Checkpoint:
         if name in self._tensors:
             self._tensors.prefetch(name)
 
+    def refuse_overwritten(self) -> None:
+        """Refuse weights that were written to since they were opened; see :class:`.files.TensorFiles`.
+
+        Raises:
+            CheckpointError: If they were.
+        """
+        self._tensors.refuse_overwritten()
+        if self._adapter is not None:
+            self._adapter.files.refuse_overwritten()
+
     @cached_property
     def n_layers(self) -> int:
         """Number of layers, from ``config.json`` or else from the tensor names."""

@@ -53,6 +53,7 @@ class TensorFiles:
         """
         self.reference = reference
         self.files = tuple(files)
+        self._stamps = {file: _stamp(file) for file in self.files}
         self._home: dict[str, Any] = {}  # name -> the open file that holds it
         for file in self.files:
             handle = _open(file)
@@ -95,10 +96,26 @@ class TensorFiles:
             for address in range(start, end, _READ_AHEAD_BYTES):
                 _MADVISE(address, min(_READ_AHEAD_BYTES, end - address), mmap.MADV_WILLNEED)
 
+    def refuse_overwritten(self) -> None:
+        """Refuse files that were written to since they were opened: their maps show the new bytes.
+
+        A file that was removed, or replaced by another one, remains as it was for those who have it open.
+
+        Raises:
+            CheckpointError: If one was written to.
+        """
+        for file, stamp in self._stamps.items():
+            now = _stamp(file)
+            if stamp is not None and now is not None and now[0] == stamp[0] and now != stamp:
+                raise CheckpointError(
+                    f"{file}: weights must stay as they were when they were opened, got a file that was overwritten;"
+                    " restore it and run the same command again"
+                )
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(file.stat().st_size for file in self.files)
+        """Bytes of all files, which may have been removed since they were opened."""
+        return sum(stamp[1] for stamp in self._stamps.values() if stamp is not None)
 
     @cached_property
     def digest(self) -> str:
@@ -139,6 +156,15 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write an object as a JSON file."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _stamp(file: Path) -> tuple[tuple[int, int], int, int] | None:
+    """Which file it is, its size and when it was written to last; None if there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns
 
 
 def _open(file: Path) -> Any:

@@ -49,6 +49,10 @@ class CheckpointView(Checkpoint):
         """Start to read a tensor from disk and return at once; does nothing if it is in memory."""
         self._inner.prefetch(name)
 
+    def refuse_overwritten(self) -> None:
+        """Refuse weights that were written to since they were opened."""
+        self._inner.refuse_overwritten()
+
     def vocabulary(self) -> dict[str, int] | None:
         """Token to id, added tokens included; None if there is no tokenizer."""
         return self._inner.vocabulary()

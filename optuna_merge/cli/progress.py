@@ -68,7 +68,10 @@ class TerminalWatcher(Watcher):
         self._since = time.monotonic()
         if requeued:
             self._console.print(f"continuing trial {', '.join(map(str, requeued))}", markup=False)
-        if self._n_before:
+        if self._n_before > n_trials:
+            left = f"{self._n_before} trials were finished before, more than the {n_trials} wanted: none is left to run"
+            self._console.print(left, markup=False)
+        elif self._n_before:
             self._console.print(f"{self._n_before} of {n_trials} trials were finished before", markup=False)
         self._study, self._n_finished = study, self._n_before
         self._standing = _standing(study)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optuna_merge.cli import options, output
+from optuna_merge.errors import OptunaMergeError
 
 if TYPE_CHECKING:
     import optuna
@@ -41,8 +42,12 @@ def report(
 
     best = best or N_BEST
     config, study = given.open()
+    fault = None
     if config.holdout is not None and needs_holdout(study, config.storage_path, best):
-        _score_holdout(study, config, best)
+        try:
+            _score_holdout(study, config, best)
+        except OptunaMergeError as exc:
+            fault = exc  # raised when what the search found has been shown
     summary = summarize(study, config, best)
     if html is not None:
         output.write_page(html, _page(study, summary, config))
@@ -52,6 +57,8 @@ def report(
         typer.echo(markdown_table(summary))
     else:
         print_summary(summary)
+    if fault is not None:
+        raise fault
 
 
 def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int) -> None:

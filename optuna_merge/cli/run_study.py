@@ -13,7 +13,7 @@ import typer
 
 from optuna_merge.cli import options, output
 from optuna_merge.cli.report import print_summary
-from optuna_merge.errors import StudyError
+from optuna_merge.errors import OptunaMergeError, StudyError
 
 if TYPE_CHECKING:
     from optuna_merge.config.study_config import StudyConfig
@@ -47,7 +47,7 @@ def run_study(
     devices = given.worker_devices()
     if len(devices) > 1 and trackers:
         raise StudyError("--wandb and --tracker follow one process, got several workers; leave them out")
-    summary, interrupted = _run(given, config, devices, trackers)
+    summary, interrupted, fault = _run(given, config, devices, trackers)
     if given.as_json:
         output.print_json(summary.as_dict())
     else:
@@ -57,6 +57,8 @@ def run_study(
             typer.echo(f"model:  {given.export_line()}")
     if given.save_final_model and summary.best_trial is not None and not interrupted:
         _save_final_model(config)
+    if fault is not None:
+        raise fault
     _exit(config, summary, interrupted=interrupted)
 
 
@@ -73,26 +75,41 @@ def _make_trackers(given: options.StudyArguments, config: StudyConfig) -> list[T
 
 def _run(
     given: options.StudyArguments, config: StudyConfig, devices: Sequence[str | None], trackers: Sequence[Tracker]
-) -> tuple[Summary, bool]:
-    """Run the study, then score the holdout unless the run was interrupted; returns whether it was."""
+) -> tuple[Summary, bool, OptunaMergeError | None]:
+    """Run the study, then score the holdout unless the run was interrupted.
+
+    Returns:
+        What the study found, whether the run was interrupted, and what went wrong with the holdout.
+    """
     from optuna_merge.cli.processes import run_here, run_in_workers
     from optuna_merge.report.summary import summarize
-    from optuna_merge.study.holdout import score_holdout
     from optuna_merge.study.holdout_file import N_BEST
     from optuna_merge.study.run import keep_n_chunks
 
+    fault = None
     if len(devices) == 1:
         with closing(_objective(given.file, config)) as objective:
             interrupted = run_here(keep_n_chunks(config), objective, trackers)
             if not interrupted:
-                score_holdout(options.open_started(config), objective, output.note)
+                fault = _score_holdout(config, objective)
     else:
         vllm = config.engine.backend == "vllm"
         interrupted = run_in_workers(given.file, given.overrides(), devices, vllm=vllm)
         if not interrupted:
             with closing(_objective(given.file, config)) as objective:
-                score_holdout(options.open_started(config), objective, output.note)
-    return summarize(options.open_started(config), config, N_BEST), interrupted
+                fault = _score_holdout(config, objective)
+    return summarize(options.open_started(config), config, N_BEST), interrupted, fault
+
+
+def _score_holdout(config: StudyConfig, objective: MergeObjective) -> OptunaMergeError | None:
+    """Score the holdout; returns what went wrong, to be raised when what the search found has been shown."""
+    from optuna_merge.study.holdout import score_holdout
+
+    try:
+        score_holdout(options.open_started(config), objective, output.note)
+    except OptunaMergeError as exc:
+        return exc
+    return None
 
 
 def _save_final_model(config: StudyConfig) -> None:

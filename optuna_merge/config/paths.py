@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from sqlalchemy.engine import make_url
 
 
 def absolute_storage(url: str, folder: Path) -> str:
     """A storage URL; if it names a relative file, that file in ``folder``."""
     relative = re.fullmatch(r"(sqlite(?:\+\w+)?:///|journal://)(?!/|file:|:memory:)(.+)", url)
-    return url if relative is None else f"{relative[1]}{folder.absolute() / Path(relative[2]).expanduser()}"
+    if relative is None:
+        return url
+    plain = f"{relative[1]}{folder.absolute() / Path(relative[2]).expanduser()}"
+    if relative[1] == "journal://":
+        return plain
+    given = make_url(url)
+    file = str(folder.absolute() / Path(given.database or "").expanduser())
+    # In a URL some characters of a path mean something else, such as ? and %.
+    return plain if make_url(plain).database == file else given.set(database=file).render_as_string()
 
 
 def study_file(info: ValidationInfo) -> Path:

@@ -16,6 +16,9 @@ from optuna_merge.config.pruner import PrunerConfig, WilcoxonConfig
 from optuna_merge.config.sampler import PARETO_SAMPLER, CmaEsConfig, SamplerConfig
 from optuna_merge.config.section import Section
 
+_NAME_BYTES = 200
+"""A file name has at most 255 bytes; those of locks have the name of the storage's file too."""
+
 
 class StudyOptions(Section):
     """The Optuna study.
@@ -54,8 +57,10 @@ class StudyOptions(Section):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if value in (".", "..") or re.search(r"[/\\\0]", value):
+        if value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value):
             raise ValueError("a name that can be part of a file name")
+        if len(value.encode("utf-8", "surrogatepass")) > _NAME_BYTES:
+            raise ValueError(f"a name of at most {_NAME_BYTES} bytes, because files are named after it")
         return value
 
     @property

@@ -127,8 +127,10 @@ class Merger:
                 not finite, which whoever scores it refuses.
             MergeError: If the recipe does not fit the checkpoints, a method fails, or a tensor does not fit into memory
                 even in small pieces; the message names the tensor.
+            CheckpointError: If a file of weights was overwritten since it was opened.
         """
         plan = MergePlan.make(recipe, self.checkpoints)
+        _refuse_overwritten(plan)
         steps = [MergeStep.of(plan, name, None if out is None else out(name)) for name in self.names]
         n_reads = count_disk_waits()
         try:
@@ -136,6 +138,7 @@ class Merger:
                 yield step.name, self._merge_that_fits(plan, step, following)
         finally:
             self._stage.drop()
+        _refuse_overwritten(plan)
         if self._placement == "disk":
             # Once everything is in memory, reading ahead is left out: it takes as long as a fifth of a linear merge.
             fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
@@ -244,6 +247,11 @@ class Merger:
             memory=self._memory.setdefault(recipe.base_model, {}),
             is_compiled=self._is_compiled,
         )
+
+
+def _refuse_overwritten(plan: MergePlan) -> None:
+    for checkpoint in plan.read:
+        checkpoint.refuse_overwritten()
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -124,7 +124,8 @@ class SearchSpace:
             missing = sorted(self.distributions.keys() - params.keys())
             unknown = sorted(params.keys() - self.distributions.keys())
             raise RecipeError(f"trial parameters must be those of the study file; missing {missing}, unknown {unknown}")
-        values = {name: params.get(name, slot.interval.low) for name, slot in self._slots.items()}
+        # Optuna gives a number of numpy where it has clipped a draw to the upper end of its range.
+        values = {name: float(params.get(name, slot.interval.low)) for name, slot in self._slots.items()}
         groups = [self._group_recipe(group, values) for group in self._step_groups]
         genome = self._config.genome
         if genome.smooth:

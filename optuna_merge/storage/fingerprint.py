@@ -13,7 +13,7 @@ import optuna
 
 from optuna_merge.errors import StudyMismatchError
 from optuna_merge.storage.attributes import FINGERPRINT, REQUESTS
-from optuna_merge.storage.open import local_file, open_storage, storage_error
+from optuna_merge.storage.open import is_there, local_file, open_storage, storage_error
 
 
 def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
@@ -23,7 +23,7 @@ def recorded_fingerprint(url: str, name: str) -> Mapping[str, Any]:
         StudyError: If the storage cannot be opened.
     """
     file = local_file(url)
-    if file is not None and not file.exists():
+    if file is not None and not is_there(file):
         return {}
     storage = open_storage(url)
     try:

@@ -76,7 +76,10 @@ def file_lock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterato
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("a")
     except OSError as exc:
-        raise StudyError(f"{path}: lock must be writable, got {reason(exc)}; choose another storage_path") from exc
+        raise StudyError(
+            f"{path}: lock must be writable, got {reason(exc)}; choose another storage_path, or make this one writable"
+            " and run the same command again"
+        ) from exc
     with handle:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         try:

@@ -31,7 +31,14 @@ _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "maria
 
 def storage_url(storage_path: Path, url: str | None) -> str:
     """The URL of a study's storage: the given one, or that of an SQLite file in ``storage_path``."""
-    return url or f"sqlite:///{(storage_path / 'study.db').resolve()}"
+    if url:
+        return url
+    file = str((storage_path / "study.db").resolve())
+    plain = f"sqlite:///{file}"
+    if sqlalchemy.engine.make_url(plain).database == file:
+        return plain
+    # In a URL some characters of a path mean something else, such as ? and %.
+    return sqlalchemy.engine.URL.create("sqlite", database=file).render_as_string()
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -67,7 +74,7 @@ def open_study(url: str, name: str) -> optuna.Study:
     missing = (
         f"study {name!r} must have been started, {shown_url(url)} holds none of that name; start it with run-study"
     )
-    if file is not None and not file.exists():
+    if file is not None and not is_there(file):
         raise StudyError(missing)
     storage = open_storage(url)
     try:
@@ -141,6 +148,18 @@ def local_file(url: str) -> Path | None:
     return None
 
 
+def is_there(file: Path) -> bool:
+    """Whether the file behind a storage exists.
+
+    Raises:
+        StudyError: If the system does not say: a folder may not be read, or a name is too long.
+    """
+    try:
+        return file.exists()
+    except OSError as exc:
+        raise StudyError(f"{file}: storage must be readable, got {reason(exc)}; see storage_path") from exc
+
+
 def _open_file(url: str, file: Path) -> BaseStorage:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(file.with_name(f"{file.name}.opening")):  # SQLite fails if two create the schema at once
@@ -156,10 +175,21 @@ def _open_database(url: str) -> BaseStorage:
     url = f"{_DRIVERS.get(scheme, scheme)}://{rest}"
     engine = sqlalchemy.create_engine(url)
     try:
+        if _has_tables(engine):  # looking for each takes dozens of calls, while all others wait for the lock
+            return RDBStorage(url, skip_table_creation=True)
         with server_lock(engine, _SCHEMA) if has_locks(engine) else nullcontext():
             return RDBStorage(url)
     finally:
         engine.dispose()
+
+
+def _has_tables(engine: sqlalchemy.Engine) -> bool:
+    """Whether a database has all of Optuna's tables; it makes and fills ``alembic_version`` after all others."""
+    try:
+        with engine.connect() as connection:
+            return connection.exec_driver_sql("SELECT version_num FROM alembic_version").first() is not None
+    except sqlalchemy.exc.ProgrammingError:
+        return False
 
 
 def _write_ahead(engine: sqlalchemy.Engine) -> None:

@@ -36,6 +36,13 @@ ADDED = {
     "study: {name: team/one}": (
         ":7: study.name must be a name that can be part of a file name, got 'team/one'; correct it"
     ),
+    'study: {name: "two\\nlines"}': (
+        ":7: study.name must be a name that can be part of a file name, got 'two\\nlines'; correct it"
+    ),
+    f"study: {{name: {'é' * 101}}}": (
+        ":7: study.name must be a name of at most 200 bytes, because files are named after it, got"
+        f" '{'é' * 76}...; correct it"
+    ),
     "study: {name: ..}": ":7: study.name must be a name that can be part of a file name, got '..'; correct it",
     "study: {sampler: cma}": (
         ":7: study.sampler.name must be cmaes, gp, nsga2, random, tpe, or the import path of a sampler class,"

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.trial import TrialState
 
+from optuna_merge.config.paths import absolute_storage
 from optuna_merge.errors import StudyError, StudyMismatchError
 from optuna_merge.storage import attributes
 from optuna_merge.storage.fingerprint import check_fingerprint, recorded_fingerprint, refuse_differences
+from optuna_merge.storage.lock import server_lock
 from optuna_merge.storage.open import create_study, local_file, open_storage, open_study, storage_url
 from optuna_merge.storage.runners import running
 from optuna_merge.storage.trials import n_finished
+from tests import databases
 from tests.processes import forked, obeying_permissions
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +43,32 @@ def test_a_study_has_an_sqlite_file_of_its_own_unless_a_url_is_given(
     assert storage_url(Path("out"), None) == f"sqlite:///{tmp_path}/out/study.db"
     assert storage_url(Path("out"), "") == f"sqlite:///{tmp_path}/out/study.db"
     assert storage_url(Path("out"), "postgresql://host/db") == "postgresql://host/db"
+
+
+@pytest.mark.parametrize("name", ["which is better?", "50%25", "a#b", 'it\'s "quoted"', "🦊", "-dash"])
+def test_the_file_of_a_study_lies_in_its_folder_whatever_that_is_called(tmp_path: Path, name: str) -> None:
+    new_study(storage_url(tmp_path / name, None))
+    new_study(absolute_storage("sqlite:///other.db", tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {"study.db", "other.db"} <= {path.name for path in (tmp_path / name).iterdir()}
+
+
+def test_a_storage_whose_name_is_too_long_for_a_file(tmp_path: Path) -> None:
+    url = storage_url(tmp_path / ("x" * 300), None)
+    for read in (open_study, recorded_fingerprint):
+        with pytest.raises(
+            StudyError, match=r"study\.db: storage must be readable, got .*too long.*; see storage_path"
+        ):
+            read(url, "s")
+
+
+def test_a_storage_in_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    url = storage_url(tmp_path / "closed" / "study", None)
+    (tmp_path / "closed").mkdir(mode=0o000)
+    with obeying_permissions():
+        for read in (open_study, recorded_fingerprint):
+            with pytest.raises(StudyError, match=r"study\.db: storage must be readable, got .*denied.*; see storage_"):
+                read(url, "s")
 
 
 def test_the_file_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +158,16 @@ def test_urls_that_lead_nowhere(url: str, message: str) -> None:
     with pytest.raises(StudyError, match=message) as caught:
         open_storage(url)
     assert "\n" not in str(caught.value)
+
+
+def test_who_opens_a_database_that_has_its_tables_waits_for_nobody() -> None:
+    with databases.postgres() as server:
+        open_storage(server.url)
+        engine = sqlalchemy.create_engine(server.url.replace("postgresql:", "postgresql+psycopg:"))
+        with server_lock(engine, "\0schema"), forked(lambda: open_storage(server.url)) as [process]:  # as from far away
+            process.join(120)
+            assert process.exitcode == 0
+        engine.dispose()
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
