@@ -20,7 +20,10 @@ from optuna_merge.evaluation.term import Term, leaves_of
 MAX_CHUNKS = 50
 MIN_CHUNK_REQUESTS = 8
 MAX_CHUNK_COST = 1.1
-"""Greatest cost of all chunks over that of all documents at once: short chunks need more padding and fill no batch."""
+"""Greatest cost of all chunks over that of all documents at once.
+
+Short chunks need more padding, fill no batch, and each takes as many steps to generate its texts as all at once would.
+"""
 
 
 class Chunk:

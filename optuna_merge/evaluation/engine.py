@@ -51,7 +51,8 @@ class Prepared(Protocol):
     Attributes:
         n_requests: Number of responses that :meth:`Engine.respond` will return.
         n_tokens: Tokens that go through the model to answer them, without padding and generated tokens.
-        cost: The same with padding, plus the fixed cost of each forward pass, in tokens.
+        cost: The same with padding, plus the fixed cost of each forward pass and of the steps that generate text, in
+            tokens; texts are taken to be as long as they may be.
         longest: Tokens in the longest input sequence.
         n_padded: Most tokens in one forward pass, padding included.
         n_scored: Most places in one forward pass whose logits are held.

@@ -21,6 +21,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.models.utils import handle_stop_sequences, maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -47,6 +48,7 @@ __all__ = [
     "read_task_file",
     "runs_generated_code",
     "stderr_for_metric",
+    "stop_lookback",
     "take_instances",
     "watch_loading",
     "watch_rendering",
@@ -205,6 +207,14 @@ def read_task_file(path: Path) -> None:
 def encode_pair(lm: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokens of a context, which is not empty, and of its continuation, as a model of lm-eval splits them."""
     return cast("tuple[list[int], list[int]]", lm._encode_pair(context, continuation))
+
+
+def stop_lookback(tokenizer: Any, text: str) -> int:
+    """How many of the last tokens lm-eval decodes to see whether a text of a Hugging Face model has come to a stop."""
+    try:
+        return int(MultiTokenEOSCriteria(text, tokenizer, 0, 1).sequence_id_len)
+    except (TypeError, AttributeError) as exc:
+        raise _changed("MultiTokenEOSCriteria.sequence_id_len") from exc
 
 
 def _refusing_too_many(sampler: Any) -> Callable[..., Any]:

@@ -78,15 +78,15 @@ def make_describing_engine(config: StudyConfig, models: StudyModels, card: int |
     """
     if config.engine.backend == "vllm":
         return _vllm_engine(config, models)
-    from optuna_merge.evaluation.engines.hf import CUDA_BATCH_TOKENS, HFEngine
+    from optuna_merge.evaluation.engines.hf import HFEngine
 
     size = config.engine.batch_size
     with models.described() as folder:
         engine = HFEngine.tokenizer_only(
             folder,
             dtype=models.refs.dtype,
-            batch_tokens=CUDA_BATCH_TOKENS if _card(config, card) else "auto",
             trust_remote_code=config.engine.trust_remote_code,
+            card=_card(config, card),
         )
     if size != "auto":
         engine.batch_tokens = size * build_scorer(config, engine).describe().longest

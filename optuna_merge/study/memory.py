@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optuna_merge.errors import EngineError
+from optuna_merge.evaluation.engines.key_values import elements_of_a_token
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS, SCRATCH_PIECES, STAGED_BYTES
 
 Shapes = Mapping[str, Sequence[int]]
@@ -166,7 +167,7 @@ def plan_hf(
         card=card,
         weights=_weights(shapes, itemsize),
         merge_buffer=_merging(shapes, itemsize, n_models, card) + _waiting(shapes, itemsize),
-        scoring=int(max(layer, head)) + n_cached * _cached(config) * itemsize,
+        scoring=int(max(layer, head)) + n_cached * elements_of_a_token(config) * itemsize,
         runtime=RUNTIME if card else 0,
         takes_turns=True,
     )
@@ -201,7 +202,7 @@ def plan_vllm(
         weights=_weights(shapes, itemsize, str(given.get("quantization") or "")) // n_cards,
         merge_buffer=merge_buffer,
         scoring=tokens * (HIDDEN_COPIES * _hidden(config) + 3 * _inner(config)) * itemsize // n_cards + logits,
-        kv_token=_cached(config) * itemsize // n_cards,
+        kv_token=elements_of_a_token(config) * itemsize // n_cards,
         runtime=RUNTIME if card else 0,
         n_cards=n_cards,
     )
@@ -277,11 +278,3 @@ def _hidden(config: Mapping[str, Any]) -> int:
 
 def _inner(config: Mapping[str, Any]) -> int:
     return int(config.get("intermediate_size") or 4 * _hidden(config))
-
-
-def _cached(config: Mapping[str, Any]) -> int:
-    """Elements of the keys and values of one token."""
-    n_layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
-    n_heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    width = int(config.get("head_dim") or _hidden(config) // n_heads)
-    return 2 * n_layers * int(config.get("num_key_value_heads") or n_heads) * width

@@ -17,11 +17,12 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 
 from optuna_merge.errors import TaskError
+from optuna_merge.evaluation.chunks import cut
 from optuna_merge.evaluation.difference import Difference, sign_flip_p
 from optuna_merge.evaluation.engines.hf import HFEngine
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.evaluation.term import EvalTask
-from tests.evaluation.task_files import fake, loaded
+from tests.evaluation.task_files import fake, loaded, write_task
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +245,31 @@ def test_chunks_that_would_cost_too_much_are_not_made(tiny_models: Path, tasks: 
     chosen, chosen_cost = cost(None)
     assert chosen > 1
     assert chosen_cost <= 1.1 * at_once < cost(24)[1]
+
+
+def test_chunks_of_generated_texts(tiny_models: Path, tmp_path: Path) -> None:
+    """A step costs about as much for one text as for thirty: chunks are many only where they are full, or much else is.
+
+    A text of 16 tokens takes 15 steps, each of which costs as much as some 100 tokens of a prompt.
+    """
+    settings: dict[str, Any] = {"output_type": "generate_until", "doc_to_target": "t", "doc_to_choice": None}
+    settings |= {"metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}
+    settings |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 16}}
+    write_task(tmp_path, "few", n_documents=20, **settings)
+    write_task(tmp_path, "many", n_documents=400, **settings)
+    write_task(tmp_path, "chosen", n_documents=300)
+    engine = HFEngine(tiny_models / "base", device="meta")
+
+    def chunks(*names: str) -> int:
+        terms = [EvalTask(name, metric="acc" if name == "chosen" else "exact_match") for name in names]
+        scorer = Scorer.build(engine, terms, task_search_path=[tmp_path])
+        [whole] = cut(engine, scorer._terms, 1, 1, 0)
+        assert sum(chunk.prepared.cost for chunk in scorer._chunks) <= 1.1 * whole.prepared.cost
+        return scorer.n_chunks
+
+    assert chunks("few") == 1
+    assert 4 <= chunks("many") <= 7
+    assert 1 <= chunks("few", "chosen") < chunks("chosen")
 
 
 def test_a_tag_is_the_mean_of_its_tasks(engine: HFEngine, tasks: Path, expected: dict[str, Any]) -> None:

@@ -224,13 +224,23 @@ def test_long_texts_are_cut_into_windows() -> None:
 
 
 def test_generation_options_are_normal() -> None:
-    message = changed("lm_eval.models.utils", "the vLLM engine, which generates texts,")
+    message = changed("lm_eval.models.utils", "plan_generation, which says what ends a text,")
     options = internals.normalize_gen_kwargs({"until": ["\n"], "max_gen_toks": 4})
     assert {"do_sample", "max_gen_toks", "until"} <= options.keys(), message
     assert (options["do_sample"], options["max_gen_toks"]) == (False, 4), message
     assert internals.handle_stop_sequences(["a"], "</s>") == ["a", "</s>"], message
     assert internals.maybe_truncate([1, 2, 3, 4], 2, 5, verbose=False) == ([2, 3, 4], 2), message
     assert internals.postprocess_generated_text("one two", ["two"], None) == "one ", message
+
+
+def test_how_far_back_a_stop_is_looked_for() -> None:
+    message = changed("MultiTokenEOSCriteria", "Decoder, which must end a text at the same token,")
+
+    class Characters:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return list(text.encode())
+
+    assert internals.stop_lookback(Characters(), "abc") == 5, message
 
 
 def test_numbers_by_which_scores_are_recorded() -> None:

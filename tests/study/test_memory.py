@@ -171,6 +171,38 @@ def test_scoring_takes_what_is_planned(hidden: int, inner: int, tmp_path: Path) 
     assert plan.scoring == pytest.approx(live.peak, rel=0.01)
 
 
+@pytest.mark.parametrize("n_most_cached", [10**6, 3000])
+def test_generating_takes_what_is_planned(n_most_cached: int, tmp_path: Path) -> None:
+    """Texts that are as long as they may be, with room for all keys and values and for those of some rows."""
+    base, _ = write_tiny_models(tmp_path, 0)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config |= {"head_dim": 32, "num_hidden_layers": 12, "max_position_embeddings": 512}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "model.safetensors").unlink()
+    engine = HFEngine(base, device="cpu", batch_tokens=512)
+    engine._generator._n_most_cached = n_most_cached
+    shapes = {name: tuple(tensor.shape) for name, tensor in engine._weights.model.state_dict().items()}
+    engine.load_weights((name, torch.full(shape, 0.01)) for name, shape in shapes.items())
+    options = {"until": ["no such text"], "max_gen_toks": 70}
+    texts = ["the cat sat on the mat " * 4 + str(number) for number in range(60)]
+    prepared = engine.prepare([Instance("generate_until", {}, (text, options), 0) for text in texts])
+    plan = plan_hf(
+        shapes,
+        config,
+        itemsize=4,
+        n_models=4,
+        n_padded=prepared.n_padded,
+        n_scored=prepared.n_scored,
+        n_cached=prepared.n_cached,
+    )
+    engine.respond(prepared)
+    with LiveBytes() as live:
+        engine.respond(prepared)
+    print(live.peak, plan.scoring, live.peak / plan.scoring)
+    assert 0.8 * plan.scoring <= live.peak <= 1.05 * plan.scoring
+
+
 def test_a_merge_takes_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged as on a GPU: from each model the current tensor and the next, and scratch pieces."""
     base, models = write_tiny_models(tmp_path, 2)

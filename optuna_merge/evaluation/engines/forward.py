@@ -1,4 +1,4 @@
-"""Forward passes of a transformers model that compute logits only where something is scored.
+"""Forward passes of a transformers model that compute logits only where something is scored or chosen.
 
 Knows tensors, masks and positions. It does not know requests, texts or how rows were chosen (``batches.py``).
 
@@ -17,8 +17,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from optuna_merge.evaluation.engines.batches import Item, Row
+from optuna_merge.evaluation.engines.row_cache import KeysAndValues
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -89,13 +91,15 @@ class Batch:
 
 
 class Forward:
-    """Forward passes that compute logits only where something is scored.
+    """Forward passes that compute logits only where something is scored or chosen.
 
     Attributes:
         may_share: Whether the model's design allows several continuations in one row.
+        may_decode: Whether it allows rows of different lengths in a batch with a cache, see :meth:`step`.
         window: Tokens that such a row may have at most; None: any number.
         vocabulary: Size of the output layer.
         width: Size of a hidden state.
+        dtype: Of the model.
     """
 
     def __init__(self, model: Any) -> None:
@@ -104,6 +108,8 @@ class Forward:
         self._parameters = inspect.signature(model.forward).parameters
         config = model.config.get_text_config()
         self.may_share = _takes_trees(model, config, self._parameters)
+        chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+        self.may_decode = self.may_share and not chunked and {"past_key_values", "use_cache"} <= set(self._parameters)
         # sliding_window, window_size, attention_window, attention_chunk_size ...
         windows = [
             value
@@ -113,6 +119,7 @@ class Forward:
         self.window = min(windows) if windows else None
         self.vocabulary = int(config.vocab_size)
         self.width = int(config.hidden_size)
+        self.dtype = model.dtype
         self._scored: tuple[Tensor, Tensor] | None = None
         self._selected = False
         head = model.get_output_embeddings()
@@ -132,19 +139,54 @@ class Forward:
         both = torch.stack([log_probabilities.double(), greedy.double()]).cpu().numpy()
         return both[0], both[1] == 1
 
+    def prefill(self, tokens: Tensor, lasts: Tensor) -> tuple[Tensor, KeysAndValues]:
+        """Compute prompts.
+
+        Args:
+            tokens: Rows, padded at the end; ``[n, length]``.
+            lasts: Column of each row's last token; ``[n]``.
+
+        Returns:
+            Float32 logits of the tokens that follow, ``[n, vocabulary]``, and the keys and values of all tokens.
+        """
+        cache = DynamicCache()
+        inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
+        logits = self._run(inputs, torch.arange(len(tokens), device=tokens.device), lasts).float()
+        return logits, [(layer.keys, layer.values) for layer in cast(Any, cache.layers)]
+
+    def step(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+        """Compute one more token of each row.
+
+        Args:
+            tokens: The tokens; ``[n, 1]``.
+            positions: Their distances from the starts of their rows; ``[n, 1]``.
+            mask: 0 where a column of the cache does not belong to the row; ``[n, n_columns]`` with the new column.
+            cache: Holds the tokens before, and then these.
+
+        Returns:
+            Float32 logits of the tokens that follow, ``[n, vocabulary]``.
+        """
+        inputs = {"input_ids": tokens, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self._run({**inputs, "attention_mask": mask}, rows, torch.zeros_like(rows)).float()
+
     def _logits(self, batch: Batch) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": batch.tokens}
         if "use_cache" in self._parameters:
             inputs["use_cache"] = False
         if batch.ends is not None:
-            inputs["attention_mask"] = _tree_mask(batch.ends, self._model.dtype)
+            inputs["attention_mask"] = _tree_mask(batch.ends, self.dtype)
             inputs["position_ids"] = batch.positions
-        self._scored, self._selected = (batch.rows, batch.columns), False
+        return self._run(inputs, batch.rows, batch.columns)
+
+    def _run(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits at some places of the inputs, ``[n_places, vocabulary]``."""
+        self._scored, self._selected = (rows, columns), False
         try:
             logits = cast(Tensor, self._model(**inputs).logits)
         finally:
             self._scored = None
-        return logits[0] if self._selected else logits[batch.rows, batch.columns]
+        return logits[0] if self._selected else logits[rows, columns]
 
     def _select(self, _module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Give the output layer the scored places only; what the model does to logits afterwards stays in force."""

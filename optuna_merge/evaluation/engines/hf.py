@@ -1,8 +1,9 @@
 """The engine that runs a model with transformers, on top of lm-eval's ``HFLM``.
 
-Text is turned into tokens, generated and cut by lm-eval's own code, so that responses are lm-eval's. Log-likelihoods
-are computed here: each context once for all its continuations (``batches.py``), logits only where something is scored
-(``forward.py``), and one transfer from the device for each batch.
+Text is turned into tokens and cut by lm-eval's own code, so that responses are lm-eval's. Log-likelihoods are computed
+here: each context once for all its continuations (``batches.py``), logits only where something is scored
+(``forward.py``), and one transfer from the device for each batch. So is greedy text (``generator.py``); lm-eval
+generates where a task samples or searches beams, and for models that our decoder cannot run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from optuna_merge.errors import EngineError, is_out_of_memory
 from optuna_merge.evaluation.engine import Prepared, Request, Response
 from optuna_merge.evaluation.engines.batches import PASS_TOKENS, Item, Row, make_batches, make_rows
 from optuna_merge.evaluation.engines.forward import Batch, Forward
+from optuna_merge.evaluation.engines.generation import Generation
+from optuna_merge.evaluation.engines.generator import Generator
 from optuna_merge.evaluation.engines.hf_weights import ResidentModel
+from optuna_merge.evaluation.engines.key_values import elements_of_a_token
 from optuna_merge.evaluation.engines.language import Encoded, Language
-from optuna_merge.evaluation.quiet import quietly
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -34,8 +37,11 @@ CPU_BATCH_ACTIVATIONS = 2**16
 SCORED_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of one batch at most (vocabulary x scored tokens); they are held in float32."""
 
-GENERATION_SEED = 1234
-"""Seeds sampling before every call, for tasks that ask for it: equal weights give equal texts."""
+CPU_KV_BYTES = 2**30
+"""Keys and values of the texts that are generated at once on a CPU."""
+
+KV_SHARE = 1 / 4
+"""Share of what the weights leave of a card that keys and values may take; sources that stay on it take the rest."""
 
 
 @dataclass
@@ -48,6 +54,7 @@ class HFPrepared:
     n_padded: int
     n_scored: int
     n_cached: int
+    generation: tuple[int, Generation]
     plan: tuple[Any, list[Batch]] | None = field(default=None, repr=False)
 
     @property
@@ -82,6 +89,7 @@ class HFEngine:
         names: Iterable[str] | None = None,
         trust_remote_code: bool = False,
         attention: str | None = None,
+        card: int = 0,
     ) -> None:
         """Build model and tokenizer from a checkpoint folder, which is not needed afterwards; its weights are not read.
 
@@ -93,6 +101,7 @@ class HFEngine:
             names: Names of the tensors that will be loaded; None: those of the weights in the folder.
             trust_remote_code: Run model code that the folder brings.
             attention: An attention implementation of transformers; None lets it choose.
+            card: Bytes of memory of the GPU that an engine on ``meta`` plans for; 0: it plans for a CPU.
 
         Raises:
             EngineError: If there is no such device, or model or tokenizer cannot be built.
@@ -111,7 +120,19 @@ class HFEngine:
         )
         self._language = Language(self._weights.model, folder, trust_remote_code=trust_remote_code)
         self._forward = Forward(self._weights.model)
-        self.batch_tokens = _batch_tokens(target, self._forward.width) if batch_tokens == "auto" else batch_tokens
+        card = _memory(target) or card
+        width = self._forward.width
+        self.batch_tokens = _batch_tokens(bool(card), width) if batch_tokens == "auto" else batch_tokens
+        logits = SCORED_LOGITS["cuda" if card else "cpu"]
+        self._n_most_scored = max(1, logits // self._forward.vocabulary)
+        self._generator = Generator(
+            self._forward,
+            self._language,
+            device=target,
+            step_tokens=_step_tokens(bool(card), width),
+            n_most_rows=self._n_most_scored,
+            n_most_cached=_n_most_cached(self._weights.model, card),
+        )
         self._shares: bool | None = None if self._forward.may_share else False
         self.tokenizer_name = self._language.name
         self.eot_text = self._language.eot_text
@@ -124,9 +145,17 @@ class HFEngine:
         dtype: Dtype = "float32",
         batch_tokens: int | Literal["auto"] = "auto",
         trust_remote_code: bool = False,
+        card: int = 0,
     ) -> HFEngine:
         """An engine that renders and prepares requests, but holds no weights and answers nothing."""
-        return cls(path, dtype=dtype, device="meta", batch_tokens=batch_tokens, trust_remote_code=trust_remote_code)
+        return cls(
+            path,
+            dtype=dtype,
+            device="meta",
+            batch_tokens=batch_tokens,
+            trust_remote_code=trust_remote_code,
+            card=card,
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -152,17 +181,17 @@ class HFEngine:
         """Tokenize and group requests; see ``Engine.prepare``."""
         encoded = self._language.encode(requests)
         batches = self._cut(encoded.items, self._shares is not False)
-        n_prompts = sum(len(tokens) for _, _, tokens in encoded.generated)
+        generation = self._generator.plan(encoded.generated, self.batch_tokens)
         n_tokens = sum(len(row) for batch in batches for row in batch)
         cost = sum(len(batch) * len(batch[0]) + PASS_TOKENS * self.batch_tokens for batch in batches)
-        generating = max(self.batch_tokens, _with_answer(self._language.lm, encoded)) if encoded.generated else 0
         return HFPrepared(
             encoded,
-            n_tokens + n_prompts,
-            cost + n_prompts,
-            n_padded=max([generating, *(len(batch) * len(batch[0]) for batch in batches)]),
-            n_scored=max((sum(row.n_scored for row in batch) for batch in batches), default=0),
-            n_cached=generating,
+            n_tokens + generation.n_tokens,
+            cost + generation.cost,
+            n_padded=max([generation.n_padded, *(len(batch) * len(batch[0]) for batch in batches)]),
+            n_scored=max([generation.n_together, *(sum(row.n_scored for row in batch) for batch in batches)]),
+            n_cached=generation.n_cached,
+            generation=(self.batch_tokens, generation),
         )
 
     def respond(self, prepared: Prepared) -> list[Response]:
@@ -182,7 +211,7 @@ class HFEngine:
         """Free the model's memory."""
         if hasattr(self, "_weights"):
             self._forward.close()
-            del self._weights, self._language, self._forward
+            del self._weights, self._language, self._forward, self._generator
             gc.collect()
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -193,8 +222,14 @@ class HFEngine:
             if self._shares is None:
                 self._shares = self._try_sharing(encoded.items)
             answers = self._score(encoded.items, self._batches(prepared))
-        texts = self._generate(encoded) if encoded.generated else []
+        texts = self._generator.answer(encoded.generated, self._generation(prepared)) if encoded.generated else []
         return encoded.responses(answers, texts)
+
+    def _generation(self, prepared: HFPrepared) -> Generation:
+        if prepared.generation[0] != self.batch_tokens:
+            plan = self._generator.plan(prepared.encoded.generated, self.batch_tokens)
+            prepared.generation = self.batch_tokens, plan
+        return prepared.generation[1]
 
     def _batches(self, prepared: HFPrepared) -> list[Batch]:
         share = self._shares is not False
@@ -209,10 +244,11 @@ class HFEngine:
 
     def _cut(self, items: Sequence[Item], share: bool) -> list[list[Row]]:
         rows = make_rows(items, share=share, longest_shared=self._forward.window)
-        kind = torch.device(self.device).type
-        scored = max(1, SCORED_LOGITS.get(kind, SCORED_LOGITS["cpu"]) // self._forward.vocabulary)
         return make_batches(
-            rows, batch_tokens=self.batch_tokens, batch_scored=scored, longest_shared=self._forward.window
+            rows,
+            batch_tokens=self.batch_tokens,
+            batch_scored=self._n_most_scored,
+            longest_shared=self._forward.window,
         )
 
     def _score(self, items: Sequence[Item], batches: Sequence[Batch]) -> list[tuple[float, bool]]:
@@ -246,15 +282,6 @@ class HFEngine:
             return None
         return float(np.mean(per_token)) <= (1e-3 if self.dtype == "float32" else 0.1)
 
-    def _generate(self, encoded: Encoded) -> list[str]:
-        requests = [request for _, request, _ in encoded.generated]
-        lm = self._language.lm
-        lm.batch_size_per_gpu = max(1, self.batch_tokens // _with_answer(lm, encoded))
-        devices = [self.device] if self.device.startswith("cuda") else []
-        with quietly(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(GENERATION_SEED)
-            return cast("list[str]", lm.generate_until(requests, disable_tqdm=True))
-
     def _shrink(self, prepared: HFPrepared, exc: Exception) -> None:
         prepared.plan = None
         if self.batch_tokens <= max(1, prepared.longest // 2):
@@ -282,12 +309,28 @@ def _device(device: str) -> torch.device:
     return torch.device("cuda:0") if target.type == "cuda" and target.index is None else target
 
 
-def _batch_tokens(device: torch.device, width: int) -> int:
-    if device.type == "cuda":
+def _memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory; 0 for other devices."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+
+
+def _batch_tokens(on_gpu: bool, width: int) -> int:
+    if on_gpu:
         return CUDA_BATCH_TOKENS
     return min(1024, max(512, CPU_BATCH_ACTIVATIONS // width))
 
 
-def _with_answer(lm: Any, encoded: Encoded) -> int:
-    """Tokens of the longest prompt that is answered by text, plus those of its answer."""
-    return max(len(tokens) for _, _, tokens in encoded.generated) + int(lm.max_gen_toks)
+def _step_tokens(on_gpu: bool, width: int) -> float:
+    """Fixed cost of a decoding step in tokens of a full pass: reading the weights, and Python's time for each layer.
+
+    On one CPU core it was 105 tokens at a width of 128, 43 at 256, 35 at 512 and 44 at 576.
+    """
+    return PASS_TOKENS * CUDA_BATCH_TOKENS if on_gpu else 36 + 69 * (128 / max(128, width)) ** 2
+
+
+def _n_most_cached(model: Any, card: int) -> int:
+    """Tokens whose keys and values there is room for."""
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    n_bytes = max(0, int(KV_SHARE * (card - weights))) if card else CPU_KV_BYTES
+    elements = elements_of_a_token(model.config.get_text_config().to_dict())
+    return int(n_bytes // max(1, elements * model.dtype.itemsize))

@@ -109,7 +109,7 @@ class Language:
         with quietly():
             for index, request in enumerate(requests):
                 if request.request_type == "generate_until":
-                    generated.append((index, request, self.lm.tok_encode(request.args[0])))
+                    generated.append((index, request, self._prompt(request.args[0])))
                     continue
                 pairs = self._pairs(request)
                 rolling = request.request_type == "loglikelihood_rolling"
@@ -123,6 +123,14 @@ class Language:
             default=0,
         )
         return Encoded(len(requests), items, scored, generated, longest)
+
+    def _prompt(self, text: str) -> list[int]:
+        """Tokens of a prompt, as ``HFLM.tok_batch_encode`` makes them of one that is alone in its batch."""
+        begin = getattr(self.lm.tokenizer, "bos_token", None)
+        with_special = True if self.lm.add_bos_token is None else bool(self.lm.add_bos_token)
+        if begin is not None and text.startswith(begin):
+            with_special = False
+        return cast("list[int]", self.lm.tok_encode(text, add_special_tokens=with_special))
 
     def _pairs(self, request: Request) -> list[tuple[list[int], list[int]]]:
         """Context and continuation tokens of a request, as ``HFLM.loglikelihood`` and ``loglikelihood_rolling``."""

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from optuna_merge.errors import EngineDiedError, EngineError
 from optuna_merge.evaluation.engine import Prepared, Request, Response
+from optuna_merge.evaluation.engines.generation import cut_prompt
 from optuna_merge.evaluation.engines.hf_weights import ResidentModel
 from optuna_merge.evaluation.engines.language import Encoded, Language
 from optuna_merge.evaluation.engines.next_tokens import Plan, make_plan
-from optuna_merge.evaluation.engines.vllm_answers import answer_plan, cut_prompt, generate
+from optuna_merge.evaluation.engines.vllm_answers import answer_plan, generate
 from optuna_merge.evaluation.engines.vllm_instance import InstanceDiedError, VLLMInstance
 from optuna_merge.evaluation.engines.vllm_worker import checked, open_folder, raise_first
 

@@ -11,18 +11,15 @@ from typing import Any
 
 from optuna_merge.errors import EngineError, first_line
 from optuna_merge.evaluation.engine import Request
+from optuna_merge.evaluation.engines.generation import GENERATION_SEED, cut_prompt
 from optuna_merge.evaluation.engines.language import Encoded
 from optuna_merge.evaluation.engines.next_tokens import Plan, Whole
 from optuna_merge.evaluation.engines.vllm_instance import VLLMInstance
 from optuna_merge.internals.lm_eval import (
     handle_stop_sequences,
-    maybe_truncate,
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
-
-GENERATION_SEED = 1234
-"""Seeds sampling, for tasks that ask for it: equal weights give equal texts."""
 
 
 def answer_plan(instance: VLLMInstance, plan: Plan) -> list[tuple[float, bool]]:
@@ -80,21 +77,6 @@ def generate(instance: VLLMInstance, encoded: Encoded, *, window: int, eos: str)
         postprocess_generated_text(output.outputs[0].text, until, None)
         for output, until in zip(outputs, stops, strict=True)
     ]
-
-
-def cut_prompt(tokens: list[int], request: Request, window: int) -> tuple[list[int], int]:
-    """Cut a context from the left, so that the window has room for the text, and say how long the text may be.
-
-    Raises:
-        EngineError: If the text alone would fill the window.
-    """
-    wanted = int(normalize_gen_kwargs(request.args[1])["max_gen_toks"])
-    if wanted >= window:
-        raise EngineError(
-            f"request: max_gen_toks must be below the model's window of {window}, got {wanted}; lower it in the task"
-        )
-    cut, n_generated = maybe_truncate(tokens, wanted, window, verbose=False)
-    return cut, n_generated
 
 
 def _of_whole(output: Any, whole: Whole) -> tuple[float, bool]:

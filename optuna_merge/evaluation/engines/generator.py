@@ -1,0 +1,136 @@
+"""Answers by text: greedy ones from our own decoder, all others from lm-eval.
+
+Knows requests, their plan and memory that runs out; a text's tokens are the decoder's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from optuna_merge.errors import is_out_of_memory
+from optuna_merge.evaluation.engine import Request
+from optuna_merge.evaluation.engines.decoder import Decoder
+from optuna_merge.evaluation.engines.forward import Forward
+from optuna_merge.evaluation.engines.generation import GENERATION_SEED, Generation, plan_generation
+from optuna_merge.evaluation.engines.language import Language
+from optuna_merge.evaluation.quiet import quietly
+
+Generated = Sequence[tuple[int, Request, list[int]]]
+"""``Encoded.generated``."""
+
+
+class Generator:
+    """Generates the texts of one model.
+
+    Attributes:
+        n_most_rows: Rows in a batch at most; halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        language: Language,
+        *,
+        device: torch.device,
+        step_tokens: float,
+        n_most_rows: int,
+        n_most_cached: int,
+    ) -> None:
+        """Prepare to generate.
+
+        Args:
+            forward: The model's forward passes.
+            language: Its tokenizer.
+            device: Where the model is.
+            step_tokens: Fixed cost of a decoding step, in tokens of a full pass.
+            n_most_rows: Rows in a batch at most.
+            n_most_cached: Tokens whose keys and values there is room for.
+        """
+        self._language = language
+        self._device = device
+        self._decoder = Decoder(forward, language.lm, device)
+        self._decodes: bool | None = None if forward.may_decode else False
+        self._step_tokens = step_tokens
+        self._n_most_cached = n_most_cached
+        self.n_most_rows = n_most_rows
+
+    def plan(self, generated: Generated, batch_tokens: int) -> Generation:
+        """Plan the answers to requests.
+
+        Args:
+            generated: The requests.
+            batch_tokens: Tokens that fill a pass.
+
+        Raises:
+            EngineError: If a request cannot be answered by this model.
+        """
+        with quietly():
+            return plan_generation(
+                [(request, tokens) for _, request, tokens in generated],
+                window=self._language.window,
+                eos=self._language.eot_text,
+                settings=self._decoder.settings,
+                decodes=self._decodes is not False,
+                batch_tokens=batch_tokens,
+                step_tokens=self._step_tokens,
+                n_most_rows=self.n_most_rows,
+                n_most_cached=self._n_most_cached,
+            )
+
+    def answer(self, generated: Generated, plan: Generation) -> list[str]:
+        """Generate the texts, in the order of the requests.
+
+        Args:
+            generated: The requests.
+            plan: Their plan.
+
+        Raises:
+            MemoryError, RuntimeError: If memory runs out although no rows are left to do without.
+        """
+        if plan.prompts and self._decodes is None:
+            with torch.inference_mode():
+                self._decodes = self._decoder.is_right(plan.prompts[0].tokens)
+        is_ours = [number is not None and bool(self._decodes) for number in plan.prompt_of]
+        texts: dict[int, str] = {}
+        if any(is_ours):
+            self._decode(plan, texts)
+        others = [request for (_, request, _), ours in zip(generated, is_ours, strict=True) if not ours]
+        theirs = iter(self._by_lm_eval(others, plan.batch_size) if others else ())
+        return [
+            texts[cast(int, number)] if ours else next(theirs)
+            for number, ours in zip(plan.prompt_of, is_ours, strict=True)
+        ]
+
+    def _decode(self, plan: Generation, texts: dict[int, str]) -> None:
+        while True:
+            n_rows = min(plan.n_rows, self.n_most_rows)
+            try:
+                with torch.inference_mode(), quietly():
+                    return self._decoder.decode(plan, n_rows, texts)
+            except (MemoryError, RuntimeError) as exc:
+                # without a row that is decoded, the pass over the prompts was too large
+                if not is_out_of_memory(exc) or self._decoder.n_rows <= 1:
+                    raise
+            self._halve(self._decoder.n_rows)
+
+    def _by_lm_eval(self, requests: list[Request], batch_size: int) -> list[str]:
+        lm = self._language.lm
+        devices = [self._device] if self._device.type == "cuda" else []
+        while True:
+            lm.batch_size_per_gpu = min(batch_size, self.n_most_rows)
+            try:
+                with quietly(), torch.random.fork_rng(devices=devices):
+                    torch.manual_seed(GENERATION_SEED)
+                    return cast("list[str]", lm.generate_until(requests, disable_tqdm=True))
+            except (MemoryError, RuntimeError) as exc:
+                if not is_out_of_memory(exc) or lm.batch_size_per_gpu <= 1:
+                    raise
+            self._halve(lm.batch_size_per_gpu)
+
+    def _halve(self, n_rows: int) -> None:
+        self.n_most_rows = max(1, n_rows // 2)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
