@@ -149,6 +149,19 @@ class Engine(Protocol):
         """
         ...
 
+    def expect(self, requests: Sequence[Request]) -> None:
+        """Say which requests will be prepared, so that what many of them begin with need be computed only once.
+
+        Responses do not depend on it. Call it before :meth:`prepare`; a second call replaces the first.
+
+        Args:
+            requests: All requests of a study.
+
+        Raises:
+            EngineError: As :meth:`prepare`.
+        """
+        ...
+
     def prepare(self, requests: Sequence[Request]) -> Prepared:
         """Do everything that does not depend on weights: tokenizing, grouping by context, planning batches.
 

@@ -127,6 +127,8 @@ class Scorer:
             holdout_terms = _hold_out_share(terms, holdout, seed)
         else:
             _hold_out_tasks(terms, holdout_terms)
+        leaves = leaves_of([*terms, *holdout_terms])
+        engine.expect([instance for leaf in leaves for number in leaf.instances for instance in leaf.instances[number]])
         chunks = cut(engine, terms, n_chunks, min_chunk_requests, seed)
         return cls(engine, terms, holdout_terms, chunks, chat_template=uses_template, chat_template_reason=reason)
 

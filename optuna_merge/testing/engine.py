@@ -105,6 +105,9 @@ class FakeEngine:
         self._skill = math.exp(-distance / max(1, len(self._optimum)))
         self.n_loads += 1
 
+    def expect(self, requests: Sequence[Request]) -> None:
+        """Nothing; see ``Engine.expect``."""
+
     def prepare(self, requests: Sequence[Request]) -> FakePrepared:
         """Keep the requests."""
         lengths = [sum(len(part) for part in request.args if isinstance(part, str)) for request in requests]

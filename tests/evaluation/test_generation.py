@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from optuna_merge.evaluation.engines.beginnings import NO_BEGINNINGS
 from optuna_merge.evaluation.engines.generation import Generation, Prompt, plan_generation
 from optuna_merge.testing.conformance import TextRequest
 
@@ -13,6 +14,7 @@ PLAN: dict[str, Any] = {
     "eos": "</s>",
     "settings": {},
     "decodes": True,
+    "beginnings": NO_BEGINNINGS,
     "batch_tokens": 60,
     "step_tokens": 10.0,
     "n_most_rows": 1000,

@@ -197,10 +197,10 @@ def test_out_of_memory_halves_the_batch_and_scores_the_same(tmp_path: Path, monk
     forward = type(engine._forward).score
     limit = 200
 
-    def scarce(self: Any, batch: Any) -> Any:
+    def scarce(self: Any, batch: Any, before: Any) -> Any:
         if batch.tokens.numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, batch)
+        return forward(self, batch, before)
 
     monkeypatch.setattr(type(engine._forward), "score", scarce)
     assert_equal(engine.respond(prepared), expected)

@@ -7,12 +7,17 @@ Knows tokens only; no tokenizer, no tensors and no model.
 
 A row is a tree in depth-first order, or several trees end to end. Token ``i`` attends to token ``j`` if
 ``j <= i < ends[j]``: to itself and its ancestors. A row of a single branch is an ordinary causal sequence, a chain.
+A row may continue a beginning that many contexts have in common (``beginnings.py``): it is not among the row's tokens,
+and all of them attend to it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from optuna_merge.evaluation.engines.beginnings import NO_BEGINNINGS, Beginnings
 
 SHARED_ROW_TOKENS = 1024
 PASS_TOKENS = 1 / 6
@@ -38,15 +43,19 @@ class Row:
 
     Attributes:
         tokens: Inputs, in depth-first order.
-        positions: Distance of each token from the start of its branch.
+        positions: Distance of each token from the start of its branch, beginning included.
         ends: For each token, the end (exclusive) of the tokens that attend to it.
         scored: For each item in this row, its index and the tokens whose outputs predict its continuation.
+        beginning: Number of the beginning that the row continues; None if it starts from nothing.
+        n_before: Tokens of that beginning.
     """
 
     tokens: list[int]
     positions: list[int]
     ends: list[int]
     scored: list[tuple[int, list[int]]] = field(default_factory=list)
+    beginning: int | None = None
+    n_before: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,17 +71,25 @@ class Row:
         return len({node for _, nodes in self.scored for node in nodes})
 
 
-def make_rows(items: Sequence[Item], *, share: bool, longest_shared: int | None = None) -> list[Row]:
+def make_rows(
+    items: Sequence[Item],
+    *,
+    share: bool,
+    longest_shared: int | None = None,
+    beginnings: Beginnings = NO_BEGINNINGS,
+) -> list[Row]:
     """Lay out items so that each context is computed once.
 
     Args:
         items: In any order; equal ones are computed once.
         share: Whether different continuations may follow one context in a row. If not, continuations share a row only
             if they differ in nothing but the last token, or one is the beginning of the other.
-        longest_shared: Tokens that a row of several branches may have at most; longer ones are split.
+        longest_shared: Tokens that a row of several branches or with a beginning may have at most, beginning included;
+            longer ones are split.
+        beginnings: What contexts may continue instead of being computed whole.
 
     Returns:
-        Rows, longest first.
+        Rows, longest first. Short ones that continue the same beginning are put end to end.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, item in enumerate(items):
@@ -81,11 +98,11 @@ def make_rows(items: Sequence[Item], *, share: bool, longest_shared: int | None 
     for context, indices in groups.items():
         # in lexicographic order, branches with a common beginning are neighbours
         indices.sort(key=lambda index: items[index].continuation[:-1])
-        rows.extend(
-            _rows_of(context, [(index, items[index].continuation[:-1]) for index in indices], share, longest_shared)
-        )
-    rows.sort(key=len, reverse=True)
-    return rows
+        branches = [(index, items[index].continuation[:-1]) for index in indices]
+        n_more = max(len(branch) for _, branch in branches)
+        beginning = beginnings.of(context, n_more, longest_shared)
+        rows.extend(_rows_of(context, branches, share, longest_shared, beginning, beginnings.length(beginning)))
+    return sorted(_join_short(rows, longest_shared) if share else rows, key=len, reverse=True)
 
 
 def make_batches(
@@ -101,10 +118,10 @@ def make_batches(
         longest_shared: Longer rows, which are chains, are kept out of batches that need a mask.
 
     Returns:
-        Batches; the first row of each is its longest.
+        Batches.
     """
-    apart = [row for row in rows if longest_shared is not None and len(row) > longest_shared]
-    others = rows[len(apart) :]
+    apart = [row for row in rows if longest_shared is not None and row.n_before + len(row) > longest_shared]
+    others = [row for row in rows if longest_shared is None or row.n_before + len(row) <= longest_shared]
     joins = any(not row.is_chain for row in others)
     batches = _cut(apart, False, batch_tokens, batch_scored) + _cut(others, joins, batch_tokens, batch_scored)
     return [batch.rows for batch in batches]
@@ -130,7 +147,7 @@ def _cut(rows: Sequence[Row], joins: bool, batch_tokens: int, batch_scored: int)
 
 
 class _Batch:
-    """A batch under construction; its first row is its longest."""
+    """A batch under construction."""
 
     def __init__(self, joins: bool, *parts: Row) -> None:
         self._joins = joins
@@ -142,17 +159,21 @@ class _Batch:
 
     @property
     def n_tokens(self) -> int:
-        return len(self.rows) * len(self.rows[0])
+        return len(self.rows) * self._length
+
+    @property
+    def _length(self) -> int:
+        return max(map(len, self.rows), default=0)
 
     def add(self, part: Row, n_tokens: float, n_scored: float) -> bool:
         """Take a row in, unless the batch would then have more tokens, padding included, or more scored tokens."""
         scored = self.n_scored + part.n_scored
         if self.rows and scored > n_scored:
             return False
-        into = self._with_room(len(part)) if self._joins else None
+        into = self._with_room(part) if self._joins else None
         if into is not None:
             self.rows[into] = _end_to_end(self.rows[into], part)
-        elif self.rows and self.n_tokens + len(self.rows[0]) > n_tokens:
+        elif self.rows and (len(self.rows) + 1) * max(self._length, len(part)) > n_tokens:
             return False
         else:
             self.rows.append(part)
@@ -160,9 +181,37 @@ class _Batch:
         self.n_scored = scored
         return True
 
-    def _with_room(self, length: int) -> int | None:
-        longest = len(self.rows[0]) if self.rows else 0
-        return next((i for i, row in enumerate(self.rows) if len(row) + length <= longest), None)
+    def _with_room(self, part: Row) -> int | None:
+        return next((i for i, row in enumerate(self.rows) if _fits_behind(row, part, self._length)), None)
+
+
+def _fits_behind(row: Row, part: Row, length: int) -> bool:
+    return row.beginning == part.beginning and len(row) + len(part) <= length
+
+
+def _join_short(rows: Sequence[Row], longest_shared: int | None) -> list[Row]:
+    """Put short rows that continue a beginning end to end, so that it is not copied for each of them.
+
+    A row may become as long as the beginning, but no longer than the most that rows share.
+    """
+    joined: dict[int | None, list[Row]] = {None: [row for row in rows if row.beginning is None]}
+    for row in sorted(rows, key=len, reverse=True):
+        if row.beginning is None:
+            continue
+        if row.beginning not in joined:
+            joined[row.beginning] = []
+        most = min(SHARED_ROW_TOKENS, (longest_shared or SHARED_ROW_TOKENS + row.n_before) - row.n_before)
+        n_tokens = sum(len(other) for other in rows if other.beginning == row.beginning)
+        room = max(len(row), min(most, row.n_before))
+        # rows of equal length, with a tenth for the rest
+        room = min(room, max(len(row), math.ceil(1.1 * n_tokens / math.ceil(n_tokens / room))))
+        into = joined[row.beginning]
+        at = next((i for i, other in enumerate(into) if _fits_behind(other, row, room)), None)
+        if at is None:
+            into.append(row)
+        else:
+            into[at] = _end_to_end(into[at], row)
+    return [row for group in joined.values() for row in group]
 
 
 def _end_to_end(row: Row, other: Row) -> Row:
@@ -173,22 +222,29 @@ def _end_to_end(row: Row, other: Row) -> Row:
         row.positions + other.positions,
         row.ends + [n + end for end in other.ends],
         row.scored + [(index, [n + node for node in nodes]) for index, nodes in other.scored],
+        row.beginning,
+        row.n_before,
     )
 
 
 def _rows_of(
-    context: tuple[int, ...], branches: list[tuple[int, tuple[int, ...]]], share: bool, longest_shared: int | None
+    context: tuple[int, ...],
+    branches: list[tuple[int, tuple[int, ...]]],
+    share: bool,
+    longest_shared: int | None,
+    beginning: int | None,
+    n_before: int,
 ) -> list[Row]:
     rows: list[Row] = []
-    limit = max(SHARED_ROW_TOKENS, 2 * len(context))
+    limit = max(SHARED_ROW_TOKENS, 2 * (len(context) - n_before))
     if longest_shared is not None:
-        limit = min(limit, longest_shared)
-    tree = _Tree(context)
+        limit = min(limit, longest_shared - n_before)
+    tree = _Tree(context, beginning, n_before)
     for index, branch in branches:
         extends = tree.extends(branch)
         if not extends and (not share or len(tree.row) + tree.n_new(branch) > limit):
             rows.append(tree.close())
-            tree = _Tree(context)
+            tree = _Tree(context, beginning, n_before)
         tree.add(index, branch)
     rows.append(tree.close())
     return rows
@@ -197,9 +253,15 @@ def _rows_of(
 class _Tree:
     """A row under construction: the context and the branch that is open at its end."""
 
-    def __init__(self, context: tuple[int, ...]) -> None:
-        n = len(context)
-        self.row = Row(list(context), list(range(n)), [0] * n)
+    def __init__(self, context: tuple[int, ...], beginning: int | None, n_before: int) -> None:
+        n = len(context) - n_before
+        self.row = Row(
+            list(context[n_before:]),
+            list(range(n_before, len(context))),
+            [0] * n,
+            beginning=beginning,
+            n_before=n_before,
+        )
         self._n_context = n
         self._open: list[int] = []
 
@@ -217,7 +279,7 @@ class _Tree:
         for depth, token in enumerate(branch[n_common:], n_common):
             self._open.append(len(self.row.tokens))
             self.row.tokens.append(token)
-            self.row.positions.append(self._n_context + depth)
+            self.row.positions.append(self.row.n_before + self._n_context + depth)
             self.row.ends.append(0)
         self.row.scored.append((index, [self._n_context - 1, *self._open]))
 

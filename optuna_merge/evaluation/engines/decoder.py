@@ -6,7 +6,6 @@ Texts are those of lm-eval with a batch size of 1: its larger batches run on unt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from optuna_merge.evaluation.engines.forward import Forward
+from optuna_merge.evaluation.engines.forward import Before, Forward
 from optuna_merge.evaluation.engines.generation import Generation, Prompt
-from optuna_merge.evaluation.engines.row_cache import KeysAndValues, RowCache
+from optuna_merge.evaluation.engines.key_values import KeysAndValues
+from optuna_merge.evaluation.engines.prefixes import Prefixes
+from optuna_merge.evaluation.engines.row_cache import RowCache
 from optuna_merge.internals.lm_eval import postprocess_generated_text, stop_lookback
 
 _PROBED = 8
@@ -33,15 +34,17 @@ class Decoder:
         n_rows: Rows in the batch at present; after an error, when it occurred.
     """
 
-    def __init__(self, forward: Forward, lm: Any, device: torch.device) -> None:
+    def __init__(self, forward: Forward, prefixes: Prefixes, lm: Any, device: torch.device) -> None:
         """Read what ends a text.
 
         Args:
             forward: The model's forward passes.
+            prefixes: The beginnings that it has computed.
             lm: lm-eval's model around the tokenizer.
             device: Where the model is.
         """
         self._forward = forward
+        self._prefixes = prefixes
         self._lm = lm
         self._device = device
         self.settings = _settings(lm.model.generation_config)
@@ -68,11 +71,11 @@ class Decoder:
             while pieces and batch.has_room(*_size([plan.prompts[number] for number in pieces[0]])):
                 piece = pieces.pop(0)
                 n_waiting -= len(piece)
-                prompts = [plan.prompts[number] for number in piece]
-                logits, layers = self._prefill([prompt.tokens for prompt in prompts])
+                before = self._prefixes.before([plan.beginnings[number] for number in piece], plan.batch_tokens)
+                logits, layers = self._prefill([plan.rest(number) for number in piece], before)
                 made |= {number: [] for number in piece}
                 has_ended = self._extend(piece, plan, logits, made, texts)
-                _enter(batch, piece, prompts, layers, has_ended, n_waiting)
+                _enter(batch, plan, piece, layers, before, has_ended, n_waiting)
                 self.n_rows = len(batch.rows)
                 del layers
             if batch.rows:
@@ -100,16 +103,13 @@ class Decoder:
             whole = [self._prefill([part])[0] for part in (long[:-1], long[_PROBED:-1], long[_PROBED:])]
         except (TypeError, ValueError, NotImplementedError, AttributeError, LookupError):
             return False
-        ours, theirs = torch.cat(decoded), torch.cat(whole)
-        difference = float((ours - theirs).abs().mean() / theirs.std())
-        if math.isnan(difference):
-            return None
-        return difference <= (1e-3 if self._forward.dtype == torch.float32 else 0.1)
+        return self._forward.agree(torch.cat(decoded), torch.cat(whole))
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KeysAndValues]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], before: Before | None = None) -> tuple[Tensor, KeysAndValues]:
         length = max(map(len, prompts))
         tokens = torch.tensor([[*prompt, *[0] * (length - len(prompt))] for prompt in prompts], device=self._device)
-        return self._forward.prefill(tokens, torch.tensor([len(p) - 1 for p in prompts], device=self._device))
+        lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
+        return self._forward.prefill(tokens, lasts, before)
 
     def _step(self, batch: RowCache, tokens: Sequence[int]) -> Tensor:
         positions, mask = batch.inputs()
@@ -168,25 +168,28 @@ def _pieces(plan: Generation, n_most_rows: int, texts: Mapping[int, str]) -> lis
 
 def _size(prompts: Sequence[Prompt]) -> tuple[int, int, int]:
     """Rows, the longest one's tokens, and the most tokens that any may come to have in addition."""
-    return len(prompts), len(prompts[0].tokens), max(prompt.n_most for prompt in prompts)
+    return len(prompts), max(len(prompt.tokens) for prompt in prompts), max(prompt.n_most for prompt in prompts)
 
 
 def _enter(
     batch: RowCache,
+    plan: Generation,
     piece: Sequence[int],
-    prompts: Sequence[Prompt],
     layers: KeysAndValues,
+    before: Before | None,
     has_ended: Sequence[bool],
     n_waiting: int,
 ) -> None:
     stay = [index for index, ended in enumerate(has_ended) if not ended]
     if not stay:
         return
+    parts = None if before is None else (before.n_columns, before.lengths[stay])
     if len(stay) < len(piece):
         layers = [(keys[stay], values[stay]) for keys, values in layers]
+    prompts = [(piece[index], plan.prompts[piece[index]]) for index in stay]
     # the last token of a text is never an input
-    rows = [(piece[index], len(prompts[index].tokens), prompts[index].n_most - 1) for index in stay]
-    batch.enter(rows, layers, n_waiting)
+    rows = [(number, len(prompt.tokens), prompt.n_most - 1) for number, prompt in prompts]
+    batch.enter(rows, layers, n_waiting, parts)
 
 
 def _penalize(logits: Tensor, prompts: Sequence[Prompt], made: Sequence[Sequence[int]]) -> None:

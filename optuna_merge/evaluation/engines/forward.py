@@ -9,6 +9,7 @@ log-probabilities to the model's dtype. In float32 both agree to rounding.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +21,27 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from optuna_merge.evaluation.engines.batches import Item, Row
-from optuna_merge.evaluation.engines.row_cache import KeysAndValues
+from optuna_merge.evaluation.engines.key_values import KeysAndValues
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the rows of a forward pass continue.
+
+    Attributes:
+        layers: Keys and values, padded at the end; ``[n, n_heads, n_columns, head_dim]`` in each layer.
+        lengths: Tokens of each row's own beginning; ``[n]``, at most ``n_columns``.
+    """
+
+    layers: KeysAndValues
+    lengths: Tensor
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the longest one."""
+        return int(self.layers[0][0].shape[2])
 
 
 @dataclass
@@ -33,8 +52,9 @@ class Batch:
     """
 
     tokens: Tensor  # [n, length]
-    positions: Tensor | None  # [n, length]; None if all rows are chains
+    positions: Tensor | None  # [n, length]; None if all rows are chains that start from nothing
     ends: Tensor | None  # [n, length]
+    beginnings: list[int | None]  # [n], the number of what each row continues
     rows: Tensor  # [n_scored]
     columns: Tensor  # [n_scored]
     places: Tensor  # [n_wanted], index into the scored places
@@ -44,14 +64,14 @@ class Batch:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row], items: Sequence[Item], device: torch.device) -> Batch:
-        """Lay out rows, the longest first, as one forward pass.
+        """Lay out rows as one forward pass.
 
         Args:
             rows: The rows.
             items: What the rows' scored indices refer to.
             device: Where the tensors go.
         """
-        length = len(rows[0])
+        length = max(map(len, rows))
         tokens = np.zeros((len(rows), length), dtype=np.int64)
         positions = np.zeros_like(tokens)
         # padding comes last and sees the padding before it in its row, so that no row of the mask is empty
@@ -72,7 +92,7 @@ class Batch:
                 place_of.extend(places.setdefault((number, node), len(places)) for node in nodes)
         where = np.array(list(places), dtype=np.int64).reshape(-1, 2)
         # attention without a mask has faster kernels
-        is_tree = not all(row.is_chain for row in rows)
+        is_tree = not all(row.is_chain and row.beginning is None for row in rows)
 
         def moved(array: Any) -> Tensor:
             return torch.as_tensor(array, device=device)
@@ -81,6 +101,7 @@ class Batch:
             tokens=moved(tokens),
             positions=moved(positions) if is_tree else None,
             ends=moved(ends) if is_tree else None,
+            beginnings=[row.beginning for row in rows],
             rows=moved(where[:, 0]),
             columns=moved(where[:, 1]),
             places=moved(np.array(place_of, dtype=np.int64)),
@@ -95,7 +116,7 @@ class Forward:
 
     Attributes:
         may_share: Whether the model's design allows several continuations in one row.
-        may_decode: Whether it allows rows of different lengths in a batch with a cache, see :meth:`step`.
+        may_continue: Whether it allows rows of different lengths to continue what is in a cache.
         window: Tokens that such a row may have at most; None: any number.
         vocabulary: Size of the output layer.
         width: Size of a hidden state.
@@ -109,7 +130,7 @@ class Forward:
         config = model.config.get_text_config()
         self.may_share = _takes_trees(model, config, self._parameters)
         chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
-        self.may_decode = self.may_share and not chunked and {"past_key_values", "use_cache"} <= set(self._parameters)
+        self.may_continue = self.may_share and not chunked and {"past_key_values", "use_cache"} <= set(self._parameters)
         # sliding_window, window_size, attention_window, attention_chunk_size ...
         windows = [
             value
@@ -130,29 +151,54 @@ class Forward:
         if self._hook is not None:
             self._hook.remove()
 
-    def score(self, batch: Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Log-probability of each wanted token, and whether it is the likeliest one; both ``[n_wanted]``."""
-        logits = self._logits(batch).float()  # [n_scored, vocabulary]
+    def score(self, batch: Batch, before: Before | None = None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Log-probability of each wanted token, and whether it is the likeliest one; both ``[n_wanted]``.
+
+        Args:
+            batch: The inputs.
+            before: What its rows continue; required if any row continues something.
+        """
+        logits = self._logits(batch, before).float()  # [n_scored, vocabulary]
         normalizer = logits.logsumexp(-1)
         log_probabilities = logits[batch.places, batch.wanted] - normalizer[batch.places]
         greedy = logits.argmax(-1)[batch.places] == batch.wanted
         both = torch.stack([log_probabilities.double(), greedy.double()]).cpu().numpy()
         return both[0], both[1] == 1
 
-    def prefill(self, tokens: Tensor, lasts: Tensor) -> tuple[Tensor, KeysAndValues]:
+    def prefill(self, tokens: Tensor, lasts: Tensor, before: Before | None = None) -> tuple[Tensor, KeysAndValues]:
         """Compute prompts.
 
         Args:
             tokens: Rows, padded at the end; ``[n, length]``.
             lasts: Column of each row's last token; ``[n]``.
+            before: What they continue.
 
         Returns:
-            Float32 logits of the tokens that follow, ``[n, vocabulary]``, and the keys and values of all tokens.
+            Float32 logits of the tokens that follow, ``[n, vocabulary]``, and the keys and values of all tokens: first
+            the columns of ``before``, then those of ``tokens``.
         """
         cache = DynamicCache()
-        inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
+        if before is not None:
+            ends = torch.full_like(tokens, tokens.shape[1])
+            # padding stays within the model's window
+            columns = torch.arange(tokens.shape[1], device=tokens.device).minimum(lasts[:, None])
+            inputs["position_ids"] = before.lengths[:, None] + columns
+            self._continue(inputs, ends, before)
         logits = self._run(inputs, torch.arange(len(tokens), device=tokens.device), lasts).float()
         return logits, [(layer.keys, layer.values) for layer in cast(Any, cache.layers)]
+
+    def agree(self, ours: Tensor, theirs: Tensor) -> bool | None:
+        """Whether logits are equal but for rounding; None if they are not finite.
+
+        Args:
+            ours: Logits of any shape.
+            theirs: Logits of the same shape.
+        """
+        difference = float((ours - theirs).abs().mean() / theirs.std())
+        if math.isnan(difference):
+            return None
+        return difference <= (1e-3 if self.dtype == torch.float32 else 0.1)
 
     def step(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """Compute one more token of each row.
@@ -170,14 +216,31 @@ class Forward:
         rows = torch.arange(len(tokens), device=tokens.device)
         return self._run({**inputs, "attention_mask": mask}, rows, torch.zeros_like(rows)).float()
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, batch: Batch, before: Before | None) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": batch.tokens}
-        if "use_cache" in self._parameters:
-            inputs["use_cache"] = False
         if batch.ends is not None:
-            inputs["attention_mask"] = _tree_mask(batch.ends, self.dtype)
             inputs["position_ids"] = batch.positions
+        if before is not None:
+            assert batch.ends is not None
+            inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
+            self._continue(inputs, batch.ends, before)
+        else:
+            if "use_cache" in self._parameters:
+                inputs["use_cache"] = False
+            if batch.ends is not None:
+                inputs["attention_mask"] = _tree_mask(batch.ends, self.dtype)
         return self._run(inputs, batch.rows, batch.columns)
+
+    def _continue(self, inputs: dict[str, Any], ends: Tensor, before: Before) -> None:
+        """Fill the inputs' cache, and let their rows see what they continue."""
+        for number, (keys, values) in enumerate(before.layers):
+            inputs["past_key_values"].update(keys, values, number)
+        mask = _tree_mask(ends, self.dtype)
+        is_hidden = torch.arange(before.n_columns, device=ends.device) >= before.lengths[:, None]
+        seen = torch.zeros(is_hidden.shape, dtype=self.dtype, device=ends.device)
+        seen.masked_fill_(is_hidden, torch.finfo(self.dtype).min)
+        seen = seen[:, None, None].expand(-1, -1, ends.shape[1], -1)
+        inputs["attention_mask"] = torch.cat([seen, mask], dim=-1)  # [n, 1, length, n_columns + length]
 
     def _run(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at some places of the inputs, ``[n_places, vocabulary]``."""

@@ -17,6 +17,7 @@ from typing import Any
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.engine import Request
 from optuna_merge.evaluation.engines.batches import PASS_TOKENS, Row, make_batches
+from optuna_merge.evaluation.engines.beginnings import Beginnings
 from optuna_merge.internals.lm_eval import handle_stop_sequences, maybe_truncate, normalize_gen_kwargs
 
 GENERATION_SEED = 1234
@@ -80,19 +81,25 @@ class Generation:
 
     Attributes:
         prompts: Different prompts, the longest first.
+        beginnings: Number of the beginning that each prompt continues; None for none.
+        n_before: Tokens of that beginning.
+        batch_tokens: Tokens that fill a pass.
         prompt_of: For each request its prompt; None if lm-eval must answer it, because it samples or searches beams.
         pieces: Prompts that are computed in one pass, by number, in the order of ``prompts``.
         n_rows: Most rows in the batch that is decoded.
         n_most_cached: Most tokens whose keys and values are held at once, unless a single prompt needs more.
         n_together: Most texts that grow at the same time.
         batch_size: Requests in a batch of lm-eval's.
-        n_tokens: Tokens of all prompts, repeated ones included.
+        n_tokens: Tokens of all prompts without their beginnings, repeated ones included.
         n_padded: Most tokens in one pass.
         n_cached: Tokens whose keys and values are held at once, if every text is as long as it may be.
         cost: As ``Prepared.cost``.
     """
 
     prompts: list[Prompt]
+    beginnings: list[int | None]
+    n_before: list[int]
+    batch_tokens: int
     prompt_of: list[int | None]
     pieces: list[list[int]]
     n_rows: int
@@ -104,6 +111,10 @@ class Generation:
     n_cached: int
     cost: float
 
+    def rest(self, number: int) -> tuple[int, ...]:
+        """Tokens of a prompt after its beginning; not empty."""
+        return self.prompts[number].tokens[self.n_before[number] :]
+
 
 def plan_generation(
     requests: Sequence[tuple[Request, Sequence[int]]],
@@ -112,6 +123,7 @@ def plan_generation(
     eos: str,
     settings: Mapping[str, Any],
     decodes: bool,
+    beginnings: Beginnings,
     batch_tokens: int,
     step_tokens: float,
     n_most_rows: int,
@@ -125,6 +137,7 @@ def plan_generation(
         eos: Text of the end-of-sequence token, which ends every text.
         settings: What ``generation_config.json`` of the model sets.
         decodes: Whether our own loop can decode for this model; if not, lm-eval answers all requests.
+        beginnings: What prompts may continue instead of being computed whole.
         batch_tokens: Tokens that fill a pass.
         step_tokens: Fixed cost of a step, in tokens of a full pass.
         n_most_rows: Rows that a step may have at most.
@@ -145,24 +158,30 @@ def plan_generation(
     n_rows = max(1, min(batch_tokens // ROW_TOKENS, n_most_rows))
     n_at_once = max(1, min(n_rows, n_most_cached // max(1, span)))
     batch_size = max(1, min(n_at_once, LM_EVAL_BATCHES * batch_tokens // max(1, longest)))
-    pieces = _cut(ours, batch_tokens, n_at_once)
-    passes = [len(piece) * len(ours[piece[0]].tokens) for piece in pieces]
+    rows = _rows(ours, beginnings)
+    batches = make_batches(rows, batch_tokens=batch_tokens, batch_scored=n_at_once)
+    pieces = [[number for row in batch for number, _ in row.scored] for batch in batches]
+    passes = [len(batch) * max(map(len, batch)) for batch in batches]
     n_in_batch = min(batch_size, len(others))
     n_together = min(n_rows, max(len(ours), n_in_batch))
     n_passes = len(pieces) + math.ceil(len(others) / batch_size)
     n_steps = _n_steps(ours, n_at_once) + _n_steps(others, batch_size)
     return Generation(
         ours,
+        [row.beginning for row in rows],
+        [row.n_before for row in rows],
+        batch_tokens,
         [numbers[prompt] if is_ours else None for prompt, is_ours in found],
         pieces,
         n_rows=n_rows,
         n_most_cached=n_most_cached,
         n_together=n_together,
         batch_size=batch_size,
-        n_tokens=sum(len(prompt.tokens) for prompt, _ in found),
+        n_tokens=sum(len(rows[numbers[prompt]]) if is_ours else len(prompt.tokens) for prompt, is_ours in found),
         n_padded=max([*passes, *(n_in_batch * len(prompt.tokens) for prompt in others)], default=0),
-        # and those of a piece before it enters
-        n_cached=min(max(span, n_most_cached), n_together * span) + max(passes, default=0),
+        # and those of a piece, with what it continues, before it enters
+        n_cached=min(max(span, n_most_cached), n_together * span)
+        + max((len(batch) * max(row.n_before + len(row) for row in batch) for batch in batches), default=0),
         cost=sum(passes)
         + sum(len(prompt.tokens) for prompt in others)
         + n_passes * PASS_TOKENS * batch_tokens
@@ -214,14 +233,23 @@ def _longest_first(prompt: Prompt) -> tuple[Any, ...]:
     return -len(prompt.tokens), -prompt.n_most, prompt.tokens, prompt.until, prompt.penalty
 
 
-def _cut(prompts: Sequence[Prompt], batch_tokens: int, n_most_rows: int) -> list[list[int]]:
-    rows = [
-        Row(list(prompt.tokens), list(range(n)), [n] * n, [(number, [n - 1])])
-        for number, prompt in enumerate(prompts)
-        for n in [len(prompt.tokens)]
-    ]
-    batches = make_batches(rows, batch_tokens=batch_tokens, batch_scored=n_most_rows)
-    return [[number for row in batch for number, _ in row.scored] for batch in batches]
+def _rows(prompts: Sequence[Prompt], beginnings: Beginnings) -> list[Row]:
+    rows = []
+    for number, prompt in enumerate(prompts):
+        beginning = beginnings.of(prompt.tokens, prompt.n_most)
+        n_before = beginnings.length(beginning)
+        n = len(prompt.tokens) - n_before
+        rows.append(
+            Row(
+                list(prompt.tokens[n_before:]),
+                list(range(n_before, len(prompt.tokens))),
+                [n] * n,
+                [(number, [n - 1])],
+                beginning,
+                n_before,
+            )
+        )
+    return rows
 
 
 def _n_steps(prompts: Sequence[Prompt], n_at_once: int) -> int:

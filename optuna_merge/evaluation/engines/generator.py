@@ -16,6 +16,7 @@ from optuna_merge.evaluation.engines.decoder import Decoder
 from optuna_merge.evaluation.engines.forward import Forward
 from optuna_merge.evaluation.engines.generation import GENERATION_SEED, Generation, plan_generation
 from optuna_merge.evaluation.engines.language import Language
+from optuna_merge.evaluation.engines.prefixes import Prefixes
 from optuna_merge.evaluation.quiet import quietly
 
 Generated = Sequence[tuple[int, Request, list[int]]]
@@ -32,6 +33,7 @@ class Generator:
     def __init__(
         self,
         forward: Forward,
+        prefixes: Prefixes,
         language: Language,
         *,
         device: torch.device,
@@ -43,16 +45,18 @@ class Generator:
 
         Args:
             forward: The model's forward passes.
+            prefixes: The beginnings that it has computed.
             language: Its tokenizer.
             device: Where the model is.
             step_tokens: Fixed cost of a decoding step, in tokens of a full pass.
             n_most_rows: Rows in a batch at most.
             n_most_cached: Tokens whose keys and values there is room for.
         """
+        self._prefixes = prefixes
         self._language = language
         self._device = device
-        self._decoder = Decoder(forward, language.lm, device)
-        self._decodes: bool | None = None if forward.may_decode else False
+        self._decoder = Decoder(forward, prefixes, language.lm, device)
+        self._decodes: bool | None = None if forward.may_continue else False
         self._step_tokens = step_tokens
         self._n_most_cached = n_most_cached
         self.n_most_rows = n_most_rows
@@ -74,6 +78,7 @@ class Generator:
                 eos=self._language.eot_text,
                 settings=self._decoder.settings,
                 decodes=self._decodes is not False,
+                beginnings=self._prefixes.beginnings,
                 batch_tokens=batch_tokens,
                 step_tokens=self._step_tokens,
                 n_most_rows=self.n_most_rows,

@@ -1,8 +1,9 @@
 """The engine that runs a model with transformers, on top of lm-eval's ``HFLM``.
 
 Text is turned into tokens and cut by lm-eval's own code, so that responses are lm-eval's. Log-likelihoods are computed
-here: each context once for all its continuations (``batches.py``), logits only where something is scored
-(``forward.py``), and one transfer from the device for each batch. So is greedy text (``generator.py``); lm-eval
+here: what many contexts begin with once for each load of weights (``beginnings.py``), each context once for all its
+continuations (``batches.py``), logits only where something is scored (``forward.py``), and one transfer from the device
+for each batch. So is greedy text (``generator.py``); lm-eval
 generates where a task samples or searches beams, and for models that our decoder cannot run.
 """
 
@@ -21,12 +22,14 @@ from torch import Tensor
 from optuna_merge.errors import EngineError, is_out_of_memory
 from optuna_merge.evaluation.engine import Prepared, Request, Response
 from optuna_merge.evaluation.engines.batches import PASS_TOKENS, Item, Row, make_batches, make_rows
+from optuna_merge.evaluation.engines.beginnings import NO_BEGINNINGS, Beginnings, choose_beginnings
 from optuna_merge.evaluation.engines.forward import Batch, Forward
 from optuna_merge.evaluation.engines.generation import Generation
 from optuna_merge.evaluation.engines.generator import Generator
 from optuna_merge.evaluation.engines.hf_weights import ResidentModel
 from optuna_merge.evaluation.engines.key_values import elements_of_a_token
 from optuna_merge.evaluation.engines.language import Encoded, Language
+from optuna_merge.evaluation.engines.prefixes import Prefixes
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -39,6 +42,9 @@ SCORED_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 
 CPU_KV_BYTES = 2**30
 """Keys and values of the texts that are generated at once on a CPU."""
+
+PREFIX_SHARE = 1 / 4
+"""Share of the room for keys and values that beginnings of many prompts may take."""
 
 KV_SHARE = 1 / 4
 """Share of what the weights leave of a card that keys and values may take; sources that stay on it take the rest."""
@@ -54,7 +60,7 @@ class HFPrepared:
     n_padded: int
     n_scored: int
     n_cached: int
-    generation: tuple[int, Generation]
+    generation: tuple[tuple[int, Beginnings], Generation]
     plan: tuple[Any, list[Batch]] | None = field(default=None, repr=False)
 
     @property
@@ -125,14 +131,18 @@ class HFEngine:
         self.batch_tokens = _batch_tokens(bool(card), width) if batch_tokens == "auto" else batch_tokens
         logits = SCORED_LOGITS["cuda" if card else "cpu"]
         self._n_most_scored = max(1, logits // self._forward.vocabulary)
+        self._prefixes = Prefixes(self._forward, target)
+        self._n_most_cached = _n_most_cached(self._weights.model, card)
         self._generator = Generator(
             self._forward,
+            self._prefixes,
             self._language,
             device=target,
             step_tokens=_step_tokens(bool(card), width),
             n_most_rows=self._n_most_scored,
-            n_most_cached=_n_most_cached(self._weights.model, card),
+            n_most_cached=self._n_most_cached,
         )
+        self._continues: bool | None = None if self._forward.may_continue else False
         self._shares: bool | None = None if self._forward.may_share else False
         self.tokenizer_name = self._language.name
         self.eot_text = self._language.eot_text
@@ -175,23 +185,40 @@ class HFEngine:
         if self.device == "meta":
             raise EngineError("engine: was built without weights, to tokenize only; build one on a device")
         with torch.no_grad():
+            self._prefixes.forget()
             self._weights.load(tensors)
+
+    def expect(self, requests: Sequence[Request]) -> None:
+        """Choose which beginnings to compute once for each load of weights; see ``Engine.expect``."""
+        if self._continues is False:
+            return
+        encoded = self._language.encode(requests)
+        prompts = [tuple(tokens) for _, _, tokens in encoded.generated]
+        self._continue_from(
+            choose_beginnings(
+                [*(item.context for item in encoded.items), *prompts],
+                pass_tokens=PASS_TOKENS * self.batch_tokens,
+                n_most_cached=int(PREFIX_SHARE * self._n_most_cached),
+            )
+        )
 
     def prepare(self, requests: Sequence[Request]) -> HFPrepared:
         """Tokenize and group requests; see ``Engine.prepare``."""
         encoded = self._language.encode(requests)
         batches = self._cut(encoded.items, self._shares is not False)
         generation = self._generator.plan(encoded.generated, self.batch_tokens)
+        beginnings = self._prefixes.beginnings
         n_tokens = sum(len(row) for batch in batches for row in batch)
-        cost = sum(len(batch) * len(batch[0]) + PASS_TOKENS * self.batch_tokens for batch in batches)
+        sizes = [len(batch) * max(map(len, batch)) for batch in batches]
+        cost = sum(sizes) + PASS_TOKENS * self.batch_tokens * len(batches)
         return HFPrepared(
             encoded,
             n_tokens + generation.n_tokens,
             cost + generation.cost,
-            n_padded=max([generation.n_padded, *(len(batch) * len(batch[0]) for batch in batches)]),
+            n_padded=max([generation.n_padded, *sizes]),
             n_scored=max([generation.n_together, *(sum(row.n_scored for row in batch) for batch in batches)]),
-            n_cached=generation.n_cached,
-            generation=(self.batch_tokens, generation),
+            n_cached=sum(map(len, beginnings.tokens)) + max([generation.n_cached, *map(_n_continued, batches)]),
+            generation=((self.batch_tokens, beginnings), generation),
         )
 
     def respond(self, prepared: Prepared) -> list[Response]:
@@ -211,7 +238,7 @@ class HFEngine:
         """Free the model's memory."""
         if hasattr(self, "_weights"):
             self._forward.close()
-            del self._weights, self._language, self._forward, self._generator
+            del self._weights, self._language, self._forward, self._prefixes, self._generator
             gc.collect()
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -219,21 +246,29 @@ class HFEngine:
     def _respond(self, prepared: HFPrepared) -> list[Response]:
         encoded = prepared.encoded
         with torch.inference_mode():
+            if self._continues is None and self._prefixes.beginnings.tokens:
+                self._continues = self._prefixes.is_right()
+                if self._continues is False:
+                    self._continue_from(NO_BEGINNINGS)
             if self._shares is None:
                 self._shares = self._try_sharing(encoded.items)
             answers = self._score(encoded.items, self._batches(prepared))
         texts = self._generator.answer(encoded.generated, self._generation(prepared)) if encoded.generated else []
         return encoded.responses(answers, texts)
 
+    def _continue_from(self, beginnings: Beginnings) -> None:
+        self._prefixes.forget()
+        self._prefixes.beginnings = beginnings
+
     def _generation(self, prepared: HFPrepared) -> Generation:
-        if prepared.generation[0] != self.batch_tokens:
-            plan = self._generator.plan(prepared.encoded.generated, self.batch_tokens)
-            prepared.generation = self.batch_tokens, plan
+        key = self.batch_tokens, self._prefixes.beginnings
+        if prepared.generation[0] != key:
+            prepared.generation = key, self._generator.plan(prepared.encoded.generated, self.batch_tokens)
         return prepared.generation[1]
 
     def _batches(self, prepared: HFPrepared) -> list[Batch]:
         share = self._shares is not False
-        key = (share, self.batch_tokens)
+        key = (share, self.batch_tokens, self._prefixes.beginnings)
         if prepared.plan is None or prepared.plan[0] != key:
             prepared.plan = key, self._planned(prepared.encoded.items, share)
         return prepared.plan[1]
@@ -243,7 +278,8 @@ class HFEngine:
         return [Batch.of_rows(rows, items, device) for rows in self._cut(items, share)]
 
     def _cut(self, items: Sequence[Item], share: bool) -> list[list[Row]]:
-        rows = make_rows(items, share=share, longest_shared=self._forward.window)
+        beginnings = self._prefixes.beginnings if share else NO_BEGINNINGS
+        rows = make_rows(items, share=share, longest_shared=self._forward.window, beginnings=beginnings)
         return make_batches(
             rows,
             batch_tokens=self.batch_tokens,
@@ -254,7 +290,8 @@ class HFEngine:
     def _score(self, items: Sequence[Item], batches: Sequence[Batch]) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(items)
         for batch in batches:
-            log_probabilities, greedy = self._forward.score(batch)
+            before = self._prefixes.before(batch.beginnings, self.batch_tokens)
+            log_probabilities, greedy = self._forward.score(batch, before)
             sums = np.add.reduceat(log_probabilities, batch.starts)
             exact = np.logical_and.reduceat(greedy, batch.starts)
             for item, total, is_greedy in zip(batch.items, sums.tolist(), exact.tolist(), strict=True):
@@ -293,6 +330,12 @@ class HFEngine:
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _n_continued(batch: Sequence[Row]) -> int:
+    """Tokens whose keys and values a batch holds: those of its beginnings, side by side, and again before its own."""
+    n_before = max(row.n_before for row in batch)
+    return len(batch) * (2 * n_before + max(map(len, batch))) if n_before else 0
 
 
 def _device(device: str) -> torch.device:

@@ -1,9 +1,18 @@
-"""How much room the keys and values of a token take, from a model's ``config.json``. Imports nothing heavy."""
+"""Keys and values: their type, and how much room those of a token take by a model's ``config.json``.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KeysAndValues = Sequence[tuple["Tensor", "Tensor"]]
+"""Of each layer, ``[n_rows, n_heads, n_columns, head_dim]``."""
 
 
 def elements_of_a_token(config: Mapping[str, Any]) -> int:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-KeysAndValues = Sequence[tuple[Tensor, Tensor]]
-"""Of each layer, ``[n_rows, n_heads, n_columns, head_dim]``."""
+from optuna_merge.evaluation.engines.key_values import KeysAndValues
 
 GROWTH = 32
 """Columns that are added when there is no room for the next one."""
@@ -82,13 +81,21 @@ class RowCache:
         n_columns = span + max(n_more, *(row.limit - self._end for row in self.rows))
         return n <= self._n_most_rows and n * n_columns <= self._n_most_cached
 
-    def enter(self, rows: Sequence[tuple[int, int, int]], layers: KeysAndValues, n_waiting: int) -> None:
+    def enter(
+        self,
+        rows: Sequence[tuple[int, int, int]],
+        layers: KeysAndValues,
+        n_waiting: int,
+        before: tuple[int, Tensor] | None = None,
+    ) -> None:
         """Add rows behind the others.
 
         Args:
             rows: Number, tokens, and most tokens in addition, for each.
             layers: Their keys and values, padded at the end; ``[len(rows), ...]``.
             n_waiting: Rows that will come later: there is room for them if memory allows.
+            before: If each row's tokens are in two parts, both padded at the end: the columns of the first part, and
+                how many are each row's own; ``[len(rows)]``.
         """
         lengths = [length for _, length, _ in rows]
         if not self.rows:
@@ -102,6 +109,9 @@ class RowCache:
         # what a column of padding holds does not matter, but it must be finite
         starts = torch.tensor([row.start for row in self.rows[n:]], device=self._device)
         sources = (torch.arange(self._end, device=self._device) - starts[:, None]).clamp_(min=0)  # [len(rows), end]
+        if before is not None:
+            n_columns, own = before
+            sources = torch.where(sources < own[:, None], sources, sources + n_columns - own[:, None])
         for layer, states in zip(self._layers, layers, strict=True):
             layer.enter(n, states, sources)
 

@@ -182,6 +182,9 @@ class VLLMEngine:
         assert self._weights_factory is not None, "built without a weights factory"
         self._load((*self._weights_factory, request))
 
+    def expect(self, requests: Sequence[Request]) -> None:
+        """Nothing: vLLM finds by itself what prompts begin with, see ``Engine.expect``."""
+
     def prepare(self, requests: Sequence[Request]) -> VLLMPrepared:
         """Tokenize requests and plan questions; see ``Engine.prepare``."""
         encoded = self._language.encode(requests)
