@@ -79,8 +79,15 @@ def _lines(result: Check) -> list[str]:
         f"device     {result.device}: {result.memory_line}",
         f"host       {gib(memory['source_files'])} of model files; {gib(memory['host_free'])} free",
         _sources_line(result.sources),
+        *([] if result.trial_seconds is None else [_seconds_line(**result.trial_seconds)]),
     ]
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
+
+
+def _seconds_line(merging: float, choices: float, texts: float) -> str:
+    parts = {"merging": merging, "choices": choices, "generated texts at their longest": texts}
+    shown = ", ".join(f"{seconds:.2g} s {name}" for name, seconds in parts.items() if seconds)
+    return f"trial      about {merging + choices + texts:.2g} s on all documents: {shown} (by samples)"
 
 
 def _sources_line(sources: dict[str, Any] | None) -> str:

@@ -45,6 +45,9 @@ class Description:
         n_tokens: Tokens that one full evaluation puts through the model.
         longest: Tokens in the longest input sequence.
         n_padded, n_scored, n_cached: The largest of any chunk; see ``Prepared``.
+        n_places: Of one full evaluation; see ``Prepared``.
+        choice_cost, text_cost: What one full evaluation costs, in tokens: scoring continuations, with the beginnings
+            that are computed once, and generating texts; see ``Prepared``.
         chat_template: Whether prompts go through the tokenizer's chat template.
         chat_template_reason: Why, in words.
     """
@@ -58,5 +61,8 @@ class Description:
     n_padded: int
     n_scored: int
     n_cached: int
+    n_places: int
+    choice_cost: float
+    text_cost: float
     chat_template: bool
     chat_template_reason: str

@@ -46,7 +46,7 @@ class Request(Protocol):
 class Prepared(Protocol):
     """Requests with all that an engine computed for them without the weights; opaque to everyone else.
 
-    The last three are for planning memory; they are 0 for an engine that plans its own.
+    What follows ``longest`` is for planning memory and time; it is 0 for an engine that plans its own.
 
     Attributes:
         n_requests: Number of responses that :meth:`Engine.respond` will return.
@@ -57,6 +57,8 @@ class Prepared(Protocol):
         n_padded: Most tokens in one forward pass, padding included.
         n_scored: Most places in one forward pass whose logits are held.
         n_cached: Most tokens whose keys and values are held at once to generate text.
+        n_places: Places whose logits are computed to score continuations, over all forward passes.
+        text_cost: The part of ``cost`` that goes into generating texts.
     """
 
     @property
@@ -79,6 +81,12 @@ class Prepared(Protocol):
 
     @property
     def n_cached(self) -> int: ...  # noqa: D102
+
+    @property
+    def n_places(self) -> int: ...  # noqa: D102
+
+    @property
+    def text_cost(self) -> float: ...  # noqa: D102
 
 
 class Engine(Protocol):
@@ -149,13 +157,16 @@ class Engine(Protocol):
         """
         ...
 
-    def expect(self, requests: Sequence[Request]) -> None:
+    def expect(self, requests: Sequence[Request]) -> float:
         """Say which requests will be prepared, so that what many of them begin with need be computed only once.
 
         Responses do not depend on it. Call it before :meth:`prepare`; a second call replaces the first.
 
         Args:
             requests: All requests of a study.
+
+        Returns:
+            What computing it costs for each load of weights, in tokens, as ``Prepared.cost``.
 
         Raises:
             EngineError: As :meth:`prepare`.

@@ -56,6 +56,7 @@ class Scorer:
         holdout_terms: Sequence[Term],
         chunks: Sequence[Chunk],
         *,
+        beginnings_cost: float,
         chat_template: bool,
         chat_template_reason: str,
     ) -> None:
@@ -63,6 +64,7 @@ class Scorer:
         self._terms = tuple(terms)
         self._holdout_terms = tuple(holdout_terms)
         self._chunks = tuple(chunks)
+        self._beginnings_cost = beginnings_cost
         self._chat_template = chat_template
         self._chat_template_reason = chat_template_reason
         self._holdout: Chunk | None = None
@@ -128,9 +130,19 @@ class Scorer:
         else:
             _hold_out_tasks(terms, holdout_terms)
         leaves = leaves_of([*terms, *holdout_terms])
-        engine.expect([instance for leaf in leaves for number in leaf.instances for instance in leaf.instances[number]])
+        beginnings_cost = engine.expect(
+            [instance for leaf in leaves for number in leaf.instances for instance in leaf.instances[number]]
+        )
         chunks = cut(engine, terms, n_chunks, min_chunk_requests, seed)
-        return cls(engine, terms, holdout_terms, chunks, chat_template=uses_template, chat_template_reason=reason)
+        return cls(
+            engine,
+            terms,
+            holdout_terms,
+            chunks,
+            beginnings_cost=beginnings_cost,
+            chat_template=uses_template,
+            chat_template_reason=reason,
+        )
 
     @property
     def not_means(self) -> tuple[str, ...]:  # noqa: D102
@@ -231,6 +243,9 @@ class Scorer:
             n_padded=max(p.n_padded for p in prepared),
             n_scored=max(p.n_scored for p in prepared),
             n_cached=max(p.n_cached for p in prepared),
+            n_places=sum(p.n_places for p in prepared),
+            choice_cost=self._beginnings_cost + sum(p.cost - p.text_cost for p in prepared),
+            text_cost=sum(p.text_cost for p in prepared),
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,
         )

@@ -22,6 +22,7 @@ from optuna_merge.search.warm_start import find_warm_start
 from optuna_merge.study.engines import build_scorer, make_describing_engine, merge_device, plan_memory
 from optuna_merge.study.memory import MemoryPlan
 from optuna_merge.study.models import StudyModels
+from optuna_merge.study.seconds import estimate_trial
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Check:
         memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, and how many are ``left`` of the ``card``;
             ``source_files`` and ``host_free`` on the host.
         memory_line: The same in words.
+        trial_seconds: Expected seconds of a trial on all documents: ``merging``, ``choices`` and ``texts``, from
+            samples that are run here; None with vLLM and for a device that is not here.
         warnings: What is allowed, but probably not meant.
     """
 
@@ -65,6 +68,7 @@ class Check:
     sources: dict[str, Any] | None
     memory: dict[str, int]
     memory_line: str
+    trial_seconds: dict[str, float] | None
     warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,6 +100,17 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     placement = None if config.engine.backend == "vllm" else models.plan_placement(config, placed_on, memory)
     if placement is not None and placement.placement == "gpu":
         memory = replace(memory, sources=placement.n_bytes)
+    seconds = None
+    if config.engine.backend == "hf" and not card:
+        seconds = estimate_trial(
+            config,
+            models,
+            space,
+            tasks,
+            batch_tokens=engine.batch_tokens,
+            merge_device=placed_on,
+            device=torch.device(device),
+        )
     shapes = [models.template.shape(name) for name in models.template.names]
     return Check(
         models=[*space.labels, *([f"base {config.genome.base_model}"] if config.genome.base_model else [])],
@@ -114,6 +129,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
         sources=None if placement is None else _describe_placement(placement, models, placed_on),
         memory=_describe_memory(memory, models),
         memory_line=memory.describe(),
+        trial_seconds=None if seconds is None else asdict(seconds),
         warnings=_warnings(config, space, tasks.n_chunks),
     )
 

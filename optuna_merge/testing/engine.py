@@ -25,6 +25,8 @@ class FakePrepared:
     n_padded: int = 0
     n_scored: int = 0
     n_cached: int = 0
+    n_places: int = 0
+    text_cost: float = 0.0
 
     @property
     def n_requests(self) -> int:
@@ -105,8 +107,9 @@ class FakeEngine:
         self._skill = math.exp(-distance / max(1, len(self._optimum)))
         self.n_loads += 1
 
-    def expect(self, requests: Sequence[Request]) -> None:
+    def expect(self, requests: Sequence[Request]) -> float:
         """Nothing; see ``Engine.expect``."""
+        return 0.0
 
     def prepare(self, requests: Sequence[Request]) -> FakePrepared:
         """Keep the requests."""

@@ -10,6 +10,7 @@ generates where a task samples or searches beams, and for models that our decode
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ class HFPrepared:
     n_padded: int
     n_scored: int
     n_cached: int
+    n_places: int
+    text_cost: float
     generation: tuple[tuple[int, Beginnings], Generation]
     plan: tuple[Any, list[Batch]] | None = field(default=None, repr=False)
 
@@ -188,10 +191,10 @@ class HFEngine:
             self._prefixes.forget()
             self._weights.load(tensors)
 
-    def expect(self, requests: Sequence[Request]) -> None:
+    def expect(self, requests: Sequence[Request]) -> float:
         """Choose which beginnings to compute once for each load of weights; see ``Engine.expect``."""
         if self._continues is False:
-            return
+            return 0.0
         encoded = self._language.encode(requests)
         prompts = [tuple(tokens) for _, _, tokens in encoded.generated]
         self._continue_from(
@@ -201,6 +204,8 @@ class HFEngine:
                 n_most_cached=int(PREFIX_SHARE * self._n_most_cached),
             )
         )
+        n_tokens = sum(map(len, self._prefixes.beginnings.tokens))
+        return n_tokens + PASS_TOKENS * self.batch_tokens * math.ceil(n_tokens / self.batch_tokens)
 
     def prepare(self, requests: Sequence[Request]) -> HFPrepared:
         """Tokenize and group requests; see ``Engine.prepare``."""
@@ -218,6 +223,8 @@ class HFEngine:
             n_padded=max([generation.n_padded, *sizes]),
             n_scored=max([generation.n_together, *(sum(row.n_scored for row in batch) for batch in batches)]),
             n_cached=sum(map(len, beginnings.tokens)) + max([generation.n_cached, *map(_n_continued, batches)]),
+            n_places=sum(row.n_scored for batch in batches for row in batch),
+            text_cost=generation.cost,
             generation=((self.batch_tokens, beginnings), generation),
         )
 

@@ -51,6 +51,8 @@ class VLLMPrepared:
     n_padded: int = 0
     n_scored: int = 0
     n_cached: int = 0
+    n_places: int = 0
+    text_cost: float = 0.0
 
     @property
     def n_requests(self) -> int:
@@ -182,8 +184,9 @@ class VLLMEngine:
         assert self._weights_factory is not None, "built without a weights factory"
         self._load((*self._weights_factory, request))
 
-    def expect(self, requests: Sequence[Request]) -> None:
+    def expect(self, requests: Sequence[Request]) -> float:
         """Nothing: vLLM finds by itself what prompts begin with, see ``Engine.expect``."""
+        return 0.0
 
     def prepare(self, requests: Sequence[Request]) -> VLLMPrepared:
         """Tokenize requests and plan questions; see ``Engine.prepare``."""

@@ -1,0 +1,104 @@
+"""How long a trial will take, estimated by running samples of it: a few tensors merged, a few layers computed.
+
+Knows the study file, the models and what the eval tasks cost in tokens; needs no weights of a resident model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.evaluation.description import Description
+from optuna_merge.evaluation.engines.speed import measure_speed
+from optuna_merge.merging.merger import Merger
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.study.models import StudyModels
+
+_MERGED_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class TrialSeconds:
+    """What a trial takes that is scored on every document, in seconds.
+
+    Attributes:
+        merging: Merging and loading all tensors.
+        choices: Scoring continuations, such as the choices of a question.
+        texts: Generating texts, if each is as long as it may be.
+    """
+
+    merging: float
+    choices: float
+    texts: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.merging + self.choices + self.texts
+
+
+def estimate_trial(
+    config: StudyConfig,
+    models: StudyModels,
+    space: SearchSpace,
+    tasks: Description,
+    *,
+    batch_tokens: int,
+    merge_device: torch.device,
+    device: torch.device,
+) -> TrialSeconds | None:
+    """Estimate how long a trial takes with the transformers engine.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        space: Its search space.
+        tasks: What is scored.
+        batch_tokens: Tokens that fill a pass.
+        merge_device: Where models are merged.
+        device: Where the resident model would live.
+
+    Returns:
+        The estimate; None if the device is not here or the model cannot be built with a few of its layers.
+    """
+    if "cuda" in (device.type, merge_device.type) and not torch.cuda.is_available():
+        return None
+    with models.described() as folder:
+        speed = measure_speed(
+            folder,
+            dtype=getattr(torch, models.refs.dtype),
+            device=device,
+            batch_tokens=batch_tokens,
+            trust_remote_code=config.engine.trust_remote_code,
+        )
+    if speed is None:
+        return None
+    return TrialSeconds(
+        merging=_merging(models, space, merge_device),
+        choices=tasks.choice_cost * speed.token + tasks.n_places * speed.place,
+        texts=tasks.text_cost * speed.token,
+    )
+
+
+def _merging(models: StudyModels, space: SearchSpace, device: torch.device) -> float:
+    """Merge the first tensors twice; the second time they have been read and have a place."""
+    merger = Merger(models.views, device=device, tokenizer_source=models.refs.tokenizer_source, is_compiled=False)
+    recipe = space.decode(space.uniform())
+    merged: dict[str, torch.Tensor] = {}
+    n_merged = 0
+    for name, tensor in merger.merge(recipe):
+        merged[name] = tensor
+        n_merged += tensor.numel()
+        if n_merged >= _MERGED_ELEMENTS:
+            break
+    start = time.perf_counter()
+    for _, (name, _) in zip(merged, merger.merge(recipe, out=merged.get), strict=False):
+        assert name in merged
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    return seconds / n_merged * sum(math.prod(models.template.shape(name)) for name in models.names)
