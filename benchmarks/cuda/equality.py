@@ -76,7 +76,7 @@ def compare_with_cpu(
     declared = METHODS[method]
     greatest = declared.n_models_for(declared.base != "none")[1] or N_SOURCES
     settings: dict[str, Any] = {p.name: 0.5 for p in declared.parameters if p.name in ("density", "select_topk")}
-    settings |= {p.name: 0.1 for p in declared.parameters if p.name == "epsilon"}
+    settings |= {p.name: 0.1 for p in declared.parameters if p.name == "epsilon" and p.per_model}
     cpu = torch.device("cpu")
 
     def merged(device: torch.device, dtype: str, **options: Any) -> Tensor:

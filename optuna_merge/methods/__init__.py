@@ -97,6 +97,15 @@ LAMBDA = MethodParameter("lambda", "scale of the summed task vector", 1.0, 0.0, 
 DENSITY = MethodParameter("density", "fraction of entries kept", 1.0, 0.0, 1.0, search=(0.1, 1.0))
 GAMMA = MethodParameter("gamma", "fraction of entries dropped as too large", 0.01, 0.0, 1.0)
 DELLA_DENSITY = dataclasses.replace(DENSITY, search=(0.2, 0.8))  # density - epsilon must stay above 0
+CHANGE = MethodParameter(
+    "epsilon", "an entry counts as unchanged up to this change", 1e-5, 0.0, float("inf"), (0.0, 1e-3), per_model=False
+)
+MASK_LAMBDA = MethodParameter(
+    "mask_lambda", "the larger, the fewer entries matter to the model", 0.4, 0.0, float("inf"), (0.2, 0.6)
+)
+K = MethodParameter(
+    "k", "keeps entries that matter to at least this many models", 2.0, 0.0, float("inf"), per_model=False
+)
 EPSILON = MethodParameter("epsilon", "largest deviation of an entry's chance to be kept from density", 0.15, 0.0, 0.5)
 
 METHODS: dict[str, MergeMethod] = {
@@ -148,6 +157,28 @@ METHODS: dict[str, MergeMethod] = {
             base="required",
             switches=(("normalize", False), ("rescale", True)),
             is_random=True,
+        ),
+        MergeMethod(
+            name="consensus_ta",
+            summary="task arithmetic that adds only entries that matter to several models",
+            reference="Consensus merging, arXiv:2405.07813",
+            function="optuna_merge.methods.consensus:consensus_ta",
+            parameters=(WEIGHT, MASK_LAMBDA, K, LAMBDA),
+            base="required",
+            n_models=(2, None),
+            switches=(("normalize", False),),
+            in_mergekit=False,
+        ),
+        MergeMethod(
+            name="consensus_ties",
+            summary="ties that adds only entries that matter to several models",
+            reference="Consensus merging, arXiv:2405.07813",
+            function="optuna_merge.methods.consensus:consensus_ties",
+            parameters=(WEIGHT, dataclasses.replace(DENSITY, default=0.2), MASK_LAMBDA, K, LAMBDA),
+            base="required",
+            n_models=(2, None),
+            switches=(("normalize", False), ("rescale", False)),
+            in_mergekit=False,
         ),
         MergeMethod(
             name="breadcrumbs",
@@ -254,6 +285,28 @@ METHODS: dict[str, MergeMethod] = {
                     1.0,
                     (0.1, 1.0),
                     per_model=False,
+                ),
+            ),
+            base="required",
+        ),
+        MergeMethod(
+            name="ram",
+            summary="averages entries that several models change, adds those that one changes",
+            reference="RAM, arXiv:2601.13572",
+            function="optuna_merge.methods.ram:ram",
+            parameters=(CHANGE,),
+            base="required",
+        ),
+        MergeMethod(
+            name="ramplus_tl",
+            summary="ram that scales up what only one model changes, the more it shares",
+            reference="RAM+, arXiv:2601.13572",
+            function="optuna_merge.methods.ram:ramplus_tl",
+            parameters=(
+                CHANGE,
+                MethodParameter("r", "strength of the scaling", 0.1, 0.0, float("inf"), (0.0, 1.0), per_model=False),
+                MethodParameter(
+                    "alpha", "bound of the ratio that scales", 0.2, 0.0, float("inf"), (0.0, 1.0), per_model=False
                 ),
             ),
             base="required",

@@ -23,13 +23,29 @@ def untouched(inputs: MergeInput, index: int) -> Sparsifier:
     return Sparsifier(_as_it_is)
 
 
-def add_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify = untouched) -> None:
+@dataclass(frozen=True)
+class Selection:
+    """Which entries of the sum of the task vectors are kept.
+
+    Attributes:
+        factors: Returns 1 or 0 for each entry, shape ``[n]``; given the weighted task vectors before they are thinned,
+            the sum of the thinned ones, shape ``[n]`` each, and ``numbers``, float32. Equal functions share a kernel.
+        numbers: Its numbers.
+    """
+
+    factors: Callable[[list[Tensor], Tensor, Tensor], Tensor]
+    numbers: tuple[float, ...]
+
+
+def add_task_vectors(
+    inputs: MergeInput, out: Tensor, sparsify: Sparsify = untouched, selection: Selection | None = None
+) -> None:
     """Write ``base + lambda sum_i weight_i sparse_i``; ``normalize`` divides the sum by ``sum_i weight_i``."""
     divisor = _sum_of_weights(inputs.per_model["weight"]) if inputs.switches["normalize"] else 1.0
-    _write(inputs, out, sparsify, _added, divisor)
+    _write(inputs, out, sparsify, (_added, _added), divisor, selection)
 
 
-def elect_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify) -> None:
+def elect_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify, selection: Selection | None = None) -> None:
     """Write the base plus the weighted entries that have the elected sign, which is the sign of their sum.
 
     A sum of 0 elects plus. ``normalize`` divides each element by the sum of the weights that took part in it, or by 1
@@ -39,7 +55,8 @@ def elect_task_vectors(inputs: MergeInput, out: Tensor, sparsify: Sparsify) -> N
         TIES-Merging, arXiv:2306.01708, Algorithm 1, steps 2 and 3. Departure, as in mergekit: the election is
         weighted.
     """
-    _write(inputs, out, sparsify, _elected_mean if inputs.switches["normalize"] else _elected_sum, 1.0)
+    combine = _elected_mean if inputs.switches["normalize"] else _elected_sum
+    _write(inputs, out, sparsify, (combine, _elected_sum), 1.0, selection)
 
 
 Combine = Callable[[list[Tensor], Tensor], Tensor]
@@ -54,6 +71,8 @@ class _Combination:
         thinning: Thins each task vector.
         n_floats, n_integers: How many numbers the thinning of one source takes.
         combine: Combines the weighted task vectors.
+        add: Their sum without a divisor, which ``select`` is given.
+        select: Keeps entries, see :class:`Selection`; None keeps all.
         is_rescaled: Whether any source's factor differs from 1.
         is_divided: Whether the divisor differs from 1.
         is_scaled: Whether the scale differs from 1. Leaving out factors of 1 changes no bit and saves time.
@@ -63,6 +82,8 @@ class _Combination:
     n_floats: int
     n_integers: int
     combine: Combine
+    add: Combine
+    select: Callable[[list[Tensor], Tensor, Tensor], Tensor] | None
     is_rescaled: bool
     is_divided: bool
     is_scaled: bool
@@ -75,16 +96,23 @@ class _Combination:
         divisor, scale = floats[0], floats[1]
         weights = floats[2 : 2 + len(models)]
         numbers = floats[2 + len(models) :]
-        weighted = []
+        weighted, unthinned = [], []
         for index, model in enumerate(models):
             own = numbers[index * self.n_floats : (index + 1) * self.n_floats]
             own_integers = integers[index * self.n_integers : (index + 1) * self.n_integers]
             extra = extras[index] if extras else None
-            sparse = self.thinning(model.float() - base, own[1:], own_integers, extra)
+            task_vector = model.float() - base
+            sparse = self.thinning(task_vector, own[1:], own_integers, extra)
             if self.is_rescaled:
                 sparse = sparse * own[0]
             weighted.append(sparse * weights[index])
+            if self.select is not None:
+                unthinned.append(task_vector * weights[index])
         total = self.combine(weighted, weights)
+        if self.select is not None:
+            added = total if self.combine is self.add else self.add(weighted, weights)
+            # A product, so that NaN stays.
+            total = total * self.select(unthinned, added, numbers[len(models) * self.n_floats :])
         if self.is_divided:
             total = total / divisor
         if self.is_scaled:
@@ -92,7 +120,14 @@ class _Combination:
         return base + total
 
 
-def _write(inputs: MergeInput, out: Tensor, sparsify: Sparsify, combine: Combine, divisor: float) -> None:
+def _write(
+    inputs: MergeInput,
+    out: Tensor,
+    sparsify: Sparsify,
+    ways: tuple[Combine, Combine],
+    divisor: float,
+    selection: Selection | None,
+) -> None:
     weights = inputs.per_model["weight"]
     if not out.numel():
         return
@@ -102,12 +137,14 @@ def _write(inputs: MergeInput, out: Tensor, sparsify: Sparsify, combine: Combine
         first.thinning,
         1 + len(first.floats),
         first.n_integers,
-        combine,
+        *ways,
+        None if selection is None else selection.factors,
         is_rescaled=any(sparsifier.factor != 1 for sparsifier in sparsifiers),
         is_divided=divisor != 1,
         is_scaled=inputs.shared["lambda"] != 1,
     )
     numbers = [number for sparsifier in sparsifiers for number in (sparsifier.factor, *sparsifier.floats)]
+    numbers += () if selection is None else selection.numbers
 
     def integers(span: slice) -> Iterator[int]:
         return (number for sparsifier in sparsifiers for number in sparsifier.integers(span))

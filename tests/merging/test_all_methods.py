@@ -137,7 +137,7 @@ def fine_tunes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 SOURCES = [("first", "second"), ("first", "copy"), ("first", "twin"), ("copy", "copy")]
-HALF = {"weight": 0.5, "density": 0.5, "gamma": 0.1, "select_topk": 0.5, "t": 0.5, "lambda": 0.7}
+HALF = {"weight": 0.5, "density": 0.5, "mask_lambda": 0.5, "gamma": 0.1, "select_topk": 0.5, "t": 0.5, "lambda": 0.7}
 
 
 def settings_of(method: str, *, with_base: bool, n_models: int) -> ParameterSet:
@@ -172,7 +172,7 @@ def test_fine_tunes_merge_as_in_mergekit(
     declared = METHODS[method]
     stored = {name: load_file(path / "model.safetensors") for name, path in fine_tunes.items()}
     merger = Merger({name: Checkpoint.open(str(path)) for name, path in fine_tunes.items()})
-    is_comparable = not declared.is_random and (method != "slerp" or with_base)
+    is_comparable = declared.in_mergekit and not declared.is_random and (method != "slerp" or with_base)
     for sources in dict.fromkeys(pair[: declared.n_models_for(with_base)[1]] for pair in SOURCES):
         parameters = settings_of(method, with_base=with_base, n_models=len(sources))
         group = GroupRecipe("all", (0, 3), ("embedding", "head"), (parameters,))
