@@ -12,13 +12,17 @@ the engines are in ``engines/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-__all__ = ["Engine", "MakingEngine", "Prepared", "Request", "Response"]
+__all__ = ["DifferentiableEngine", "Engine", "Goal", "MakingEngine", "Prepared", "Request", "Response", "Sink"]
+
+Sink = Callable[[str, "Tensor"], None]
+"""Takes the gradient of one tensor; see :meth:`DifferentiableEngine.respond_with_gradient`."""
 
 Response = tuple[float, bool] | float | str
 """The answer to a request, by its kind.
@@ -202,6 +206,55 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the device's memory; nothing else may be called afterwards. Closing twice is harmless."""
+        ...
+
+
+class Goal(Protocol):
+    """A differentiable function of log-likelihoods; ``expected.py`` has the one that a search climbs.
+
+    Attributes:
+        together: Numbers of the requests whose log-likelihoods must all be known to differentiate by one of them. Each
+            request is in one of these groups at most; one that is in none has no influence.
+    """
+
+    @property
+    def together(self) -> Sequence[Sequence[int]]: ...  # noqa: D102
+
+    def gradient(self, log_likelihoods: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Derivatives by each log-likelihood.
+
+        Args:
+            log_likelihoods: One for each request, float64, ``[n_requests]``; NaN where it is not known yet.
+
+        Returns:
+            Float64, ``[n_requests]``; exact for each group that is known.
+        """
+        ...
+
+
+class DifferentiableEngine(Engine, Protocol):
+    """An engine that also says how log-likelihoods change with the weights."""
+
+    def respond_with_gradient(self, prepared: Prepared, goal: Goal, sink: Sink) -> list[Response]:
+        """Answer prepared requests, and differentiate a function of their log-likelihoods by every tensor.
+
+        No gradient of the whole model is ever held: each tensor's is handed out and freed as soon as it is complete.
+        So a tensor comes once for each batch of requests, in no particular order, and the sum of what came is its
+        gradient. A tensor that never comes has a gradient of zero.
+
+        Args:
+            prepared: What :meth:`prepare` of this engine returned; none of them is answered by text,
+                which has no log-likelihood.
+            goal: The function.
+            sink: Called with a tensor's name, as in :meth:`load_weights`, and a gradient of that tensor's shape, valid
+                only during the call. A tied tensor comes under the name under which it is loaded.
+
+        Returns:
+            What :meth:`respond` returns, up to rounding.
+
+        Raises:
+            EngineError: As :meth:`respond`, and if a request is answered by text. What ``sink`` raises ends the pass.
+        """
         ...
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -110,6 +110,27 @@ class Batch:
             starts=starts,
         )
 
+    def read(self, logits: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Log-probability of each wanted token, and whether it is the likeliest one; both ``[n_wanted]``.
+
+        Args:
+            logits: At the scored places, ``[n_scored, vocabulary]``.
+        """
+        logits = at_least_float32(logits)
+        normalizer = logits.logsumexp(-1)
+        log_probabilities = logits[self.places, self.wanted] - normalizer[self.places]
+        greedy = logits.argmax(-1)[self.places] == self.wanted
+        both = torch.stack([log_probabilities.double(), greedy.double()]).cpu().numpy()
+        return both[0], both[1] == 1
+
+    def answers(
+        self, log_probabilities: np.ndarray[Any, Any], greedy: np.ndarray[Any, Any]
+    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """What :meth:`read` returned, for each item: its log-probability, and whether greedy decoding would give it."""
+        sums = np.add.reduceat(log_probabilities, self.starts)
+        exact = np.logical_and.reduceat(greedy, self.starts)
+        return zip(self.items, zip(sums.tolist(), exact.tolist(), strict=True), strict=True)
+
 
 class Forward:
     """Forward passes that compute logits only where something is scored or chosen.
@@ -158,12 +179,7 @@ class Forward:
             batch: The inputs.
             before: What its rows continue; required if any row continues something.
         """
-        logits = self._logits(batch, before).float()  # [n_scored, vocabulary]
-        normalizer = logits.logsumexp(-1)
-        log_probabilities = logits[batch.places, batch.wanted] - normalizer[batch.places]
-        greedy = logits.argmax(-1)[batch.places] == batch.wanted
-        both = torch.stack([log_probabilities.double(), greedy.double()]).cpu().numpy()
-        return both[0], both[1] == 1
+        return batch.read(self.logits(batch, before))
 
     def prefill(self, tokens: Tensor, lasts: Tensor, before: Before | None = None) -> tuple[Tensor, KeysAndValues]:
         """Compute prompts.
@@ -216,7 +232,8 @@ class Forward:
         rows = torch.arange(len(tokens), device=tokens.device)
         return self._run({**inputs, "attention_mask": mask}, rows, torch.zeros_like(rows)).float()
 
-    def _logits(self, batch: Batch, before: Before | None) -> Tensor:
+    def logits(self, batch: Batch, before: Before | None = None) -> Tensor:
+        """Logits at the scored places, in the model's dtype; ``[n_scored, vocabulary]``. Arguments: as :meth:`score`."""
         inputs: dict[str, Any] = {"input_ids": batch.tokens}
         if batch.ends is not None:
             inputs["position_ids"] = batch.positions
@@ -258,6 +275,11 @@ class Forward:
         self._selected = True
         rows, columns = self._scored
         return (args[0][rows, columns].unsqueeze(0), *args[1:])  # [1, n_scored, hidden]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _takes_trees(model: Any, config: Any, parameters: Any) -> bool:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from optuna_merge.errors import EngineError, is_out_of_memory
-from optuna_merge.evaluation.engine import Prepared, Request, Response
+from optuna_merge.evaluation.engine import Goal, Prepared, Request, Response, Sink
+from optuna_merge.evaluation.engines.backward import Backward
 from optuna_merge.evaluation.engines.batches import PASS_TOKENS, Item, Row, make_batches, make_rows
 from optuna_merge.evaluation.engines.beginnings import NO_BEGINNINGS, Beginnings, choose_beginnings
 from optuna_merge.evaluation.engines.forward import Batch, Forward
@@ -129,6 +130,7 @@ class HFEngine:
         )
         self._language = Language(self._weights.model, folder, trust_remote_code=trust_remote_code)
         self._forward = Forward(self._weights.model)
+        self._backward = Backward(self._forward, self._weights, target)
         card = _memory(target) or card
         width = self._forward.width
         self.batch_tokens = _batch_tokens(bool(card), width) if batch_tokens == "auto" else batch_tokens
@@ -210,7 +212,7 @@ class HFEngine:
     def prepare(self, requests: Sequence[Request]) -> HFPrepared:
         """Tokenize and group requests; see ``Engine.prepare``."""
         encoded = self._language.encode(requests)
-        batches = self._cut(encoded.items, self._shares is not False)
+        batches = self._cut(encoded.items, self._shares is not False, self._prefixes.beginnings)
         generation = self._generator.plan(encoded.generated, self.batch_tokens)
         beginnings = self._prefixes.beginnings
         n_tokens = sum(len(row) for batch in batches for row in batch)
@@ -241,11 +243,28 @@ class HFEngine:
                     raise
                 self._shrink(prepared, exc)
 
+    def respond_with_gradient(self, prepared: Prepared, goal: Goal, sink: Sink) -> list[Response]:
+        """Answer prepared requests and differentiate; see ``DifferentiableEngine.respond_with_gradient``."""
+        assert isinstance(prepared, HFPrepared)
+        if not self._weights.is_complete:
+            raise EngineError("engine: holds no complete set of weights; load a merge first")
+        encoded = prepared.encoded
+        if encoded.generated:
+            raise EngineError(
+                "request: must be a log-likelihood to be differentiated, got generate_until; leave it out"
+            )
+        if self._shares is None:
+            with torch.inference_mode():
+                self._shares = self._try_sharing(encoded.items)
+        # keys and values of beginnings are kept without the graph that leads back to the weights
+        batches = self._cut(encoded.items, self._shares is not False, NO_BEGINNINGS)
+        return encoded.responses(self._backward.run(encoded, batches, goal, sink), [])
+
     def close(self) -> None:
         """Free the model's memory."""
         if hasattr(self, "_weights"):
             self._forward.close()
-            del self._weights, self._language, self._forward, self._prefixes, self._generator
+            del self._weights, self._language, self._forward, self._backward, self._prefixes, self._generator
             gc.collect()
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
@@ -282,10 +301,10 @@ class HFEngine:
 
     def _planned(self, items: Sequence[Item], share: bool) -> list[Batch]:
         device = torch.device(self.device)
-        return [Batch.of_rows(rows, items, device) for rows in self._cut(items, share)]
+        return [Batch.of_rows(rows, items, device) for rows in self._cut(items, share, self._prefixes.beginnings)]
 
-    def _cut(self, items: Sequence[Item], share: bool) -> list[list[Row]]:
-        beginnings = self._prefixes.beginnings if share else NO_BEGINNINGS
+    def _cut(self, items: Sequence[Item], share: bool, beginnings: Beginnings) -> list[list[Row]]:
+        beginnings = beginnings if share else NO_BEGINNINGS
         rows = make_rows(items, share=share, longest_shared=self._forward.window, beginnings=beginnings)
         return make_batches(
             rows,
@@ -298,11 +317,8 @@ class HFEngine:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(items)
         for batch in batches:
             before = self._prefixes.before(batch.beginnings, self.batch_tokens)
-            log_probabilities, greedy = self._forward.score(batch, before)
-            sums = np.add.reduceat(log_probabilities, batch.starts)
-            exact = np.logical_and.reduceat(greedy, batch.starts)
-            for item, total, is_greedy in zip(batch.items, sums.tolist(), exact.tolist(), strict=True):
-                answers[item] = total, is_greedy
+            for item, answer in batch.answers(*self._forward.score(batch, before)):
+                answers[item] = answer
         return answers
 
     def _try_sharing(self, items: Sequence[Item]) -> bool | None:

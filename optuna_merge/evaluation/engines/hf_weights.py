@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -96,7 +96,9 @@ class ResidentModel:
                 self.model.generation_config = GenerationConfig.from_pretrained(path)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
             raise EngineError(f"{path}: transformers cannot build the model: {first_line(exc)}") from exc
-        self._groups = self._group(stored or self._default_names())
+        stored = stored or self._default_names()
+        self._groups = self._group(stored)
+        self._names = self._name(stored)
         self._finite = _FiniteCheck(1 if device.type == "cpu" else None)
         self.is_complete = False
 
@@ -140,6 +142,38 @@ class ResidentModel:
         self._finite.check()
         self.is_complete = True
 
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter that a load overwrites, once, with its name in the model."""
+        done: set[int] = set()
+        for target in [*self._names, *self._groups]:
+            tensor = self._resident.get(target)  # None for a tensor that the model no longer has
+            if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point() and id(tensor) not in done:
+                done.add(id(tensor))
+                yield target, tensor
+
+    def gradients(self, target: str, gradient: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The gradient of a parameter as the gradients of the checkpoint tensors that are loaded into it.
+
+        Fusing tensors rearranges their elements, so the way back is that of their values.
+
+        Args:
+            target: Name of the parameter in the model.
+            gradient: Its gradient.
+
+        Raises:
+            EngineError: If transformers takes a fused parameter apart into other tensors than were fused.
+        """
+        if target in self._names:
+            yield self._names[target], gradient
+            return
+        parts = revert_weight_conversion(self.model, cast("Any", {target: gradient}))
+        if parts.keys() != self._groups[target]:
+            raise EngineError(
+                f"{target}: must come apart into {', '.join(sorted(self._groups[target]))}, got"
+                f" {', '.join(sorted(parts))}; use search.start: uniform for this model"
+            )
+        yield from parts.items()
+
     def _map(self) -> None:
         self._resident = dict(self.model.state_dict(keep_vars=True))
         self._meta = {name: None if p is None else p.to("meta") for name, p in self._resident.items()}
@@ -178,6 +212,15 @@ class ResidentModel:
             if place is not None and place.pattern is not None:
                 groups.setdefault(place.target, set()).add(name)
         return groups
+
+    def _name(self, names: Iterable[str]) -> dict[str, str]:
+        """Resident tensor to the checkpoint tensor that is loaded into it, fused ones left out."""
+        found: dict[str, str] = {}
+        for name in names:
+            place = self._place(name)
+            if place is not None and place.pattern is None and place.target:
+                found.setdefault(place.target, name)
+        return found
 
     def _default_names(self) -> list[str]:
         return list(revert_weight_conversion(self.model, cast("Any", dict(self._meta))))

@@ -1,0 +1,269 @@
+"""Backward passes of a transformers model: the gradient of every tensor, one at a time.
+
+Knows batches, log-likelihoods and parameters. What is differentiated is a ``Goal``, what becomes of a gradient is the
+sink's business.
+
+    rows -> logits -> log-likelihoods -> goal.gradient -> gradient of the logits -> backward -> sink, tensor by tensor
+
+A batch is taken back before the next one is computed, so that one batch's activations are held. If they do not fit into
+memory, only those between the layers are kept and each layer is computed again on the way back; if that does not
+suffice, batches are halved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from optuna_merge.errors import EngineError, is_out_of_memory
+from optuna_merge.evaluation.engine import Goal, Sink
+from optuna_merge.evaluation.engines.batches import Row
+from optuna_merge.evaluation.engines.forward import Batch, Forward, at_least_float32
+from optuna_merge.evaluation.engines.hf_weights import ResidentModel
+from optuna_merge.evaluation.engines.language import Encoded
+
+
+class Backward:
+    """Backward passes of one model.
+
+    Attributes:
+        recomputes: Whether each layer's activations are computed again on the way back instead of being kept.
+        n_most_tokens: Padded tokens in a batch at most; None: as many as are planned.
+    """
+
+    def __init__(self, forward: Forward, weights: ResidentModel, device: torch.device) -> None:
+        """Prepare to differentiate.
+
+        Args:
+            forward: The model's forward passes.
+            weights: Its parameters.
+            device: Where it is.
+        """
+        self._forward = forward
+        self._weights = weights
+        self._device = device
+        self.recomputes = False
+        self.n_most_tokens: int | None = None
+
+    def run(
+        self, encoded: Encoded, batches: Sequence[Sequence[Row]], goal: Goal, sink: Sink
+    ) -> list[tuple[float, bool]]:
+        """Score items and differentiate; see ``DifferentiableEngine.respond_with_gradient``.
+
+        Args:
+            encoded: The requests.
+            batches: Rows that are computed together, the longest first.
+            goal: A function of the requests' log-likelihoods.
+            sink: Takes the gradients.
+
+        Returns:
+            The log-probability of each item, and whether greedy decoding would give it.
+        """
+        run = _Run(self, encoded, goal, sink)
+        for rows in _torn(batches, encoded, goal):
+            run.score(rows)
+        with run.hooked(self._weights):
+            for rows in batches:
+                run.differentiate(rows)
+        return run.answers
+
+    def batch(self, rows: Sequence[Row], encoded: Encoded) -> Batch:
+        """Lay out rows as one forward pass."""
+        return Batch.of_rows(rows, encoded.items, self._device)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of a batch, with a graph that leads back to the parameters."""
+        with torch.enable_grad(), _recomputing(self._weights.model) if self.recomputes else contextlib.nullcontext():
+            return self._forward.logits(batch)
+
+    def score(self, batch: Batch) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """The answer to each item of a batch, without a graph."""
+        with torch.no_grad():
+            return batch.answers(*self._forward.score(batch))
+
+    def save_memory(self, rows: Sequence[Row], exc: Exception) -> None:
+        """Need less memory from now on, after a batch did not fit.
+
+        Raises:
+            EngineError: If there is no way to need less.
+        """
+        if not self.recomputes:
+            self.recomputes = True
+        elif len(rows) == 1:
+            raise EngineError(
+                f"engine: the gradient of a sequence of {len(rows[0])} tokens does not fit into the memory of"
+                f" {self._device}; use shorter prompts, a smaller dtype or a larger device"
+            ) from exc
+        else:
+            self.n_most_tokens = _n_padded(rows) // 2
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Run:
+    """One call: what is known of the items, and which tensors have come for the batch that is taken back."""
+
+    def __init__(self, backward: Backward, encoded: Encoded, goal: Goal, sink: Sink) -> None:
+        self._backward = backward
+        self._encoded = encoded
+        self._goal = goal
+        self._sink = sink
+        self._came: set[str] = set()
+        self._scale = 1.0
+        self._fault: Exception | None = None  # of the sink, which is no reason to try again
+        self._log_likelihoods = np.full(len(encoded.items), np.nan)
+        self._request_of = np.zeros(len(encoded.items), dtype=np.int64)
+        for request, items, _ in encoded.scored:
+            self._request_of[items] = request
+        self.answers: list[tuple[float, bool]] = [(0.0, False)] * len(encoded.items)
+
+    def score(self, rows: Sequence[Row]) -> None:
+        """Learn the log-likelihoods of a batch."""
+        for part in self._parts(rows):
+            try:
+                self._learn(self._backward.score(self._backward.batch(part, self._encoded)))
+            except (MemoryError, RuntimeError) as exc:
+                if not is_out_of_memory(exc):
+                    raise
+                self._backward.save_memory(part, exc)
+            else:
+                continue
+            self.score(part)
+
+    def differentiate(self, rows: Sequence[Row], came: frozenset[str] = frozenset()) -> None:
+        """Take a batch back.
+
+        Args:
+            rows: The batch.
+            came: Tensors whose gradients have come for it, before memory ran out on the way back.
+        """
+        parts = self._parts(rows)
+        if len(parts) > 1:
+            self.score(rows)  # a document's requests may be in different parts
+        for part in parts:
+            self._came = set(came)
+            try:
+                self._take_back(part)
+            except (MemoryError, RuntimeError) as exc:
+                if self._fault is not None or not is_out_of_memory(exc):
+                    raise
+                self._backward.save_memory(part, exc)
+            else:
+                continue
+            self.differentiate(part, frozenset(self._came))
+
+    @contextlib.contextmanager
+    def hooked(self, weights: ResidentModel) -> Iterator[None]:
+        """Let each parameter hand its gradient out as soon as it is complete."""
+        parameters = list(weights.parameters())
+        handles = []
+        for target, parameter in parameters:
+            parameter.requires_grad_(True)
+            deliver = functools.partial(self._deliver, weights, target)
+            handles.append(cast(Any, parameter).register_post_accumulate_grad_hook(deliver))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for _, parameter in parameters:
+                parameter.grad = None
+                parameter.requires_grad_(False)
+
+    def _take_back(self, rows: Sequence[Row]) -> None:
+        batch = self._backward.batch(rows, self._encoded)
+        logits = self._backward.logits(batch)
+        self._learn(batch.answers(*batch.read(logits.detach())))
+        slopes = self._slopes(batch)
+        if slopes.any():
+            self._scale = _scale(slopes, logits.dtype)
+            torch.autograd.backward(logits, _gradient_of_logits(batch, logits.detach(), slopes * self._scale))
+
+    def _deliver(self, weights: ResidentModel, target: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if target in self._came or gradient is None:
+            return
+        if self._scale != 1:
+            gradient = gradient.float().div_(self._scale)
+        try:
+            for name, part in weights.gradients(target, gradient):
+                self._sink(name, part)
+        except Exception as exc:
+            self._fault = exc
+            raise
+        self._came.add(target)
+
+    def _learn(self, answers: Iterator[tuple[int, tuple[float, bool]]]) -> None:
+        for item, answer in answers:
+            self.answers[item] = answer
+            self._log_likelihoods[item] = answer[0]
+
+    def _slopes(self, batch: Batch) -> np.ndarray[Any, Any]:
+        """Derivative of the goal by each wanted token's log-probability, ``[n_wanted]``."""
+        of_requests = np.zeros(self._encoded.n_requests)
+        np.add.at(of_requests, self._request_of, self._log_likelihoods)
+        slopes = self._goal.gradient(of_requests)[self._request_of[batch.items]]
+        return np.repeat(slopes, np.diff([*batch.starts, len(batch.wanted)]))
+
+    def _parts(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        limit = self._backward.n_most_tokens
+        if limit is None or len(rows) == 1 or _n_padded(rows) <= limit:
+            return [rows]
+        middle = (len(rows) + 1) // 2
+        return [*self._parts(rows[:middle]), *self._parts(rows[middle:])]
+
+
+def _torn(batches: Sequence[Sequence[Row]], encoded: Encoded, goal: Goal) -> list[Sequence[Row]]:
+    """Batches that hold a part of a group: their log-likelihoods must be known before any of them is taken back."""
+    batch_of = {item: number for number, rows in enumerate(batches) for row in rows for item, _ in row.scored}
+    batches_of = {request: {batch_of[item] for item in items} for request, items, _ in encoded.scored}
+    torn: set[int] = set()
+    for group in goal.together:
+        numbers = set().union(*(batches_of[request] for request in group))
+        if len(numbers) > 1:
+            torn |= numbers
+    return [batches[number] for number in sorted(torn)]
+
+
+def _gradient_of_logits(batch: Batch, logits: Tensor, slopes: np.ndarray[Any, Any]) -> Tensor:
+    """Gradient of the sum of slope x log-probability of each wanted token; ``[n_scored, vocabulary]``."""
+    gradient = at_least_float32(logits).softmax(-1)
+    by_token = torch.as_tensor(slopes, dtype=gradient.dtype, device=gradient.device)
+    by_place = gradient.new_zeros(len(gradient)).index_add_(0, batch.places, by_token)
+    gradient.mul_(-by_place.unsqueeze(1))
+    gradient.index_put_((batch.places, batch.wanted), by_token, accumulate=True)
+    return gradient.to(logits.dtype)
+
+
+def _scale(slopes: np.ndarray[Any, Any], dtype: torch.dtype) -> float:
+    """What slopes are multiplied by, so that gradients do not vanish in float16; a power of two."""
+    if dtype != torch.float16:
+        return 1.0
+    return float(2.0 ** -np.ceil(np.log2(np.abs(slopes).max())))
+
+
+@contextlib.contextmanager
+def _recomputing(model: Any) -> Iterator[None]:
+    """Let each layer keep its inputs only; transformers itself does so in training mode alone, which drops out."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _n_padded(rows: Sequence[Row]) -> int:
+    return len(rows) * max(map(len, rows))
