@@ -112,6 +112,15 @@ class Leaf:
             columns[f"{metric},{filter_name}"] = [to_plain(v.get(metric), self.name, metric) for v in values]
         return columns
 
+    def document_value(self, doc_id: int, responses: Sequence[Response], metric: str, filter_name: str) -> Any:
+        """A metric of one document, if its requests are answered so; None if it has not that metric.
+
+        Raises:
+            TaskError: If the task's own code raises.
+        """
+        [values] = self._process([doc_id], iter(responses), filter_name)
+        return values.get(metric)
+
     def aggregation(self, metric: str) -> Callable[[Sequence[Any]], float]:
         """How a metric's values become one number; the mean where the task does not say."""
         return cast("Callable[[Sequence[Any]], float]", self.task.aggregation().get(metric, mean))

@@ -95,6 +95,21 @@ class ChunkResult:
         return _read(_CHUNK_RESULT, text, "chunk result", "ChunkResult.to_json")
 
 
+@dataclass(frozen=True)
+class Expectation:
+    """What one model is expected to score on one chunk, if its answers were drawn by its own probabilities.
+
+    Attributes:
+        value: Sum of weight x expected metric over the terms that have a stand-in; 0 if none has.
+        tasks: Key of each of these terms to its expected metric.
+        scored: What the model did score; None if texts were needed for it and not generated.
+    """
+
+    value: float
+    tasks: dict[str, float]
+    scored: ChunkResult | None
+
+
 _SCORE = TypeAdapter(Score)
 _CHUNK_RESULT = TypeAdapter(ChunkResult)
 

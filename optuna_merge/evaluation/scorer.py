@@ -19,19 +19,20 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from optuna_merge.errors import TaskError
+from optuna_merge.errors import EngineError, TaskError
 from optuna_merge.evaluation.chunks import MIN_CHUNK_REQUESTS, Chunk, cut
 from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.difference import Difference, compare
-from optuna_merge.evaluation.engine import Engine
+from optuna_merge.evaluation.engine import DifferentiableEngine, Engine, Sink
+from optuna_merge.evaluation.expected import ExpectedChunk
 from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
-from optuna_merge.evaluation.results import ChunkResult, Documents, Score, join
+from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation, Score, join
 from optuna_merge.evaluation.selection import hold_out, select
 from optuna_merge.evaluation.term import EvalTask, Term, leaves_of, name_apart
 from optuna_merge.internals.lm_eval import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -68,6 +69,7 @@ class Scorer:
         self._chat_template = chat_template
         self._chat_template_reason = chat_template_reason
         self._holdout: Chunk | None = None
+        self._expected: dict[int, ExpectedChunk] = {}
         self.n_chunks = len(chunks)
         self.n_documents = sum(len(leaf.searched) for leaf in leaves_of(terms))
 
@@ -162,10 +164,38 @@ class Scorer:
             TaskError: If a task's own code raises; names the task and the document.
             EngineError: If the engine holds no complete weights or cannot answer.
         """
-        documents = self._chunks[chunk].score(self._engine)
-        with quietly():
-            score = sum(term.weight * value for term in self._terms if (value := term.value(documents)) is not None)
-        return ChunkResult(chunk, score, documents)
+        return self._result(chunk, self._chunks[chunk].score(self._engine))
+
+    def differentiate_chunk(self, chunk: int, sink: Sink, *, generate: bool) -> Expectation:
+        """Differentiate the expected score of one chunk by the weights that the engine holds.
+
+        Args:
+            chunk: As in :meth:`score_chunk`.
+            sink: Takes the gradients, of each tensor several times; see ``DifferentiableEngine.respond_with_gradient``.
+            generate: Whether to generate texts where a metric needs them, so that the pass is also a score. The
+                gradient needs none: it is that of the probability of the right text.
+
+        Returns:
+            The expected score, with what :meth:`score_chunk` returns up to rounding. Terms without a stand-in are in
+            the score, not in the expected score.
+
+        Raises:
+            TaskError, EngineError: As :meth:`score_chunk`, and if the engine cannot differentiate.
+        """
+        if chunk not in self._expected:
+            if not hasattr(self._engine, "respond_with_gradient"):
+                raise EngineError("engine: must differentiate, but this one does not; use engine.backend: transformers")
+            self._expected[chunk] = ExpectedChunk(
+                cast("DifferentiableEngine", self._engine),
+                self._terms,
+                self._chunks[chunk].parts,
+                uses_chat_template=self._chat_template,
+            )
+        expected = self._expected[chunk]
+        log_likelihoods, documents = expected.differentiate(sink, generate=generate)
+        tasks = expected.goal.tasks(log_likelihoods)
+        value = expected.goal.value(log_likelihoods)
+        return Expectation(value, tasks, None if documents is None else self._result(chunk, documents))
 
     def score_all(self, *, stderr: bool = False) -> Score:
         """Score the weights that the engine holds on every searched document."""
@@ -228,6 +258,11 @@ class Scorer:
             return Difference(value, math.inf, 1.0)
         with quietly():
             return Difference(value, *compare(terms, score.documents, other.documents))
+
+    def _result(self, chunk: int, documents: Documents) -> ChunkResult:
+        with quietly():
+            score = sum(term.weight * value for term in self._terms if (value := term.value(documents)) is not None)
+        return ChunkResult(chunk, score, documents)
 
     def describe(self) -> Description:
         """Say what was found and what one evaluation costs; needs no weights."""

@@ -142,13 +142,20 @@ class Term:
         """
         pairs = self.pairs(documents, others)
         sizes = {name: sum(pair is not None for pair in column) for name, column in pairs.items()}
+        coefficients = self.coefficients(sizes)
         shares = {}
         for name, column in pairs.items():
-            # the aggregate is linear in the leaves, so a leaf's coefficient is the aggregate of its unit vector
-            coefficient, _ = self._combine({leaf: float(leaf == name) for leaf in pairs}, sizes)
             differences = np.array([math.nan if pair is None else float(pair[0]) - float(pair[1]) for pair in column])
-            shares[name] = self.weight * coefficient / sizes[name] * differences
+            shares[name] = self.weight * coefficients[name] / sizes[name] * differences
         return shares
+
+    def coefficients(self, sizes: Mapping[str, int]) -> dict[str, float]:
+        """What the metric of each leaf counts for in the term's; it is linear in them.
+
+        Args:
+            sizes: Leaf to the documents that it has; leaves without any are left out.
+        """
+        return {name: self._combine({leaf: float(leaf == name) for leaf in sizes}, sizes)[0] for name in sizes}
 
     def describe(self) -> TaskDescription:
         """What was found for this term."""
@@ -163,6 +170,11 @@ class Term:
             n_searched=sum(len(leaf.searched) for leaf in self.leaves),
             n_holdout=sum(len(leaf.holdout) for leaf in self.leaves),
         )
+
+    @property
+    def metric_and_filter(self) -> tuple[str, str]:
+        """The parts of :attr:`metric`."""
+        return self._metric_name, self._filter_name
 
     @property
     def _metric_name(self) -> str:
