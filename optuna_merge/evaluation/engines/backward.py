@@ -219,8 +219,9 @@ class _Run:
         limit = self._backward.n_most_tokens
         if limit is None or len(rows) == 1 or _n_padded(rows) <= limit:
             return [rows]
+        by_length = sorted(rows, key=len, reverse=True)
         middle = (len(rows) + 1) // 2
-        return [*self._parts(rows[:middle]), *self._parts(rows[middle:])]
+        return [*self._parts(by_length[:middle]), *self._parts(by_length[middle:])]
 
 
 def _torn(batches: Sequence[Sequence[Row]], encoded: Encoded, goal: Goal) -> list[Sequence[Row]]:
