@@ -170,9 +170,9 @@ def test_memory_that_runs_out_is_saved_and_no_gradient_counts_twice(
 
     logits = engine._forward.logits
 
-    def watched(batch: Any) -> Tensor:
+    def watched(batch: Any, before: Any = None) -> Tensor:
         sizes.append(batch.tokens.numel())
-        return logits(batch)
+        return logits(batch, before)
 
     monkeypatch.setattr(engine._forward, "logits", watched)
     handle = engine._weights.model.model.layers[0].mlp.register_full_backward_pre_hook(scarce)

@@ -233,7 +233,7 @@ class Forward:
         return self._run({**inputs, "attention_mask": mask}, rows, torch.zeros_like(rows)).float()
 
     def logits(self, batch: Batch, before: Before | None = None) -> Tensor:
-        """Logits at the scored places, in the model's dtype; ``[n_scored, vocabulary]``. Arguments: as :meth:`score`."""
+        """Logits at the scored places, in the model's dtype, ``[n_scored, vocabulary]``; see :meth:`score`."""
         inputs: dict[str, Any] = {"input_ids": batch.tokens}
         if batch.ends is not None:
             inputs["position_ids"] = batch.positions
