@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optuna_merge.errors import EngineError
+from optuna_merge.evaluation.engines.batches import Item, make_rows
+from optuna_merge.evaluation.engines.beginnings import Beginnings
 from optuna_merge.evaluation.engines.hf import HFEngine
+from optuna_merge.evaluation.engines.whole_rows import make_whole
 from optuna_merge.testing.conformance import TextRequest
 from optuna_merge.testing.models import TinyArchitecture, write_tiny_models
 from tests.evaluation.test_hf import every_kind_of_request
@@ -135,6 +138,53 @@ def test_groups_torn_between_batches_and_layers_computed_again_change_nothing(
     engine._shares = shares
     engine._backward.recomputes = recomputes
     assert_same(gradients(engine, engine.prepare(REQUESTS)), whole)
+
+
+def test_rows_are_put_behind_their_beginning() -> None:
+    beginnings = Beginnings([(1, 2), (8, 9)])
+    items = [Item((1, 2, 3), (4, 5, 6)), Item((1, 2, 3), (7, 7)), Item((8, 9, 3), (4,)), Item((1, 2, 6, 5), (4, 4))]
+    items.append(Item((5,), (4, 4, 4)))
+    rows = make_rows(items, share=True, beginnings=beginnings)
+    together, alone, other = make_whole(rows, beginnings, batch_tokens=100)
+    assert together.tokens == [1, 2, 3, 4, 5, 7, 6, 5, 4]
+    assert together.positions == [0, 1, 2, 3, 4, 3, 2, 3, 4]
+    assert together.ends == [9, 9, 6, 5, 5, 6, 9, 9, 9]
+    assert sorted(together.scored) == [(0, [2, 3, 4]), (1, [2, 5]), (3, [7, 8])]
+    assert (alone.tokens, alone.is_chain) == ([5, 4, 4], True)
+    assert (other.tokens, other.is_chain, other.beginning) == ([8, 9, 3], True, None)
+    # four tokens behind two, or as many as fill a pass
+    assert [row.tokens[:2] for row in make_whole(rows, beginnings, batch_tokens=1)].count([1, 2]) == len(
+        [row for row in rows if row.beginning == 0]
+    )
+    assert [len(row) for row in make_whole(rows, beginnings, batch_tokens=100, longest_shared=8)].count(9) == 0
+
+
+def test_beginnings_that_prompts_have_in_common_are_computed_once_in_a_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beginning = "the cat sat on the mat and the dog ran after the cat and the mat"
+    questions = [f"{beginning} {word}" for word in ("one", "two", "three four", "five", "six seven", "eight nine")]
+    requests = [
+        TextRequest("loglikelihood", (q, choice)) for q in questions for choice in (" A", " B", " one two", "C")
+    ]
+    goal = SoftChoices(len(requests))
+    plain, _ = loaded(folder, "llama", batch_tokens=10_000)
+    expected = gradients(plain, plain.prepare(requests), goal)
+    engine, _ = loaded(folder, "llama", batch_tokens=300)
+    assert engine.expect(requests) > 0
+    prepared = engine.prepare(requests)
+    sizes: list[int] = []
+    logits = engine._forward.logits
+
+    def watched(batch: Any, before: Any = None) -> Tensor:
+        assert before is None
+        sizes.append(batch.tokens.numel())
+        return logits(batch)
+
+    monkeypatch.setattr(engine._forward, "logits", watched)
+    engine._shares = True
+    assert_same(gradients(engine, prepared, goal), expected)
+    assert sum(sizes) < 0.75 * sum(len(plain._language.lm.tok_encode(question)) for question in questions)
 
 
 def test_one_gradient_lives_at_a_time(folder: Path) -> None:

@@ -172,7 +172,7 @@ class _Batch:
             return False
         into = self._with_room(part) if self._joins else None
         if into is not None:
-            self.rows[into] = _end_to_end(self.rows[into], part)
+            self.rows[into] = end_to_end(self.rows[into], part)
         elif self.rows and (len(self.rows) + 1) * max(self._length, len(part)) > n_tokens:
             return False
         else:
@@ -210,11 +210,11 @@ def _join_short(rows: Sequence[Row], longest_shared: int | None) -> list[Row]:
         if at is None:
             into.append(row)
         else:
-            into[at] = _end_to_end(into[at], row)
+            into[at] = end_to_end(into[at], row)
     return [row for group in joined.values() for row in group]
 
 
-def _end_to_end(row: Row, other: Row) -> Row:
+def end_to_end(row: Row, other: Row) -> Row:
     """Two rows as one; its second part does not attend to the first."""
     n = len(row)
     return Row(

@@ -32,6 +32,7 @@ from optuna_merge.evaluation.engines.hf_weights import ResidentModel
 from optuna_merge.evaluation.engines.key_values import elements_of_a_token
 from optuna_merge.evaluation.engines.language import Encoded, Language
 from optuna_merge.evaluation.engines.prefixes import Prefixes
+from optuna_merge.evaluation.engines.whole_rows import make_whole
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -212,7 +213,7 @@ class HFEngine:
     def prepare(self, requests: Sequence[Request]) -> HFPrepared:
         """Tokenize and group requests; see ``Engine.prepare``."""
         encoded = self._language.encode(requests)
-        batches = self._cut(encoded.items, self._shares is not False, self._prefixes.beginnings)
+        batches = self._cut(encoded.items, self._shares is not False)
         generation = self._generator.plan(encoded.generated, self.batch_tokens)
         beginnings = self._prefixes.beginnings
         n_tokens = sum(len(row) for batch in batches for row in batch)
@@ -256,8 +257,7 @@ class HFEngine:
         if self._shares is None:
             with torch.inference_mode():
                 self._shares = self._try_sharing(encoded.items)
-        # keys and values of beginnings are kept without the graph that leads back to the weights
-        batches = self._cut(encoded.items, self._shares is not False, NO_BEGINNINGS)
+        batches = self._cut(encoded.items, self._shares is not False, whole=True)
         return encoded.responses(self._backward.run(encoded, batches, goal, sink), [])
 
     def close(self) -> None:
@@ -301,17 +301,15 @@ class HFEngine:
 
     def _planned(self, items: Sequence[Item], share: bool) -> list[Batch]:
         device = torch.device(self.device)
-        return [Batch.of_rows(rows, items, device) for rows in self._cut(items, share, self._prefixes.beginnings)]
+        return [Batch.of_rows(rows, items, device) for rows in self._cut(items, share)]
 
-    def _cut(self, items: Sequence[Item], share: bool, beginnings: Beginnings) -> list[list[Row]]:
-        beginnings = beginnings if share else NO_BEGINNINGS
-        rows = make_rows(items, share=share, longest_shared=self._forward.window, beginnings=beginnings)
-        return make_batches(
-            rows,
-            batch_tokens=self.batch_tokens,
-            batch_scored=self._n_most_scored,
-            longest_shared=self._forward.window,
-        )
+    def _cut(self, items: Sequence[Item], share: bool, *, whole: bool = False) -> list[list[Row]]:
+        beginnings = self._prefixes.beginnings if share else NO_BEGINNINGS
+        window, n_tokens = self._forward.window, self.batch_tokens
+        rows = make_rows(items, share=share, longest_shared=window, beginnings=beginnings)
+        if whole:
+            rows = make_whole(rows, beginnings, batch_tokens=n_tokens, longest_shared=window)
+        return make_batches(rows, batch_tokens=n_tokens, batch_scored=self._n_most_scored, longest_shared=window)
 
     def _score(self, items: Sequence[Item], batches: Sequence[Batch]) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(items)
