@@ -3,6 +3,7 @@
     python benchmarks/merge_speed.py                              four checkpoints of 0.5 B parameters
     python benchmarks/merge_speed.py --n-layers 4 --methods ties  smaller, one method
     python benchmarks/merge_speed.py --no-mergekit --device cuda
+    python benchmarks/merge_speed.py --n-layers 2 --methods tsv_m,iso_c   "first" includes the decompositions
 
 The checkpoints are random bfloat16, made by the run, and are read once before anything is measured. The copy bandwidth
 is measured in the same run: bytes read plus written when the same tensors are copied into the resident model. Each
@@ -38,6 +39,7 @@ from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
 N_SOURCES = 3
 HIDDEN, INTERMEDIATE, VOCABULARY = 1280, 3456, 32000
 DENSITY = 0.5
+METHODS_MEASURED = "linear,task_arithmetic,ties,dare_ties,della,breadcrumbs,ram,ramplus_tl,consensus_ta,consensus_ties"
 EXTRA_MIB = 512
 
 
@@ -50,7 +52,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-layers", type=int, default=21)
-    parser.add_argument("--methods", default="linear,task_arithmetic,ties,dare_ties,della,breadcrumbs")
+    parser.add_argument("--methods", default=METHODS_MEASURED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mergekit", action=argparse.BooleanOptionalAction, default=True)
@@ -58,7 +60,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, references: list[str]) -> None:
-    merger = Merger({r: Checkpoint.open(r) for r in references}, device=args.device)
+    keep_in = Path(references[0]).parent / "matrices"
+    merger = Merger({r: Checkpoint.open(r) for r in references}, device=args.device, keep_in=keep_in)
     resident = {
         name: torch.empty(merger.checkpoints[references[0]].shape(name), dtype=torch.bfloat16, device=args.device)
         for name in merger.names
@@ -94,8 +97,9 @@ def measure(
         kept_s = seconds_of(lambda: merge_all(merger, kept, resident))
     seconds = statistics.median(times[1:])
     n_read = len(recipes[0].references) - (method == "linear")  # which does not read its base
-    speed = 2 * (n_read + 1) * n_elements / seconds
-    theirs = seconds_of(lambda: run_mergekit(recipes[0])) if args.mergekit else float("nan")
+    speed = 2 * (n_read + 1) * n_elements / seconds  # kept float32 matrices count as the sources they stand for
+    has_peer = args.mergekit and METHODS[method].in_mergekit
+    theirs = seconds_of(lambda: run_mergekit(recipes[0])) if has_peer else float("nan")
     print(
         f"{method:18}{times[0]:9.2f}{seconds:9.2f}{kept_s:9.2f}{speed / 1e9:7.1f}{speed / bandwidth:9.0%}"
         f"{theirs:12.2f}{theirs / seconds:7.1f}{memory.peak_mib:7.0f}",
@@ -144,7 +148,9 @@ def make_recipe(method: str, references: list[str], n_layers: int, density: floa
     base = None if declared.base == "none" else references[0]
     values = {"weight": (0.37 + 0.001 * number, 0.91, 0.22), "density": (density,) * N_SOURCES}
     per_model = {p.name: values[p.name] for p in declared.parameters if p.per_model and p.name in values}
-    group = GroupRecipe("all", (0, n_layers), ("embedding", "head"), (ParameterSet(None, {}, per_model),))
+    varied = {"lambda": 1 + 0.001 * number, "epsilon": 1e-3 * (1 + 0.001 * number)} if "weight" not in per_model else {}
+    shared = {p.name: varied[p.name] for p in declared.parameters if not p.per_model and p.name in varied}
+    group = GroupRecipe("all", (0, n_layers), ("embedding", "head"), (ParameterSet(None, shared, per_model),))
     return Recipe(method, tuple(references[1:]), base, n_layers, (group,), dtype="bfloat16")
 
 

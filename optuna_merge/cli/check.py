@@ -79,6 +79,7 @@ def _lines(result: Check) -> list[str]:
         f"device     {result.device}: {result.memory_line}",
         f"host       {gib(memory['source_files'])} of model files; {gib(memory['host_free'])} free",
         _sources_line(result.sources),
+        *_kept_lines(result.kept),
         *([] if result.trial_seconds is None else [_seconds_line(**result.trial_seconds)]),
     ]
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
@@ -98,3 +99,14 @@ def _sources_line(sources: dict[str, Any] | None) -> str:
     time = "" if sources["seconds"] is None else f", about {sources['seconds']:.2g} s by a sample"
     read = f"a merge reads {gib(sources['n_bytes'])}{time}"
     return f"sources    {sources['placement']} ({sources['reason']}); {read}"
+
+
+def _kept_lines(kept: dict[str, Any] | None) -> list[str]:
+    from optuna_merge.study.memory import gib
+
+    if kept is None:
+        return []
+    return [
+        f"kept       {gib(kept['n_bytes'])} of matrices in {kept['folder']}, mapped into memory; the first merge makes"
+        f" them in about {kept['seconds']:,.0f} s by a sample, with {gib(kept['memory'])} of host memory"
+    ]

@@ -44,6 +44,7 @@ def _lines(method: MergeMethod) -> list[str]:
     return [
         f"{method.name}: {method.summary} ({method.reference})",
         f"  {models} models, {_BASES[method.base]}" + (", random masks" if method.is_random else ""),
+        *([f"  keeps {method.keeps}, see check"] if method.keeps != "nothing" else []),
         *(_parameter_line(parameter) for parameter in method.parameters),
         *(f"  {switch}: default {'true' if default else 'false'}" for switch, default in method.switches),
     ]

@@ -7,6 +7,7 @@ check whether a result is finite; whoever scores it does.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from optuna_merge.merging.plan import MergePlan, MergeStep, Numbers
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
 from optuna_merge.merging.staging import Stage
 from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.kept import KeptTensors
 from optuna_merge.recipe import Recipe
 
 Destination = Callable[[str], Tensor | None]
@@ -56,6 +58,7 @@ class Merger:
         chunk_elements: int | None = None,
         is_compiled: bool | None = None,
         placement: Placement = "disk",
+        keep_in: Path | None = None,
     ) -> None:
         """Check that the checkpoints fit together.
 
@@ -68,6 +71,7 @@ class Merger:
             is_compiled: Compile elementwise arithmetic with torch.compile; None to compile if the models are large.
                 It changes no result; if it fails, merging warns and continues without it.
             placement: Where the checkpoints' tensors are kept once they have been read.
+            keep_in: Folder for the matrices that some methods make once and add in every merge; None: in memory.
 
         Raises:
             CheckpointError: If they differ in names, shapes, architecture or vocabulary.
@@ -82,6 +86,9 @@ class Merger:
         self._is_compiled = self._is_large() if is_compiled is None else is_compiled
         self._buffers: dict[str, Tensor] = {}
         self._written: dict[int, tuple[Any, ...]] = {}  # address of a destination -> record of what it holds
+        self._keep_in = keep_in
+        self._vocabulary = str(tokenizer_source)
+        self._kept: dict[str | None, KeptTensors] = {}  # base model -> matrices that methods made
         self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
 
     @classmethod
@@ -92,6 +99,7 @@ class Merger:
         relative_to: Path | None = None,
         device: str | torch.device = "cpu",
         tokenizer_source: str | None = None,
+        keep_in: Path | None = None,
     ) -> Merger:
         """Open checkpoints by reference; the base comes first, if there is one.
 
@@ -101,7 +109,7 @@ class Merger:
             reference if isinstance(reference, str) else reference.name: Checkpoint.open(reference, relative_to)
             for reference in references
         }
-        return cls(checkpoints, device=device, tokenizer_source=tokenizer_source)
+        return cls(checkpoints, device=device, tokenizer_source=tokenizer_source, keep_in=keep_in)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -246,7 +254,19 @@ class Merger:
             buffers=self._buffers,
             memory=self._memory.setdefault(recipe.base_model, {}),
             is_compiled=self._is_compiled,
+            kept=self._kept_for(plan),
         )
+
+    def _kept_for(self, plan: MergePlan) -> KeptTensors:
+        """What methods keep for a base; the folder is named after its weights and the vocabulary."""
+        reference = plan.recipe.base_model
+        if reference not in self._kept:
+            folder = self._keep_in
+            if folder is not None:
+                text = f"{plan.template.weights_digest}\0{self._vocabulary}"
+                folder /= hashlib.sha256(text.encode()).hexdigest()[:16]
+            self._kept[reference] = KeptTensors(folder)
+        return self._kept[reference]
 
 
 def _refuse_overwritten(plan: MergePlan) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -19,15 +20,18 @@ FACTORY = "optuna_merge.merging.worker:open_merger"
 """Import path of :func:`open_merger`."""
 
 
-def describe_merger(models: Iterable[ResolvedReference], tokenizer_source: str | None, device: str) -> str:
+def describe_merger(
+    models: Iterable[ResolvedReference], tokenizer_source: str | None, device: str, keep_in: Path | None = None
+) -> str:
     """Describe the models of a merge as text, for :func:`open_merger` in any process of this machine.
 
     Args:
         models: The first is the one that the others are compared with: the base, if there is one.
         tokenizer_source: As for ``Merger``.
         device: Device to merge on; ``auto`` means the device of the worker that opens the models.
+        keep_in: As for ``Merger``.
     """
-    return _DESCRIPTION.dump_json(_Description(tuple(models), tokenizer_source, device)).decode()
+    return _DESCRIPTION.dump_json(_Description(tuple(models), tokenizer_source, device, keep_in)).decode()
 
 
 def open_merger(description: str, device: str) -> Callable[[str], Iterator[tuple[str, Tensor]]]:
@@ -48,6 +52,7 @@ def open_merger(description: str, device: str) -> Callable[[str], Iterator[tuple
         described.models,
         device=device if described.device == "auto" else described.device,
         tokenizer_source=described.tokenizer_source,
+        keep_in=described.keep_in,
     )
     return lambda recipe: merger.merge(Recipe.from_json(recipe))
 
@@ -57,6 +62,7 @@ class _Description:
     models: tuple[ResolvedReference, ...]
     tokenizer_source: str | None
     device: str
+    keep_in: Path | None
 
 
 _DESCRIPTION = TypeAdapter(_Description)

@@ -63,6 +63,8 @@ class MergeMethod:
         is_random: Whether it draws random masks, which ``Recipe.seed`` determines.
         in_mergekit: Whether mergekit has it, with this name and these parameters; if not, no mergekit file makes the
             same model.
+        keeps: What it makes once of each matrix of the models and keeps for all merges: nothing, one float32 matrix
+            from all models, or one for each of them.
     """
 
     name: str
@@ -76,6 +78,7 @@ class MergeMethod:
     switches: tuple[tuple[str, bool], ...] = ()
     is_random: bool = False
     in_mergekit: bool = True
+    keeps: Literal["nothing", "a matrix", "a matrix for each model"] = "nothing"
 
     def parameters_for(self, has_base: bool) -> tuple[MethodParameter, ...]:
         """The parameters that apply with, or without, a base."""
@@ -288,6 +291,26 @@ METHODS: dict[str, MergeMethod] = {
                 ),
             ),
             base="required",
+        ),
+        MergeMethod(
+            name="tsv_m",
+            summary="adds the main directions of each model's change, made orthogonal to those of the others",
+            reference="Task Singular Vectors, arXiv:2412.00081",
+            function="optuna_merge.methods.spectral:tsv_m",
+            parameters=(dataclasses.replace(WEIGHT, default=1.0), LAMBDA),
+            base="required",
+            in_mergekit=False,
+            keeps="a matrix for each model",
+        ),
+        MergeMethod(
+            name="iso_c",
+            summary="adds all directions of the summed changes at equal length",
+            reference="Iso-C, arXiv:2502.04959",
+            function="optuna_merge.methods.spectral:iso_c",
+            parameters=(dataclasses.replace(LAMBDA, meaning="scale of the merged change", search=(0.0, 2.0)),),
+            base="required",
+            in_mergekit=False,
+            keeps="a matrix",
         ),
         MergeMethod(
             name="ram",

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from optuna_merge.methods.kept import KeptTensors
+
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 _N_NUMBERS = 1 << 14  # small tensors that are kept on their device
 
@@ -42,6 +44,7 @@ class MergeInput:
         buffers: Memory that the pieces of consecutive tensors share.
         memory: Small findings about tensors that a method keeps for the next merge.
         is_compiled: Whether elementwise arithmetic is compiled. Changes speed, not results.
+        kept: Large tensors that a method keeps for the next merge.
     """
 
     name: str
@@ -58,6 +61,7 @@ class MergeInput:
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     memory: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
     is_compiled: bool = False
+    kept: KeptTensors = field(default_factory=KeptTensors, repr=False)
 
     def of(self, base: Tensor | None, models: tuple[Tensor, ...]) -> MergeInput:
         """The same input with other tensors."""

@@ -20,7 +20,8 @@ from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import find_warm_start
 from optuna_merge.study.engines import build_scorer, make_describing_engine, merge_device, plan_memory
-from optuna_merge.study.memory import MemoryPlan
+from optuna_merge.study.kept import KeptPlan, plan_kept
+from optuna_merge.study.memory import MemoryPlan, gib
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.seconds import estimate_trial
 
@@ -44,6 +45,9 @@ class Check:
         sources: Where the sources would live: ``placement``, ``n_bytes``, ``reason``, and ``seconds``, an estimate
             from a sample of how long it takes to read them once (None if there is no GPU here). None with vLLM,
             whose workers read them from files.
+        kept: What the method makes once and keeps for all trials: ``folder``, ``n_bytes`` on disk, ``seconds``, an
+            estimate from a sample of how long the first merge takes to make it, and bytes of ``memory`` that this needs
+            on the host, and ``disk_free``; None if it keeps nothing.
         memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, and how many are ``left`` of the ``card``;
             ``source_files`` and ``host_free`` on the host.
         memory_line: The same in words.
@@ -66,6 +70,7 @@ class Check:
     chat_template: str
     device: str
     sources: dict[str, Any] | None
+    kept: dict[str, Any] | None
     memory: dict[str, int]
     memory_line: str
     trial_seconds: dict[str, float] | None
@@ -112,6 +117,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
             device=torch.device(device),
         )
     shapes = [models.template.shape(name) for name in models.template.names]
+    kept = plan_kept(config, shapes)
     return Check(
         models=[*space.labels, *([f"base {config.genome.base_model}"] if config.genome.base_model else [])],
         dtype=models.refs.dtype,
@@ -127,10 +133,11 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
         chat_template=tasks.chat_template_reason,
         device=device,
         sources=None if placement is None else _describe_placement(placement, models, placed_on),
+        kept=None if kept is None else asdict(kept),
         memory=_describe_memory(memory, models),
         memory_line=memory.describe(),
         trial_seconds=None if seconds is None else asdict(seconds),
-        warnings=_warnings(config, space, tasks.n_chunks),
+        warnings=[*_warnings(config, space, tasks.n_chunks), *_kept_warnings(kept)],
     )
 
 
@@ -173,6 +180,20 @@ def _describe_memory(memory: MemoryPlan, models: StudyModels) -> dict[str, int]:
         "source_files": sum(checkpoint.nbytes for checkpoint in models.checkpoints.values()),
         "host_free": free_host_bytes(),
     }
+
+
+def _kept_warnings(kept: KeptPlan | None) -> list[str]:
+    if kept is None:
+        return []
+    found = []
+    if kept.n_bytes > kept.disk_free:
+        found.append(
+            f"{kept.folder} will need {gib(kept.n_bytes)}, only {gib(kept.disk_free)} are free: choose another"
+            " storage_path, unless it is full of these matrices already"
+        )
+    if kept.memory > free_host_bytes():
+        found.append(f"making the kept matrices needs {gib(kept.memory)} of host memory, more than is free")
+    return found
 
 
 def _warnings(config: StudyConfig, space: SearchSpace, n_chunks: int) -> list[str]:

@@ -20,6 +20,7 @@ from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.evaluation.term import EvalTask
 from optuna_merge.merging.merger import Merger
 from optuna_merge.merging.worker import FACTORY, describe_merger
+from optuna_merge.study.kept import matrices_folder
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader, WorkerLoader
 from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
 from optuna_merge.study.models import StudyModels
@@ -48,6 +49,7 @@ def make_loader(config: StudyConfig, models: StudyModels) -> tuple[RecipeLoader,
         device=device,
         tokenizer_source=models.refs.tokenizer_source,
         placement=models.plan_placement(config, device, plan).placement,
+        keep_in=matrices_folder(config),
     )
     return LocalLoader(merger, engine), scorer
 
@@ -176,7 +178,9 @@ def _make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
 def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str, Any] | None = None) -> MakingEngine:
     from optuna_merge.evaluation.engines.vllm import VLLMEngine
 
-    description = describe_merger(models.resolved, models.refs.tokenizer_source, config.engine.merge_device)
+    description = describe_merger(
+        models.resolved, models.refs.tokenizer_source, config.engine.merge_device, matrices_folder(config)
+    )
     engine = VLLMEngine(
         models.described,
         shapes={name: models.template.shape(name) for name in models.names},

@@ -19,6 +19,7 @@ from optuna_merge.storage import attributes
 from optuna_merge.storage.fingerprint import refuse_differences
 from optuna_merge.storage.trials import best_merge, score_of
 from optuna_merge.study.fingerprint import merge_fingerprint
+from optuna_merge.study.kept import matrices_folder
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.replay import recorded_recipe
 
@@ -83,7 +84,7 @@ def export_trial(
     written = export(
         recipe,
         folder,
-        merger=Merger(models.views, tokenizer_source=models.refs.tokenizer_source),
+        merger=Merger(models.views, tokenizer_source=models.refs.tokenizer_source, keep_in=matrices_folder(config)),
         references=models.spelling,
         comment=[description],
         results=f"This is {description}.\n\n{results}",
