@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -78,6 +78,22 @@ class GroupRecipe:
     layers: tuple[int, int]
     roles: tuple[Role, ...]
     parameter_sets: tuple[ParameterSet, ...]
+
+
+class RecipeNumber(NamedTuple):
+    """One number of a recipe.
+
+    Attributes:
+        group: Name of its layer group.
+        filter: Filter of its parameter set.
+        parameter: The method parameter.
+        model: Index of its model in ``Recipe.models``; None if all models share the number.
+    """
+
+    group: str
+    filter: str | None
+    parameter: str
+    model: int | None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def methods(as_json: options.Json = False) -> None:
     Example: optuna-merge methods
 
     A parameter with a range is searched. A parameter without one keeps its default, unless the study file gives it a
-    range under search.
+    range under search. A smooth parameter has an exact derivative, which a search can follow; the others choose what
+    is kept or dropped.
     """
     from optuna_merge.methods import METHODS
 
@@ -54,4 +55,5 @@ def _parameter_line(parameter: MethodParameter) -> str:
     scope = "each model" if parameter.per_model else "all models"
     default = "1 / number of models" if parameter.default is None else f"{parameter.default:g}"
     search = "" if parameter.search is None else f", searched in [{parameter.search[0]:g}, {parameter.search[1]:g}]"
-    return f"  {parameter.name} ({scope}): {parameter.meaning}; default {default}{search}"
+    smooth = ", smooth" if parameter.is_smooth else ""
+    return f"  {parameter.name} ({scope}): {parameter.meaning}; default {default}{search}{smooth}"

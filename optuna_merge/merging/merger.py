@@ -7,11 +7,12 @@ check whether a result is finite; whoever scores it does.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from optuna_merge.checkpoints.unify import unify
 from optuna_merge.errors import MergeError, NonFiniteMergeError, first_line, is_out_of_memory
 from optuna_merge.merging.placement import Placement, count_disk_waits, free_host_bytes, place_checkpoints
 from optuna_merge.merging.plan import MergePlan, MergeStep, Numbers
+from optuna_merge.merging.pullback import Pullback
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
 from optuna_merge.merging.staging import Stage
 from optuna_merge.methods.function import MergeInput
@@ -40,6 +42,8 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": PIECE_ELEMENTS}  # the CPU's buffers 
 _KERNEL_ELEMENTS = {"cpu": 1 << 24, "cuda": KERNEL_ELEMENTS}
 _LEAST_CHUNK_ELEMENTS = 1 << 18
 
+_T = TypeVar("_T")
+
 
 class Merger:
     """Merges open checkpoints by any number of recipes.
@@ -47,6 +51,7 @@ class Merger:
     Attributes:
         checkpoints: Model reference, as recipes spell it, to its checkpoint.
         device: Device that computes and holds merged tensors.
+        followers: Tensor name to the one whose gradient came after it in the last backward pass.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Merger:
         self._vocabulary = str(tokenizer_source)
         self._kept: dict[str | None, KeptTensors] = {}  # base model -> matrices that methods made
         self._memory: dict[str | None, dict[tuple[str, ...], Any]] = {}  # base model -> what methods remember
+        self.followers: dict[str, str] = {}
 
     @classmethod
     def open(
@@ -138,19 +144,31 @@ class Merger:
             CheckpointError: If a file of weights was overwritten since it was opened.
         """
         plan = MergePlan.make(recipe, self.checkpoints)
-        _refuse_overwritten(plan)
+        plan.refuse_overwritten()
         steps = [MergeStep.of(plan, name, None if out is None else out(name)) for name in self.names]
         n_reads = count_disk_waits()
         try:
             for step, following in zip(steps, [*steps[1:], None], strict=True):
-                yield step.name, self._merge_that_fits(plan, step, following)
+                merge = functools.partial(self._merge_tensor, plan, step, following)
+                yield step.name, self.fitting(step.name, merge)
         finally:
             self._stage.drop()
-        _refuse_overwritten(plan)
+        plan.refuse_overwritten()
         if self._placement == "disk":
             # Once everything is in memory, reading ahead is left out: it takes as long as a fifth of a linear merge.
             fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
             self._reads_ahead = not fits if self._reads_ahead else count_disk_waits() > n_reads
+
+    def pullback(self, recipe: Recipe) -> Pullback:
+        """Prepare to carry the gradient of a scalar by the tensors of a merge back to the numbers of its recipe.
+
+        Raises:
+            MergeError: If the recipe does not fit the checkpoints.
+            CheckpointError: If a file of weights was overwritten since it was opened.
+        """
+        plan = MergePlan.make(recipe, self.checkpoints)
+        plan.refuse_overwritten()
+        return Pullback(self, plan)
 
     def template(self, recipe: Recipe) -> Checkpoint:
         """The checkpoint that gives the merged model its configuration and tokenizer.
@@ -161,19 +179,40 @@ class Merger:
             return self.checkpoints[recipe.tokenizer_source]
         return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]
 
+    def take(self, plan: MergePlan, name: str) -> list[Tensor]:
+        """The tensors of a name, of every checkpoint that is read; :meth:`end` must follow at last."""
+        return self._stage.take(name, lambda: plan.tensors(name))
+
+    def begin(self, plan: MergePlan, name: str) -> None:
+        """Start to read and copy the tensors of the name that is taken next."""
+        if self._reads_ahead:
+            for checkpoint in plan.read:
+                checkpoint.prefetch(name)
+        if self._stage.is_ahead:
+            self._stage.start(name, plan.tensors(name))
+
+    def end(self, plan: MergePlan) -> None:
+        """Release what was read ahead.
+
+        Raises:
+            CheckpointError: If a file of weights was overwritten since it was opened.
+        """
+        self._stage.drop()
+        plan.refuse_overwritten()
+
     def _is_large(self) -> bool:
         first = next(iter(self.checkpoints.values()))
         return sum(math.prod(first.shape(name)) for name in self.names) >= _COMPILED_FROM
 
-    def _merge_that_fits(self, plan: MergePlan, step: MergeStep, following: MergeStep | None) -> Tensor:
-        """Merge a tensor. If memory runs out, continue in smaller pieces from then on, which change no result."""
+    def fitting(self, name: str, compute: Callable[[], _T]) -> _T:
+        """What ``compute`` returns. If memory runs out, it is called again with smaller pieces from then on."""
         while True:
             try:
-                return self._merge_tensor(plan, step, following)
+                return compute()
             except (MemoryError, RuntimeError) as exc:
                 if not is_out_of_memory(exc):
                     raise
-                self._shrink(step.name, exc)
+                self._shrink(name, exc)
 
     def _shrink(self, name: str, exc: Exception) -> None:
         self._buffers.clear()
@@ -200,42 +239,44 @@ class Merger:
             if self._is_written(step):
                 return result
             self._written.pop(result.data_ptr(), None)
-        tensors = [] if step.numbers is None else self._stage.take(name, lambda: plan.tensors(name))
+        tensors = [] if step.numbers is None else self.take(plan, name)
         if following is not None and following.numbers is not None and not self._is_written(following):
-            self._begin(plan, following.name)
+            self.begin(plan, following.name)
         if step.numbers is None:
             result.copy_(plan.template.get(name))
         else:
-            try:
-                plan.function(self._inputs(plan, name, step.numbers, tensors), result)
-            except Exception as exc:  # a user's method may raise anything
-                if is_out_of_memory(exc):
-                    raise
-                if not_finite := plan.not_finite(tensors):
-                    raise NonFiniteMergeError(
-                        f"{name}: every model must be finite, got NaN or infinity in {', '.join(not_finite)}; repair or"
-                        " leave out that model"
-                    ) from exc
-                if isinstance(exc, NonFiniteMergeError):
-                    raise
-                raise MergeError(f"{name}: {plan.recipe.method} failed: {exc}") from exc
+            self.run(plan, self.inputs(plan, name, step.numbers, tensors), tensors, result)
         if step.destination is not None:
             self._written[result.data_ptr()] = step.record
         return result
+
+    def run(self, plan: MergePlan, inputs: MergeInput, tensors: list[Tensor], out: Tensor) -> None:
+        """Call the method for one tensor, of which ``tensors`` are those of :meth:`.plan.MergePlan.tensors`.
+
+        Raises:
+            NonFiniteMergeError: If it fails because a model is not finite.
+            MergeError: If it fails otherwise.
+        """
+        try:
+            plan.function(inputs, out)
+        except Exception as exc:  # a user's method may raise anything
+            if is_out_of_memory(exc):
+                raise
+            if not_finite := plan.not_finite(tensors):
+                raise NonFiniteMergeError(
+                    f"{inputs.name}: every model must be finite, got NaN or infinity in {', '.join(not_finite)}; repair"
+                    " or leave out that model"
+                ) from exc
+            if isinstance(exc, NonFiniteMergeError):
+                raise
+            raise MergeError(f"{inputs.name}: {plan.recipe.method} failed: {exc}") from exc
 
     def _is_written(self, step: MergeStep) -> bool:
         """Whether the destination already holds the result."""
         return step.destination is not None and self._written.get(step.destination.data_ptr()) == step.record
 
-    def _begin(self, plan: MergePlan, name: str) -> None:
-        """Start to read and copy the tensor that is merged next."""
-        if self._reads_ahead:
-            for checkpoint in plan.read:
-                checkpoint.prefetch(name)
-        if self._stage.is_ahead:
-            self._stage.start(name, plan.tensors(name))
-
-    def _inputs(self, plan: MergePlan, name: str, numbers: Numbers, tensors: list[Tensor]) -> MergeInput:
+    def inputs(self, plan: MergePlan, name: str, numbers: Numbers, tensors: list[Tensor]) -> MergeInput:
+        """What the method is given for one tensor."""
         assert plan.method is not None
         recipe = plan.recipe
         base, models = (None, tensors) if plan.base is None else (tensors[0], tensors[1:])
@@ -267,11 +308,6 @@ class Merger:
                 folder /= hashlib.sha256(text.encode()).hexdigest()[:16]
             self._kept[reference] = KeptTensors(folder)
         return self._kept[reference]
-
-
-def _refuse_overwritten(plan: MergePlan) -> None:
-    for checkpoint in plan.read:
-        checkpoint.refuse_overwritten()
 
 
 def _with_index(device: torch.device) -> torch.device:

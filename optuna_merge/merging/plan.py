@@ -64,6 +64,15 @@ class MergePlan:
         """The tensor ``name`` of every checkpoint that is read."""
         return [checkpoint.get(name) for checkpoint in self.read]
 
+    def refuse_overwritten(self) -> None:
+        """Refuse checkpoints whose files were overwritten since they were opened.
+
+        Raises:
+            CheckpointError: If one was.
+        """
+        for checkpoint in self.read:
+            checkpoint.refuse_overwritten()
+
     def not_finite(self, tensors: list[Tensor]) -> list[str]:
         """References of the checkpoints whose tensor, of those from :meth:`tensors`, holds NaN or infinity."""
         references = [self.recipe.models[i] for i in self.used]

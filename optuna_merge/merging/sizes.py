@@ -8,6 +8,10 @@ PIECE_ELEMENTS = 1 << 24
 KERNEL_ELEMENTS = 1 << 26
 """Elements of a piece on a GPU for compiled arithmetic, which needs no float32 copies."""
 
+SLOPE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Elements that are differentiated at a time. Some five float32 pieces for each model are held then; on a CPU they
+should stay in its cache."""
+
 STAGED_BYTES = 1 << 29
 """Up to this many bytes, the tensors that all models have under one name are copied to a GPU whole; else in pieces."""
 

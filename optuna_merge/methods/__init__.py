@@ -34,6 +34,9 @@ class MethodParameter:
         search: Range to search if the study file gives none; None keeps ``default``.
         per_model: Whether each model has its own value.
         with_base: True if the parameter applies only with a base, False if only without one, None if always.
+        is_smooth: Whether the merged tensor has a derivative by it that is exact while thresholds, masks, elected signs
+            and the choice of models stay. The tensor function must then compute through ``elementwise.write`` and use
+            the functions of ``optuna_merge.duals``, not those of ``math``, on it.
     """
 
     name: str
@@ -44,6 +47,7 @@ class MethodParameter:
     search: tuple[float, float] | None = None
     per_model: bool = True
     with_base: bool | None = None
+    is_smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,10 @@ class MergeMethod:
         return function
 
 
-WEIGHT = MethodParameter("weight", "coefficient of the model", None, float("-inf"), float("inf"), search=(0.0, 1.5))
-LAMBDA = MethodParameter("lambda", "scale of the summed task vector", 1.0, 0.0, 4.0, per_model=False)
+WEIGHT = MethodParameter(
+    "weight", "coefficient of the model", None, float("-inf"), float("inf"), search=(0.0, 1.5), is_smooth=True
+)
+LAMBDA = MethodParameter("lambda", "scale of the summed task vector", 1.0, 0.0, 4.0, per_model=False, is_smooth=True)
 DENSITY = MethodParameter("density", "fraction of entries kept", 1.0, 0.0, 1.0, search=(0.1, 1.0))
 GAMMA = MethodParameter("gamma", "fraction of entries dropped as too large", 0.01, 0.0, 1.0)
 DELLA_DENSITY = dataclasses.replace(DENSITY, search=(0.2, 0.8))  # density - epsilon must stay above 0
@@ -239,6 +245,7 @@ METHODS: dict[str, MergeMethod] = {
                     (0.0, 1.0),
                     False,
                     with_base=True,
+                    is_smooth=True,
                 ),
             ),
             base="optional",
@@ -341,7 +348,14 @@ METHODS: dict[str, MergeMethod] = {
             function="optuna_merge.methods.nearswap:nearswap",
             parameters=(
                 MethodParameter(
-                    "t", "distance up to which the model's value is taken", 1e-3, 0.0, float("inf"), (0.0, 0.01), False
+                    "t",
+                    "distance up to which the model's value is taken",
+                    1e-3,
+                    0.0,
+                    float("inf"),
+                    (0.0, 0.01),
+                    False,
+                    is_smooth=True,
                 ),
             ),
             base="required",

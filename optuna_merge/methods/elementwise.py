@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from optuna_merge.duals import value_of
 from optuna_merge.errors import first_line
 from optuna_merge.methods.function import Chunk, MergeInput, numbers_on
+from optuna_merge.methods.slope import Slope
 
 _LEAST_COMPILED = {"cpu": 1 << 14, "cuda": 2}  # elements; on a CPU, fewer take less time than the call of a kernel
 _ELEMENTS_WITH_EXTRAS = 1 << 20  # in a piece: small enough for the cache, large enough for the cost of a call
@@ -60,23 +62,47 @@ def write(
     *,
     is_fused: bool = False,
 ) -> None:
-    """Evaluate an expression over a whole tensor.
+    """Evaluate an expression over a whole tensor; or, if the input has a slope, differentiate it by its numbers.
 
     Args:
         inputs: The tensor.
         out: Result; contiguous, of the tensor's shape, on ``inputs.device``. Each element is rounded once to its dtype.
         expression: The arithmetic.
-        floats: Its numbers, converted to float32.
+        floats: Its numbers, converted to float32; dual where a derivative is wanted.
         integers: Returns its int32 numbers for a piece, which is given as a slice of the flat tensor.
         extras: Make its other tensors for a piece, each in memory of its own that is valid until the next piece.
         is_fused: Whether every product in the expression is part of an ``addcmul``, which rounds once.
     """
+    if inputs.slope is not None:
+        _differentiate(inputs, inputs.slope, expression, floats, integers, extras)
+        return
     flat = out.view(-1)
     numbers = numbers_on(inputs.device, floats)
     whole_rows = inputs.chunks(_ELEMENTS_WITH_EXTRAS if inputs.is_compiled else 0)
     for chunk in whole_rows if extras else inputs.large_chunks():
         made = tuple(extra(chunk) for extra in extras)
         evaluate(inputs, flat[chunk.span], expression, chunk.stored(), made, numbers, integers(chunk.span), is_fused)
+
+
+def _differentiate(
+    inputs: MergeInput,
+    slope: Slope,
+    expression: Expression,
+    floats: Sequence[float],
+    integers: Callable[[slice], Iterable[int]],
+    extras: Sequence[Callable[[Chunk], Tensor]],
+) -> None:
+    """Add the derivatives by ``floats``; ``extras``, such as the chances of a random mask, are held fixed."""
+    numbers = numbers_on(inputs.device, map(value_of, floats)).clone().requires_grad_()
+    total = torch.zeros(len(floats), dtype=torch.float64, device=inputs.device)
+    for chunk in inputs.chunks():
+        made = tuple(extra(chunk) for extra in extras)
+        ints = numbers_on(inputs.device, integers(chunk.span), torch.int32)
+        with torch.enable_grad():
+            result = expression(chunk.stored(), made, numbers, ints)
+        if result.requires_grad:
+            total += torch.autograd.grad(result, numbers, slope.gradient(chunk.span))[0]
+    slope.add(floats, total)
 
 
 def evaluate(

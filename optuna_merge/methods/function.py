@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from optuna_merge.duals import value_of, with_value
 from optuna_merge.methods.kept import KeptTensors
+from optuna_merge.methods.slope import Slope
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 _N_NUMBERS = 1 << 14  # small tensors that are kept on their device
@@ -45,6 +47,7 @@ class MergeInput:
         memory: Small findings about tensors that a method keeps for the next merge.
         is_compiled: Whether elementwise arithmetic is compiled. Changes speed, not results.
         kept: Large tensors that a method keeps for the next merge.
+        slope: Collects derivatives instead of a merge; None to merge. ``elementwise.write`` sees to it.
     """
 
     name: str
@@ -62,6 +65,7 @@ class MergeInput:
     memory: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
     is_compiled: bool = False
     kept: KeptTensors = field(default_factory=KeptTensors, repr=False)
+    slope: Slope | None = field(default=None, repr=False)
 
     def of(self, base: Tensor | None, models: tuple[Tensor, ...]) -> MergeInput:
         """The same input with other tensors."""
@@ -167,6 +171,12 @@ class Chunk:
         if stored.dtype == torch.float32 and stored.device == self.inputs.device:
             return stored
         return self.scratch(name).copy_(stored)
+
+
+def float32_sum(numbers: Sequence[float]) -> float:
+    """The sum, added in float32 as in mergekit; dual if the numbers are."""
+    total: float = torch.tensor([value_of(number) for number in numbers], dtype=torch.float32).sum().item()
+    return with_value(sum(numbers), total)
 
 
 def numbers_on(device: torch.device, values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.methods.elementwise import write
-from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.function import MergeInput, float32_sum
 
 
 def linear(inputs: MergeInput, out: Tensor) -> None:
@@ -21,7 +21,7 @@ def linear(inputs: MergeInput, out: Tensor) -> None:
         Model soups, arXiv:2203.05482.
     """
     weights = inputs.per_model["weight"]
-    divisor = torch.tensor(weights, dtype=torch.float32).sum().item() if inputs.switches["normalize"] else 1.0
+    divisor = float32_sum(weights) if inputs.switches["normalize"] else 1.0
     write(replace(inputs, base=None), out, _weighted_sum, [*weights, divisor], is_fused=True)
 
 

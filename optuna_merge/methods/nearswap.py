@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from optuna_merge.methods.elementwise import write
 from optuna_merge.methods.function import MergeInput
 
 
@@ -14,10 +14,10 @@ def nearswap(inputs: MergeInput, out: Tensor) -> None:
     References:
         https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
     """
-    t = inputs.shared["t"]
-    flat = out.view(-1)
-    for chunk in inputs.chunks():
-        distance = chunk.task_vector(0).abs_().clamp_(min=1e-6)
-        weight = torch.div(t, distance, out=distance).clamp_(0, 1)
-        kept = torch.sub(1, weight, out=chunk.scratch("kept")).mul_(chunk.base)
-        flat[chunk.span] = weight.mul_(chunk.model(0)).add_(kept)
+    write(inputs, out, _moved, [inputs.shared["t"]])
+
+
+def _moved(stored: tuple[Tensor, ...], extras: tuple[Tensor, ...], floats: Tensor, integers: Tensor) -> Tensor:
+    base, model = (tensor.float() for tensor in stored)
+    weight = (floats[0] / (model - base).abs().clamp(min=1e-6)).clamp(0, 1)
+    return weight * model + (1 - weight) * base

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from optuna_merge.duals import sin, sqrt
 from optuna_merge.errors import MethodError
 from optuna_merge.methods.choice import slerp_choice
 from optuna_merge.methods.function import MergeInput
@@ -163,7 +164,15 @@ def products(inputs: MergeInput) -> Products:
 
 
 def combine(inputs: MergeInput, coefficients: Sequence[float], out: Tensor) -> None:
-    """Write ``sum_i coefficient_i direction_i``, plus the base if there is one."""
+    """Write ``sum_i coefficient_i direction_i``, plus the base if there is one; or add to the input's slope."""
+    if inputs.slope is not None:
+        slopes = torch.zeros(len(coefficients), dtype=torch.float64, device=inputs.device)
+        for block in inputs.blocks():
+            gradient = inputs.slope.gradient(block.span)
+            for index in range(len(coefficients)):
+                slopes[index] += dot(gradient, block.direction(index).contiguous()).sum()
+        inputs.slope.add(coefficients, slopes)
+        return
     flat = out.view(-1)
     for chunk in inputs.chunks():
         total = chunk.zeros("total")
@@ -177,12 +186,12 @@ def _arc(t: float, cosine: float, *, is_straight: bool) -> tuple[float, float]:
     if is_straight:
         return 1 - t, t
     angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    return sin((1 - t) * angle) / math.sin(angle), sin(t * angle) / math.sin(angle)
 
 
 def _norm(coefficients: Sequence[float], gram: Products) -> float:
     square = sum(a * b * gram[i][j] for i, a in enumerate(coefficients) for j, b in enumerate(coefficients))
-    return math.sqrt(max(square, 0.0))
+    return sqrt(max(square, 0.0))
 
 
 def _clamped(cosine: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optuna_merge.methods.elementwise import write
-from optuna_merge.methods.function import MergeInput
+from optuna_merge.methods.function import MergeInput, float32_sum
 from optuna_merge.methods.sparsifier import Sparsifier, Thinning
 
 Sparsify = Callable[[MergeInput, int], Sparsifier]
@@ -182,5 +182,5 @@ def _elected_mean(weighted: list[Tensor], weights: Tensor) -> Tensor:
 
 
 def _sum_of_weights(weights: tuple[float, ...]) -> float:
-    total = torch.tensor(weights, dtype=torch.float32).sum().item()
+    total = float32_sum(weights)
     return 1.0 if abs(total) < _NO_DIVISOR else total

@@ -5,7 +5,7 @@ Knows the study file and the number of layers of the models; opens neither model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -16,9 +16,20 @@ from optuna.distributions import FloatDistribution
 
 from optuna_merge.config.search import IsotropicPrior, Range
 from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.duals import dual, slopes_of
 from optuna_merge.errors import RecipeError
 from optuna_merge.methods import MethodParameter
-from optuna_merge.recipe import Dtype, GroupRecipe, ParameterSet, Recipe, Role, group_name, layer_groups, passthrough
+from optuna_merge.recipe import (
+    Dtype,
+    GroupRecipe,
+    ParameterSet,
+    Recipe,
+    RecipeNumber,
+    Role,
+    group_name,
+    layer_groups,
+    passthrough,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -126,10 +137,7 @@ class SearchSpace:
             raise RecipeError(f"trial parameters must be those of the study file; missing {missing}, unknown {unknown}")
         # Optuna gives a number of numpy where it has clipped a draw to the upper end of its range.
         values = {name: float(params.get(name, slot.interval.low)) for name, slot in self._slots.items()}
-        groups = [self._group_recipe(group, values) for group in self._step_groups]
         genome = self._config.genome
-        if genome.smooth:
-            groups = self._interpolate(groups)
         options: dict[str, bool | float | str] = dict(self._config.method.switches)
         given = {"normalize": genome.normalize, "rescale": genome.rescale}
         options |= {switch: value for switch, value in given.items() if value is not None}
@@ -138,12 +146,35 @@ class SearchSpace:
             models=self._models.sources,
             base_model=self._models.base,
             n_layers=self._models.n_layers,
-            groups=tuple(groups),
+            groups=self._group_recipes(values),
             options=options,
             dtype=self._models.dtype,
             tokenizer_source=self._models.tokenizer_source,
             seed=self._config.study.seed,
         )
+
+    def pull_back(self, slopes: Mapping[RecipeNumber, float]) -> dict[str, float]:
+        """Carry derivatives by the numbers of a recipe back to the trial parameters that it was decoded from.
+
+        Args:
+            slopes: Derivatives of a scalar by the numbers of a recipe from :meth:`decode`; others are left out.
+
+        Returns:
+            Derivatives of that scalar by the trial parameters, in the order of ``distributions``, without those that
+            decide no number of ``slopes``, such as a density.
+        """
+        found: dict[str, float] = {}
+        for number, name, share in self._shares:
+            if number in slopes:
+                found[name] = found.get(name, 0.0) + share * slopes[number]
+        return {name: found[name] for name in self.distributions if name in found}
+
+    @cached_property
+    def _shares(self) -> tuple[tuple[RecipeNumber, str, float], ...]:
+        """For each number of a recipe and each trial parameter in it: its derivative by that, the same everywhere."""
+        values = {name: dual(0.0, name) if name in self.distributions else 0.0 for name in self._slots}
+        numbers = (number for group in self._group_recipes(values) for number in _numbers_of(group))
+        return tuple((key, str(name), share) for key, value in numbers for name, share in slopes_of(value).items())
 
     def uniform(self, total: float = 1.0) -> dict[str, float]:
         """Trial parameters of a uniform merge: the same weight for each model, everything else at its default.
@@ -307,6 +338,11 @@ class SearchSpace:
             sets.append(ParameterSet(tensor_filter, shared, per_model))
         return GroupRecipe(group.name, group.layers, group.roles, tuple(sets))
 
+    def _group_recipes(self, values: Mapping[str, float]) -> tuple[GroupRecipe, ...]:
+        """The groups of a recipe, from the value of each slot; linear in them."""
+        groups = [self._group_recipe(group, values) for group in self._step_groups]
+        return tuple(self._interpolate(groups) if self._config.genome.smooth else groups)
+
     def _interpolate(self, groups: list[GroupRecipe]) -> list[GroupRecipe]:
         """One group for each layer, with values interpolated between the layer groups, like a mergekit gradient."""
         knots = [group for group in groups if group.layers[0] < group.layers[1]]
@@ -345,6 +381,15 @@ def split_parameter(name: str) -> tuple[str, str]:
     """Split a parameter's name into its layer group and the rest; a trailing ``.weight`` is left out of the rest."""
     group, _, rest = name.partition(".")
     return group, rest.removesuffix(".weight")
+
+
+def _numbers_of(group: GroupRecipe) -> Iterator[tuple[RecipeNumber, float]]:
+    for part in group.parameter_sets:
+        for parameter, value in part.shared.items():
+            yield RecipeNumber(group.name, part.filter, parameter, None), value
+        for parameter, values in part.per_model.items():
+            for model, value in enumerate(values):
+                yield RecipeNumber(group.name, part.filter, parameter, model), value
 
 
 def _between(left: ParameterSet, right: ParameterSet, fraction: float) -> ParameterSet:
