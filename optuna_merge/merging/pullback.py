@@ -149,5 +149,5 @@ class Pullback:
         inputs = dataclasses.replace(inputs, slope=slope, chunk_elements=n_elements, is_compiled=False)
         nowhere = torch.empty(gradient.shape, device="meta")  # a slope is collected, not written
         self._merger.run(self._plan, inputs, tensors, nowhere)
-        slope.check(name, self._plan.recipe.method)
+        slope.finish(name, self._plan.recipe.method)
         return slope

@@ -43,12 +43,13 @@ class Slope:
         terms = [(i, key, own) for i, number in enumerate(numbers) for key, own in slopes_of(number).items()]
         self._parts.append((terms, slopes))
 
-    def check(self, name: str, method: str) -> None:
-        """Refuse a method that computed the tensor ``name`` without telling its slope.
+    def finish(self, name: str, method: str) -> None:
+        """Release the gradient, and refuse a method that computed the tensor ``name`` without telling its slope.
 
         Raises:
             MethodError: If it did.
         """
+        self._flat = self._flat.new_empty(0)
         if not self._parts:
             raise MethodError(
                 f"{name}: {method} must compute through elementwise.write to be differentiated, got arithmetic of its"

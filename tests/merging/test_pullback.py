@@ -55,7 +55,7 @@ def with_firm_signs(folder: Path) -> Path:
     for path in sorted(folder.glob("model_*")):
         model = load_file(path / "model.safetensors")
         for name, tensor in model.items():
-            sign = torch.where(target(name, tuple(tensor.shape)) < 0, -1.0, 1.0)
+            sign = torch.where(target(f"sign of {name}", tuple(tensor.shape)) < 0, -1.0, 1.0)
             model[name] = base[name] + (tensor - base[name]).abs() * sign
         save_file(model, path / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -95,10 +95,12 @@ def check(study: Path, seed: int = 0, n_checked: int = 2) -> None:
         assert abs(slopes[name] - difference) < 1e-4 * max(abs(difference), 0.1 * scale), (name, slopes[name])
 
 
+APART = ("nearswap", "consensus_ta", "consensus_ties")  # their masks move with the parameters
+
 CASES = [
     (name, with_base, normalize)
     for name, method in METHODS.items()
-    if any(parameter.is_smooth for parameter in method.parameters) and name != "nearswap"
+    if any(parameter.is_smooth for parameter in method.parameters) and name not in APART
     for with_base in ((True,) if method.base == "required" else (True, False))
     for normalize in ((False, True) if ("normalize", True) in method.switches or name == "task_arithmetic" else (None,))
 ]
