@@ -88,6 +88,7 @@ def _page(study: optuna.Study, summary: Summary, config: StudyConfig) -> str:
 
 def print_summary(summary: Summary) -> None:
     """Print the tables of a study, and the sentences that follow from them, on stdout."""
+    from optuna_merge.report.lengths import answers_split, answers_table, length_warnings
     from optuna_merge.report.summary import verdict
     from optuna_merge.report.tables import front_table, held_rows, searched_table
 
@@ -104,6 +105,10 @@ def print_summary(summary: Summary) -> None:
         _print_holdout(held)
         typer.echo("± is one standard error; differences are paired by document.")
         typer.echo(verdict(summary))
+    if answers := answers_table(summary, f"answers, {answers_split(summary)} documents"):
+        output.print_table(answers.header, answers.rows)
+        for warning in length_warnings(summary):
+            typer.echo(warning)
     if summary.front:
         front = front_table(summary, "front, searched documents", "trial")
         output.print_table(front.header, front.rows)

@@ -45,14 +45,14 @@ def contradictions(config: StudyConfig) -> Iterator[Problem]:
 def _repeated(config: StudyConfig) -> Iterator[Problem]:
     held_out = config.holdout.tasks if config.holdout else ()
     for key, values in (
-        ("genome.models", config.genome.models),
-        ("genome.filters", config.genome.filters),
-        ("tasks", [task.name for task in config.tasks]),
-        ("holdout", [task.name for task in held_out]),
+        ("genome.models", [(model,) for model in config.genome.models]),
+        ("genome.filters", [(part,) for part in config.genome.filters]),
+        ("tasks", [(task.name, task.metric) for task in config.tasks]),
+        ("holdout", [(task.name, task.metric) for task in held_out]),
     ):
         for index, value in enumerate(values):
             if value in values[:index]:
-                yield Problem(f"{key}[{index}]", "be different from the others", f"{value!r} again", "remove one")
+                yield Problem(f"{key}[{index}]", "be different from the others", f"{value[0]!r} again", "remove one")
 
 
 def _filters(config: StudyConfig) -> Iterator[Problem]:

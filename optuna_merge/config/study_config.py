@@ -120,7 +120,12 @@ class StudyConfig(Section):
         """What is maximised, in the order of the tasks: ``score`` alone unless the goal is ``pareto``."""
         if self.study.goal == "sum":
             return ("score",)
-        return tuple(dict.fromkeys(task.objective or task.name for task in self.tasks))
+        return tuple(dict.fromkeys(map(self.objective_of, self.tasks)))
+
+    def objective_of(self, task: TaskConfig) -> str:
+        """The objective that one of ``tasks`` counts towards with ``goal: pareto``."""
+        is_alone = [other.name for other in self.tasks].count(task.name) == 1
+        return task.objective or (task.name if is_alone else f"{task.name} ({task.metric})")
 
     @property
     def dtype(self) -> Dtype | None:

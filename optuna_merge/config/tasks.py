@@ -19,9 +19,10 @@ class TaskConfig(Section):
     Attributes:
         name: As lm-eval knows it.
         weight: Its factor in the score, which is the sum of weight x metric; negative: minimise the metric.
-        metric: ``metric,filter`` as in lm-eval's results.
+        metric: ``metric,filter`` as in lm-eval's results, or ``n_tokens``: the mean length of generated answers.
         metadata: Passed to the task's own ``custom_dataset`` function.
-        objective: With ``goal: pareto``, the objective it counts towards; empty: one of its own, named like the task.
+        objective: With ``goal: pareto``, the objective it counts towards; empty: one of its own, named like the task,
+            and with the metric where a task is named twice.
     """
 
     name: str = Field(min_length=1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-__all__ = ["DifferentiableEngine", "Engine", "Goal", "MakingEngine", "Prepared", "Request", "Response", "Sink"]
+__all__ = ["DifferentiableEngine", "Engine", "Goal", "MakingEngine", "Prepared", "Request", "Response", "Sink", "Text"]
 
 Sink = Callable[[str, "Tensor"], None]
 """Takes the gradient of one tensor; see :meth:`DifferentiableEngine.respond_with_gradient`."""
@@ -28,8 +28,31 @@ Response = tuple[float, bool] | float | str
 """The answer to a request, by its kind.
 
 ``loglikelihood``: natural log-probability of the continuation, and whether greedy decoding would give it;
-``loglikelihood_rolling``: natural log-probability of the whole text; ``generate_until``: the generated text.
+``loglikelihood_rolling``: natural log-probability of the whole text; ``generate_until``: the generated text, as a
+:class:`Text` if the engine knows how it ended.
 """
+
+
+class Text(str):
+    """A generated text, and how it came about.
+
+    Attributes:
+        n_tokens: Tokens that the model generated for it, including those that ended it and are not part of the text.
+        is_cut: Whether it ended only because it might have no more tokens.
+    """
+
+    n_tokens: int
+    is_cut: bool
+
+    def __new__(cls, text: str, n_tokens: int, is_cut: bool) -> Text:
+        """Add to a text what is known about it."""
+        made = super().__new__(cls, text)
+        made.n_tokens, made.is_cut = n_tokens, is_cut
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles keep the attributes."""
+        return Text, (str(self), self.n_tokens, self.is_cut)
 
 
 class Request(Protocol):

@@ -19,6 +19,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 
 from optuna_merge.errors import TaskError
+from optuna_merge.evaluation.answers import N_TOKENS, measured, unread, unread_column
 from optuna_merge.evaluation.engine import Response
 from optuna_merge.evaluation.faults import fault
 from optuna_merge.evaluation.rendering import render
@@ -26,6 +27,7 @@ from optuna_merge.evaluation.values import from_plain, to_plain
 from optuna_merge.internals.lm_eval import (
     DEFAULT_OTHER_SEED,
     apply_filters,
+    filter_fallbacks,
     filter_names,
     mean_stderr,
     runs_generated_code,
@@ -57,6 +59,7 @@ class Leaf:
         holdout: Documents that are held out.
         instances: Document to its requests.
         wanted: Metric and filter of each value that is computed for a document.
+        counts_tokens: Whether the metric ``n_tokens`` is ours: the task generates and has no metric of that name.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Leaf:
     holdout: list[int] = field(default_factory=list)
     instances: dict[int, list[Instance]] = field(default_factory=dict)
     wanted: list[tuple[str, str]] = field(default_factory=list)
+    counts_tokens: bool = False
 
     def set_fewshot(self, num_fewshot: int | None) -> None:
         """Set the number of few-shot examples as lm-eval's command line does; None: the task's own."""
@@ -83,7 +87,7 @@ class Leaf:
         self.instances = render(self.name, self.task, selected, **rendering)
 
     def metrics(self) -> tuple[str, ...]:
-        """Metrics as lm-eval would report them: ``metric,filter``.
+        """Metrics as lm-eval would report them, ``metric,filter``, and ``n_tokens,none`` if the task generates.
 
         A task's ``process_results`` may return other metrics than the task declares, and only a call tells which. So
         the first document is processed with made-up responses; where that is impossible, the declared ones count.
@@ -101,16 +105,29 @@ class Leaf:
                 # an empty text may be no answer to the task's code; a log-likelihood always is one
                 if not generates:
                     raise
-        return tuple(f"{name},{filter_name}" for name in names for filter_name in filters)
+        found = [f"{name},{filter_name}" for name in names for filter_name in filters]
+        self.counts_tokens = generates and ",".join(N_TOKENS) not in found
+        return (*found, *([",".join(N_TOKENS)] if self.counts_tokens else []))
 
     def score(self, doc_ids: Sequence[int], responses: Iterator[Response]) -> dict[str, list[Any]]:
-        """Values of some documents: ``doc_id``, and each wanted ``metric,filter``."""
+        """Values of some documents: ``doc_id``, each wanted ``metric,filter``, and the columns of ``answers.py``."""
         columns: dict[str, list[Any]] = {"doc_id": list(doc_ids)}
         answered = list(responses)
+        columns |= measured(self._by_document(doc_ids, answered))
         for metric, filter_name in self.wanted:
+            if self.is_count(metric, filter_name):
+                columns[f"{metric},{filter_name}"] = columns.get(metric, [None] * len(doc_ids))
+                continue
             values = self._process(doc_ids, iter(answered), filter_name)
             columns[f"{metric},{filter_name}"] = [to_plain(v.get(metric), self.name, metric) for v in values]
+            if "n_tokens" in columns and (fallbacks := filter_fallbacks(self.task, filter_name)):
+                filtered = [[i.filtered_resps[filter_name] for i in self.instances[doc_id]] for doc_id in doc_ids]
+                columns[unread_column(filter_name)] = unread(filtered, fallbacks)
         return columns
+
+    def is_count(self, metric: str, filter_name: str) -> bool:
+        """Whether a metric is the number of tokens, which the task's own code does not know."""
+        return self.counts_tokens and (metric, filter_name) == N_TOKENS
 
     def document_value(self, doc_id: int, responses: Sequence[Response], metric: str, filter_name: str) -> Any:
         """A metric of one document, if its requests are answered so; None if it has not that metric.
@@ -168,6 +185,11 @@ class Leaf:
         if not names:
             raise TaskError(f"task '{self.name}': filter_list must have a filter, got none; add one or leave it out")
         return names
+
+    def _by_document(self, doc_ids: Sequence[int], responses: Sequence[Response]) -> list[list[Response]]:
+        left = iter(responses)
+        counts = [sum(i.repeats or 1 for i in self.instances[doc_id]) for doc_id in doc_ids]
+        return [[next(left) for _ in range(count)] for count in counts]
 
     def _process(self, doc_ids: Sequence[int], responses: Iterator[Response], filter_name: str) -> list[dict[str, Any]]:
         instances = [instance for doc_id in doc_ids for instance in self.instances[doc_id]]

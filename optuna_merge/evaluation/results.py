@@ -17,7 +17,29 @@ from optuna_merge.errors import TaskError
 _Read = TypeVar("_Read")
 
 Documents = dict[str, dict[str, list[Any]]]
-"""Leaf to its columns, parallel lists of plain JSON values in document order: ``doc_id`` and each ``metric,filter``."""
+"""Leaf to its columns, parallel lists of plain JSON values in document order.
+
+``doc_id``, each ``metric,filter``, and for generated texts the columns of ``answers.py``.
+"""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the texts that one model generated for one term came about; see ``answers.py``.
+
+    Attributes:
+        n: Number of documents.
+        n_tokens: Mean number of tokens of an answer.
+        cut: Share of answers that ended only because they had ``max_gen_toks`` tokens.
+        empty: Share that has no character but blanks.
+        unread: Share in which the term's filter found nothing; None if the filter does not say.
+    """
+
+    n: int
+    n_tokens: float
+    cut: float
+    empty: float
+    unread: float | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,7 @@ class TaskScore:
         stderr: Its standard error as lm-eval estimates it; None if lm-eval has no estimate or none was asked for.
         n_documents: Documents that were aggregated.
         weight: What the metric is multiplied by.
+        answers: How the generated texts came about; None if there are none, or if an earlier version scored them.
     """
 
     metric: str
@@ -37,6 +60,7 @@ class TaskScore:
     stderr: float | None
     n_documents: int
     weight: float
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +143,10 @@ def join(parts: Sequence[Documents]) -> Documents:
     joined: Documents = {}
     for part in parts:
         for name, columns in part.items():
-            into = joined.setdefault(name, {key: [] for key in columns})
-            for key, values in columns.items():
-                into[key] = into[key] + values
+            into = joined.setdefault(name, {})
+            n_before, n_new = len(into.get("doc_id", ())), len(columns["doc_id"])
+            for key in {**into, **columns}:  # a chunk that an earlier version scored has fewer columns
+                into[key] = into.get(key, [None] * n_before) + columns.get(key, [None] * n_new)
     return {name: _in_order(columns) for name, columns in joined.items()}
 
 

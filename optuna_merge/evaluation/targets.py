@@ -78,6 +78,8 @@ class Targets:
             doc_ids: The documents; at least one.
             numbers: Document to the numbers of its requests that have a log-likelihood.
         """
+        if leaf.is_count(metric, filter_name):
+            return None
         asked = _Asked(leaf, metric, filter_name)
         first = leaf.instances[doc_ids[0]]
         if first[0].request_type == "generate_until":

@@ -15,6 +15,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean
 
 from optuna_merge.errors import TaskError
+from optuna_merge.evaluation.answers import N_TOKENS, summarize
 from optuna_merge.evaluation.description import TaskDescription
 from optuna_merge.evaluation.leaf import Leaf
 from optuna_merge.evaluation.results import Documents, TaskScore
@@ -79,6 +80,7 @@ class Term:
         if self.group is not None:
             entries = {name: {"sample_len": 1, **dict.fromkeys(keys, 0.0)} for name, keys in per_leaf.items()}
             found = [key for key in self.group.aggregate(cast("Any", entries)) if "," in key and "_stderr," not in key]
+            found += [",".join(N_TOKENS)] if all(leaf.counts_tokens for leaf in self.leaves) else []
         else:
             found = list(dict.fromkeys(key for keys in per_leaf.values() for key in keys))
         self.metrics = tuple(found)
@@ -116,7 +118,8 @@ class Term:
         values = {leaf.name: leaf.value(metric, columns[leaf.name]) for leaf in present}
         errors = {leaf.name: leaf.stderr(metric, columns[leaf.name], bootstrap) for leaf in present}
         value, error = self._combine(values, sizes, errors)
-        return TaskScore(self.metric, value, error, sum(sizes.values()), self.weight)
+        answers = summarize([documents.get(leaf.name, {}) for leaf in self.leaves], self._filter_name)
+        return TaskScore(self.metric, value, error, sum(sizes.values()), self.weight, answers)
 
     def pairs(self, documents: Documents, others: Documents) -> dict[str, list[tuple[Any, Any] | None]]:
         """The metric of two models on the same documents.
@@ -201,10 +204,12 @@ class Term:
     ) -> tuple[float, float | None]:
         """The value of a term from those of its leaves, and its standard error if all of theirs are known.
 
-        A group says how it is aggregated; a tag, or a group that does not say, is the unweighted mean of its tasks.
+        A group says how it is aggregated; a tag, a group that does not say, or ``n_tokens`` of any, is the unweighted
+        mean of its tasks.
         """
         known = {name: e for name, e in (errors or {}).items() if e is not None}
-        if self.group is not None:
+        counts = all(leaf.is_count(self._metric_name, self._filter_name) for leaf in self.leaves)
+        if self.group is not None and not counts:
             stderr_key = f"{self._metric_name}_stderr,{self._filter_name}"
             entries: dict[str, dict[str, Any]] = {
                 name: {"sample_len": sizes[name], self.metric: value} for name, value in values.items()

@@ -35,6 +35,7 @@ __all__ = [
     "TooFewExamplesError",
     "apply_filters",
     "encode_pair",
+    "filter_fallbacks",
     "filter_names",
     "get_rolling_token_windows",
     "get_sample_size",
@@ -185,6 +186,16 @@ def filter_names(task: Task) -> list[str]:
         return [ensemble.name for ensemble in task._filters]
     except AttributeError as exc:
         raise _changed(f"{type(task).__name__}._filters") from exc
+
+
+def filter_fallbacks(task: Task, name: str) -> list[Any]:
+    """What a task's filter gives for a text in which it finds nothing; empty if none of its steps says so."""
+    fallbacks: list[Any] = []
+    for ensemble in task._filters:
+        for make_step in ensemble.filters if ensemble.name == name else ():
+            fallback = getattr(make_step(), "fallback", [])
+            fallbacks += fallback if isinstance(fallback, list) else [fallback]
+    return fallbacks
 
 
 def is_multimodal(task: Task) -> bool:

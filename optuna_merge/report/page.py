@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report import palette, svg
+from optuna_merge.report.lengths import answers_split, answers_table, length_warnings
 from optuna_merge.report.pictures import Picture
 from optuna_merge.report.summary import Summary, standing, verdict
 from optuna_merge.report.tables import Table, figure_text, front_table, held_rows, lead_text, searched_table
@@ -37,6 +38,9 @@ def page(summary: Summary, config: StudyConfig, pictures: Sequence[Picture], rec
         spent=_spent(summary),
         searched=searched_table(summary, "model") if summary.rows else None,
         held_out=_holdout_table(summary) if held_rows(summary) else None,
+        answers=answers_table(summary, "task"),
+        answers_split=answers_split(summary),
+        warnings=length_warnings(summary),
         front=front_table(summary, "trial of the front", "number") if summary.front else None,
         recipe=recipe,
     )

@@ -8,6 +8,7 @@ merge: a choice by the holdout would bias its figure upward, as the maximum over
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,17 +18,21 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.storage import attributes
 from optuna_merge.storage.trials import FINISHED, best_merges, front_of, score_of
-from optuna_merge.study.holdout_file import HoldoutRow, read_holdout
+from optuna_merge.study.holdout_file import Answers, HoldoutRow, read_holdout
 
 Kind = Literal["source", "base", "uniform", "runner-up", "best"]
 
 
 @dataclass(frozen=True)
 class SearchedTask:
-    """One metric on the searched documents; ``stderr`` is None where lm-eval estimates none."""
+    """One metric on the searched documents.
+
+    ``stderr`` is None where lm-eval estimates none, ``answers`` where nothing is generated.
+    """
 
     value: float
     stderr: float | None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -219,10 +224,16 @@ def _tasks(trial: FrozenTrial, order: list[str]) -> dict[str, SearchedTask]:
     scored = [key.removeprefix(prefix) for key in trial.user_attrs if key.startswith(prefix)]
     # A storage does not keep the order of attributes. A task with several terms is called "name (metric)".
     scored.sort(key=lambda task: (order.index(task.split(" (")[0]) if task.split(" (")[0] in order else 0, task))
-    return {
-        task: SearchedTask(trial.user_attrs[f"{prefix}{task}"], trial.user_attrs.get(f"{attributes.STDERR} {task}"))
-        for task in scored
-    }
+    return {task: _task(trial.user_attrs, task) for task in scored}
+
+
+def _task(recorded: Mapping[str, Any], task: str) -> SearchedTask:
+    answers = recorded.get(f"{attributes.ANSWERS} {task}")
+    return SearchedTask(
+        recorded[f"{attributes.SCORE} {task}"],
+        recorded.get(f"{attributes.STDERR} {task}"),
+        None if answers is None else Answers(**answers),
+    )
 
 
 def _front(study: optuna.Study, config: StudyConfig) -> list[Point]:

@@ -23,7 +23,7 @@ def study_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpa
         **merge_fingerprint(config, models, space),
         "tasks": [
             f"{task.weight:g} x {task.name} {task.metric}"
-            + (f" for {task.objective or task.name}" if has_several_objectives else "")
+            + (f" for {config.objective_of(task)}" if has_several_objectives else "")
             for task in config.tasks
         ],
         "limit": config.limit,

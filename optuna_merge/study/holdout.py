@@ -119,7 +119,7 @@ def _row(entry: _Entry, best: _Entry, objective: MergeObjective) -> HoldoutRow:
         trial=entry.trial.number,
         value=entry.score.value,
         tasks={
-            name: TaskFigure(task.metric, task.value, task.stderr, task.n_documents)
+            name: TaskFigure(task.metric, task.value, task.stderr, task.n_documents, task.answers)
             for name, task in entry.score.tasks.items()
         },
         difference=ahead.value,

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from optuna_merge.atomic import write_atomically
 from optuna_merge.errors import StudyError
+from optuna_merge.evaluation.results import Answers
 from optuna_merge.storage import attributes
 from optuna_merge.storage.outages import reason
 from optuna_merge.storage.trials import best_merges
@@ -21,6 +22,18 @@ from optuna_merge.storage.trials import best_merges
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
+
+__all__ = [
+    "HOLDOUT_FILE",
+    "N_BEST",
+    "Answers",
+    "HoldoutRow",
+    "TaskFigure",
+    "needs_holdout",
+    "read_holdout",
+    "write_holdout",
+    "write_scores",
+]
 
 HOLDOUT_FILE = "holdout.json"
 _TEST = "permutation"
@@ -31,12 +44,16 @@ N_BEST = 5
 
 @dataclass(frozen=True)
 class TaskFigure:
-    """One metric of one model on one task; ``stderr`` is None where lm-eval estimates none."""
+    """One metric of one model on one task.
+
+    ``stderr`` is None where lm-eval estimates none, ``answers`` where nothing is generated.
+    """
 
     metric: str
     value: float
     stderr: float | None
     n_documents: int
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ class MergeObjective:
             trial.set_user_attr(f"{attributes.SCORE} {name}", task.value)
             if task.stderr is not None:
                 trial.set_user_attr(f"{attributes.STDERR} {name}", task.stderr)
+            if task.answers is not None:
+                trial.set_user_attr(f"{attributes.ANSWERS} {name}", asdict(task.answers))
         if not math.isfinite(score.value):
             bad = [f"{name} {task.metric} = {task.value}" for name, task in score.tasks.items()]
             return self._fail(trial, f"score must be finite, got {', '.join(bad)}")
@@ -318,7 +321,7 @@ class MergeObjective:
         """For each objective the sum of weight x metric over its tasks."""
         parts: dict[str, list[float]] = {name: [] for name in self.config.objectives}
         for task, scored in zip(self.config.tasks, score.tasks.values(), strict=True):
-            parts[task.objective or task.name].append(scored.weight * scored.value)
+            parts[self.config.objective_of(task)].append(scored.weight * scored.value)
         return tuple(map(math.fsum, parts.values()))
 
     def _fail(self, trial: optuna.Trial, reason: str) -> float | tuple[float, ...]:

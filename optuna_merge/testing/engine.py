@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optuna_merge.errors import EngineError, NonFiniteMergeError
-from optuna_merge.evaluation.engine import Prepared, Request, Response
+from optuna_merge.evaluation.engine import Prepared, Request, Response, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +134,7 @@ class FakeEngine:
         digest = hashlib.sha256(text.encode()).digest()
         surplus = skill - int.from_bytes(digest[:6], "big") / 2**48
         if request.request_type == "generate_until":
-            return self.right if surplus > 0 else ""
+            text = self.right if surplus > 0 else ""
+            return Text(text, len(text), is_cut=False)
         is_right = request.args[1] == self.right
         return (-1.0 + surplus if is_right else -1.0), is_right == (surplus > 0)

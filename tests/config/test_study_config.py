@@ -96,6 +96,11 @@ def test_several_objectives_have_their_own_sampler_and_no_pruner(load: Any) -> N
     assert load(STUDY).objectives == ("score",)
 
 
+def test_a_task_named_again_with_another_metric_is_an_objective_of_its_own(load: Any) -> None:
+    config = load(STUDY + "  - {name: letters, metric: n_tokens, weight: -1}\nstudy: {goal: pareto}\n")
+    assert config.objectives == ("letters (acc,none)", "letters (n_tokens)")
+
+
 def test_relative_paths_start_at_the_file(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tasks").mkdir()
     monkeypatch.chdir(tmp_path.parent)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MambaConfig, MambaForC
 from transformers.cache_utils import Cache
 
 from optuna_merge.errors import EngineError
+from optuna_merge.evaluation.engine import Text
 from optuna_merge.evaluation.engines.forward import Forward
 from optuna_merge.evaluation.engines.hf import HFEngine
 from optuna_merge.testing.conformance import TextRequest
@@ -110,6 +111,22 @@ def test_chats_end_at_the_tokens_that_the_model_names(model: Path) -> None:
     assert responses == by_lm_eval(model, requests)
     assert all(text != other for text, other in zip(responses, without_ends, strict=True))
     assert engine.prepare(requests).generation[1].prompts[-1].tokens.count(0) == 1  # the template's <s>, not another
+
+
+def test_texts_say_how_they_ended(model: Path) -> None:
+    engine = loaded(model)
+    prompt = "the cat sat on the mat"
+    [whole, sampled] = engine.respond(engine.prepare([asked(prompt), asked(prompt, do_sample=True, temperature=1.0)]))
+    assert isinstance(whole, Text)
+    assert isinstance(sampled, Text)
+    assert (whole.n_tokens, whole.is_cut) == (8, True)
+    # lm-eval samples and does not tell tokens: its text is encoded again
+    n_encoded = len(AutoTokenizer.from_pretrained(model).encode(sampled, add_special_tokens=False))
+    assert (sampled.n_tokens, sampled.is_cut) == (n_encoded, n_encoded >= 8)
+    [stopped] = engine.respond(engine.prepare([asked(prompt, until=[whole[len(whole) // 2 :][:1]])]))
+    assert isinstance(stopped, Text)
+    assert not stopped.is_cut
+    assert 1 <= stopped.n_tokens < 8
 
 
 def test_rows_leave_and_others_take_their_places(model: Path, n_step_rows: list[int]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from optuna_merge.evaluation.engine import Text
 from optuna_merge.evaluation.engines.forward import Before, Forward
 from optuna_merge.evaluation.engines.generation import Generation, Prompt
 from optuna_merge.evaluation.engines.key_values import KeysAndValues
@@ -53,7 +54,7 @@ class Decoder:
         self._lookbacks: dict[str, int] = {}
         self.n_rows = 0
 
-    def decode(self, plan: Generation, n_most_rows: int, texts: dict[int, str]) -> None:
+    def decode(self, plan: Generation, n_most_rows: int, texts: dict[int, Text]) -> None:
         """Generate the planned texts.
 
         Args:
@@ -121,7 +122,7 @@ class Decoder:
         plan: Generation,
         logits: Tensor,
         made: Mapping[int, list[int]],
-        texts: dict[int, str],
+        texts: dict[int, Text],
     ) -> list[bool]:
         """Append the likeliest token to each text; return which ones have ended."""
         prompts = [plan.prompts[number] for number in numbers]
@@ -130,14 +131,15 @@ class Decoder:
         has_ended = []
         for number, prompt, token in zip(numbers, prompts, logits.argmax(-1).tolist(), strict=True):
             made[number].append(token)
-            has_ended.append(self._ends_text(prompt, made[number]))
+            has_stopped = self._has_stopped(prompt, made[number])
+            has_ended.append(has_stopped or len(made[number]) >= prompt.n_most)
             if has_ended[-1]:
-                text = self._lm.tok_decode(made[number])
-                texts[number] = postprocess_generated_text(text, list(prompt.until), None)
+                text = postprocess_generated_text(self._lm.tok_decode(made[number]), list(prompt.until), None)
+                texts[number] = Text(text, len(made[number]), is_cut=not has_stopped)
         return has_ended
 
-    def _ends_text(self, prompt: Prompt, tokens: Sequence[int]) -> bool:
-        if tokens[-1] in self._ends or len(tokens) >= prompt.n_most:
+    def _has_stopped(self, prompt: Prompt, tokens: Sequence[int]) -> bool:
+        if tokens[-1] in self._ends:
             return True
         tails: dict[int, str] = {}
         for text in prompt.until:
@@ -160,7 +162,7 @@ def _settings(config: GenerationConfig) -> Mapping[str, Any]:
     }
 
 
-def _pieces(plan: Generation, n_most_rows: int, texts: Mapping[int, str]) -> list[list[int]]:
+def _pieces(plan: Generation, n_most_rows: int, texts: Mapping[int, Text]) -> list[list[int]]:
     """Pieces of at most ``n_most_rows`` prompts that have no text yet."""
     missing = [[number for number in piece if number not in texts] for piece in plan.pieces]
     return [piece[at : at + n_most_rows] for piece in missing for at in range(0, len(piece), n_most_rows)]

@@ -11,10 +11,10 @@ from typing import cast
 import torch
 
 from optuna_merge.errors import is_out_of_memory
-from optuna_merge.evaluation.engine import Request
+from optuna_merge.evaluation.engine import Request, Text
 from optuna_merge.evaluation.engines.decoder import Decoder
 from optuna_merge.evaluation.engines.forward import Forward
-from optuna_merge.evaluation.engines.generation import GENERATION_SEED, Generation, plan_generation
+from optuna_merge.evaluation.engines.generation import GENERATION_SEED, Generation, cut_prompt, plan_generation
 from optuna_merge.evaluation.engines.language import Language
 from optuna_merge.evaluation.engines.prefixes import Prefixes
 from optuna_merge.evaluation.quiet import quietly
@@ -85,8 +85,10 @@ class Generator:
                 n_most_cached=self._n_most_cached,
             )
 
-    def answer(self, generated: Generated, plan: Generation) -> list[str]:
+    def answer(self, generated: Generated, plan: Generation) -> list[Text]:
         """Generate the texts, in the order of the requests.
+
+        The tokens of a text that lm-eval generates are counted by encoding it; it does not tell them.
 
         Args:
             generated: The requests.
@@ -99,17 +101,17 @@ class Generator:
             with torch.inference_mode():
                 self._decodes = self._decoder.is_right(plan.prompts[0].tokens)
         is_ours = [number is not None and bool(self._decodes) for number in plan.prompt_of]
-        texts: dict[int, str] = {}
+        texts: dict[int, Text] = {}
         if any(is_ours):
             self._decode(plan, texts)
-        others = [request for (_, request, _), ours in zip(generated, is_ours, strict=True) if not ours]
+        others = [(request, tokens) for (_, request, tokens), ours in zip(generated, is_ours, strict=True) if not ours]
         theirs = iter(self._by_lm_eval(others, plan.batch_size) if others else ())
         return [
             texts[cast(int, number)] if ours else next(theirs)
             for number, ours in zip(plan.prompt_of, is_ours, strict=True)
         ]
 
-    def _decode(self, plan: Generation, texts: dict[int, str]) -> None:
+    def _decode(self, plan: Generation, texts: dict[int, Text]) -> None:
         while True:
             n_rows = min(plan.n_rows, self.n_most_rows)
             try:
@@ -121,7 +123,16 @@ class Generator:
                     raise
             self._halve(self._decoder.n_rows)
 
-    def _by_lm_eval(self, requests: list[Request], batch_size: int) -> list[str]:
+    def _by_lm_eval(self, asked: Sequence[tuple[Request, Sequence[int]]], batch_size: int) -> list[Text]:
+        made = self._made_by_lm_eval([request for request, _ in asked], batch_size)
+        texts = []
+        for (request, tokens), text in zip(asked, made, strict=True):
+            n_tokens = len(self._language.lm.tok_encode(text, add_special_tokens=False))
+            _, n_most = cut_prompt(tokens, request, self._language.window)
+            texts.append(Text(text, n_tokens, n_tokens >= n_most))
+        return texts
+
+    def _made_by_lm_eval(self, requests: list[Request], batch_size: int) -> list[str]:
         lm = self._language.lm
         devices = [self._device] if self._device.type == "cuda" else []
         while True:

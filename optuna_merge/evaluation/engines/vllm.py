@@ -270,9 +270,9 @@ class VLLMEngine:
         self._instance.forget_prefixes()
         encoded = prepared.encoded
         answers = answer_plan(self._instance, prepared.plan)
-        texts: list[str] = []
-        if encoded.generated:
-            texts = generate(self._instance, encoded, window=self._language.window, eos=self.eot_text)
+        if not encoded.generated:
+            return encoded.responses(answers, [])
+        texts = generate(self._instance, encoded, window=self._language.window, eos=self.eot_text)
         return encoded.responses(answers, texts)
 
 

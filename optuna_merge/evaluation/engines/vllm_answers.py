@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optuna_merge.errors import EngineError, first_line
-from optuna_merge.evaluation.engine import Request
+from optuna_merge.evaluation.engine import Request, Text
 from optuna_merge.evaluation.engines.generation import GENERATION_SEED, cut_prompt
 from optuna_merge.evaluation.engines.language import Encoded
 from optuna_merge.evaluation.engines.next_tokens import Plan, Whole
@@ -45,7 +45,7 @@ def answer_plan(instance: VLLMInstance, plan: Plan) -> list[tuple[float, bool]]:
     return answers
 
 
-def generate(instance: VLLMInstance, encoded: Encoded, *, window: int, eos: str) -> list[str]:
+def generate(instance: VLLMInstance, encoded: Encoded, *, window: int, eos: str) -> list[Text]:
     """Texts for the requests that are answered by text, in their order.
 
     Args:
@@ -73,10 +73,7 @@ def generate(instance: VLLMInstance, encoded: Encoded, *, window: int, eos: str)
         prompts.append(tuple(prompt))
         stops.append(until)
     outputs = instance.complete(prompts, parameters)
-    return [
-        postprocess_generated_text(output.outputs[0].text, until, None)
-        for output, until in zip(outputs, stops, strict=True)
-    ]
+    return [_text(output.outputs[0], until) for output, until in zip(outputs, stops, strict=True)]
 
 
 def _of_whole(output: Any, whole: Whole) -> tuple[float, bool]:
@@ -88,6 +85,11 @@ def _of_whole(output: Any, whole: Whole) -> tuple[float, bool]:
         logprobs.append(candidates[token].logprob)
         greedy &= max(candidates, key=lambda other: candidates[other].logprob) == token
     return math.fsum(logprobs), greedy
+
+
+def _text(completion: Any, until: list[str]) -> Text:
+    text = postprocess_generated_text(completion.text, until, None)
+    return Text(text, len(completion.token_ids), completion.finish_reason == "length")
 
 
 def _generation_options(request: Request, eos: str) -> tuple[dict[str, Any], list[str]]:
