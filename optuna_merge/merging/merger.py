@@ -24,7 +24,6 @@ from optuna_merge.checkpoints.unify import unify
 from optuna_merge.errors import MergeError, NonFiniteMergeError, first_line, is_out_of_memory
 from optuna_merge.merging.placement import Placement, count_disk_waits, free_host_bytes, place_checkpoints
 from optuna_merge.merging.plan import MergePlan, MergeStep, Numbers
-from optuna_merge.merging.pullback import Pullback
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
 from optuna_merge.merging.staging import Stage
 from optuna_merge.methods.function import MergeInput
@@ -158,17 +157,6 @@ class Merger:
             # Once everything is in memory, reading ahead is left out: it takes as long as a fifth of a linear merge.
             fits = sum(checkpoint.nbytes for checkpoint in plan.read) <= free_host_bytes()
             self._reads_ahead = not fits if self._reads_ahead else count_disk_waits() > n_reads
-
-    def pullback(self, recipe: Recipe) -> Pullback:
-        """Prepare to carry the gradient of a scalar by the tensors of a merge back to the numbers of its recipe.
-
-        Raises:
-            MergeError: If the recipe does not fit the checkpoints.
-            CheckpointError: If a file of weights was overwritten since it was opened.
-        """
-        plan = MergePlan.make(recipe, self.checkpoints)
-        plan.refuse_overwritten()
-        return Pullback(self, plan)
 
     def template(self, recipe: Recipe) -> Checkpoint:
         """The checkpoint that gives the merged model its configuration and tokenizer.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,12 @@ from torch import Tensor
 from optuna_merge.checkpoints.tensor_names import place_of
 from optuna_merge.duals import dual
 from optuna_merge.errors import MergeError
+from optuna_merge.merging.merger import Merger
 from optuna_merge.merging.plan import MergePlan, MergeStep, Numbers
 from optuna_merge.merging.sizes import SLOPE_ELEMENTS
 from optuna_merge.methods import MethodParameter
 from optuna_merge.methods.slope import Slope
 from optuna_merge.recipe import Recipe, RecipeNumber
-
-if TYPE_CHECKING:
-    from optuna_merge.merging.merger import Merger
 
 TensorNumber = tuple[str, int | None]
 """A method parameter of one tensor, and the index of its model in the recipe (None: it is shared by all)."""
@@ -52,10 +50,20 @@ class MergeGradient:
 class Pullback:
     """Takes the gradient by one merged tensor after another, in any order, and carries them back to the recipe.
 
-    Made by :meth:`.merger.Merger.pullback`. :meth:`add` waits for no device, so that a backward pass stays ahead of it.
+    :meth:`add` waits for no device, so that a backward pass stays ahead of it.
+
+    Args:
+        merger: Merges the recipe.
+        recipe: The merge whose gradients are given.
+
+    Raises:
+        MergeError: If the recipe does not fit the checkpoints.
+        CheckpointError: If a file of weights was overwritten since it was opened.
     """
 
-    def __init__(self, merger: Merger, plan: MergePlan) -> None:
+    def __init__(self, merger: Merger, recipe: Recipe) -> None:
+        plan = MergePlan.make(recipe, merger.checkpoints)
+        plan.refuse_overwritten()
         self._merger = merger
         self._plan = plan
         self._steps = {name: MergeStep.of(plan, name, None) for name in merger.names}

@@ -16,7 +16,7 @@ from torch import Tensor
 from optuna_merge.config.read import load_study
 from optuna_merge.errors import MergeError
 from optuna_merge.merging.merger import Merger
-from optuna_merge.merging.pullback import MergeGradient
+from optuna_merge.merging.pullback import MergeGradient, Pullback
 from optuna_merge.methods import METHODS
 from optuna_merge.recipe import GroupRecipe, ParameterSet, Recipe
 from optuna_merge.search.space import SearchSpace
@@ -42,7 +42,7 @@ def value(merged: Mapping[str, Tensor]) -> float:
 
 
 def gradient_of(merger: Merger, recipe: Recipe) -> MergeGradient:
-    pullback = merger.pullback(recipe)
+    pullback = Pullback(merger, recipe)
     for name, tensor in reversed(list(merger.merge(recipe))):  # as a backward pass gives them
         wide = tensor.double()
         pullback.add(name, (target(name, tuple(wide.shape)) * (1 + 2 * wide)).float())
@@ -189,7 +189,7 @@ def test_each_tensor_has_its_own_derivatives(firm: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     base, model = (merger.checkpoints[reference].get(name) for reference in references[:2])
     ones = torch.ones_like(base)
-    pullback = merger.pullback(recipe)
+    pullback = Pullback(merger, recipe)
     for _ in range(2):
         pullback.add(name, ones)
     found = pullback.result()
