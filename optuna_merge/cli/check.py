@@ -72,7 +72,8 @@ def _lines(result: Check) -> list[str]:
     for task in tasks:
         kind = "" if task["weight"] is None else f"{task['weight']:g} x "
         lines.append(f"task       {kind}{task['name']} {task['metric']} (it has {', '.join(task['metrics'])})")
-        lines.append(f"           {task['n_searched']} documents searched, {task['n_holdout']} held out")
+        slope = "; the metric has no gradient" if task["has_gradient"] is False else ""
+        lines.append(f"           {task['n_searched']} documents searched, {task['n_holdout']} held out{slope}")
     lines += [
         f"scoring    {result.n_documents} documents in {result.n_chunks} chunks, {result.n_requests} requests,"
         f" longest {result.longest} tokens; chat template {result.chat_template}",

@@ -23,6 +23,8 @@ from optuna_merge.evaluation.stand_ins import Array, StandIn
 from optuna_merge.evaluation.targets import Targets
 from optuna_merge.evaluation.term import Term
 
+_N_PROBED = 8
+
 
 @dataclass(frozen=True)
 class Part:
@@ -149,6 +151,22 @@ class ExpectedChunk:
 
         with quietly():
             return {leaf.name: leaf.score(doc_ids, iter(found(leaf))) for leaf, doc_ids in self._parts}
+
+
+def has_stand_in(term: Term, eos: str, uses_chat_template: bool) -> bool:
+    """Whether the metric of a term has a stand-in for any leaf, judged by the first documents that are searched.
+
+    Args:
+        term: The term.
+        eos: Text of the end-of-sequence token.
+        uses_chat_template: Whether prompts were rendered with the chat template.
+
+    Raises:
+        TaskError: If the code of a task's ``gradient_target`` raises.
+    """
+    parts = [(leaf, leaf.searched[:_N_PROBED]) for leaf in term.leaves if leaf.searched]
+    numbers = {leaf.name: {d: list(range(len(leaf.instances[d]))) for d in doc_ids} for leaf, doc_ids in parts}
+    return any(_parts([term], parts, Targets(eos, uses_chat_template, 0), numbers))
 
 
 def _parts(

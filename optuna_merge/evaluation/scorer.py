@@ -29,7 +29,7 @@ from optuna_merge.evaluation.chunks import MIN_CHUNK_REQUESTS, Chunk, cut
 from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.difference import Difference, compare
 from optuna_merge.evaluation.engine import DifferentiableEngine, Engine, Sink
-from optuna_merge.evaluation.expected import ExpectedChunk
+from optuna_merge.evaluation.expected import ExpectedChunk, has_stand_in
 from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
 from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation, Score, join
@@ -281,9 +281,15 @@ class Scorer:
             n_places=sum(p.n_places for p in prepared),
             choice_cost=self._beginnings_cost + sum(p.cost - p.text_cost for p in prepared),
             text_cost=sum(p.text_cost for p in prepared),
+            without_gradient=self._without_gradient(),
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,
         )
+
+    def _without_gradient(self) -> tuple[str, ...]:
+        with quietly():
+            found = {t.key: has_stand_in(t, self._engine.eot_text, self._chat_template) for t in self._terms}
+        return tuple(name for name, is_there in found.items() if not is_there)
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything about the tasks that decides a score.

@@ -38,7 +38,8 @@ class Check:
         space: ``n_dimensions``, ``population``, ``n_baselines``, the ``first`` and ``last`` parameter name, and a
             description of ``warm_start`` (None without one).
         tasks: ``name``, ``weight`` (None for a task that only the holdout has), ``metric``, ``metrics``,
-            ``n_searched``, ``n_holdout``.
+            ``n_searched``, ``n_holdout``, and ``has_gradient``: whether the metric has a differentiable stand-in (None
+            for a task that only the holdout has).
         n_documents, n_chunks, n_requests, longest: Of one evaluation; ``longest`` is in tokens.
         chat_template: Whether prompts go through the chat template, and why.
         device: Where the study would run.
@@ -164,6 +165,7 @@ def _describe_tasks(tasks: Description) -> list[dict[str, Any]]:
             "metrics": list(task.metrics),
             "n_searched": task.n_searched,
             "n_holdout": task.n_holdout,
+            "has_gradient": task.name not in tasks.without_gradient if task.n_searched else None,
         }
         for task in tasks.tasks
     ]

@@ -204,6 +204,14 @@ def test_a_metric_without_a_stand_in_is_left_out(model: Model, tasks: Path) -> N
         came: list[str] = []
         found = scorer.differentiate_chunk(0, lambda name, _, came=came: came.append(name), generate=False)
         assert (found.value, found.tasks, came) == (0, {}, [])
+        both = build(
+            model,
+            tasks,
+            EvalTask(name, metric=metric),
+            EvalTask("both"),
+            EvalTask("telling", metric="exact_match,first"),
+        )
+        assert both.describe().without_gradient == (name,)
 
 
 def test_a_target_that_raises_and_an_engine_that_cannot_differentiate_are_errors(model: Model, tasks: Path) -> None:
