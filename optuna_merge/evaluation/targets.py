@@ -142,7 +142,8 @@ class _Asked:
         self.leaf = leaf
         self.metric = metric
         self._filter_name = filter_name
-        self.own_target = (getattr(leaf.task.config, "metadata", None) or {}).get(TARGET_KEY)
+        metadata = getattr(leaf.task.config, "metadata", None)
+        self.own_target = metadata.get(TARGET_KEY) if isinstance(metadata, Mapping) else None
         higher: Mapping[str, Any] = getattr(leaf.task, "higher_is_better", dict)() or {}
         self.sign = -1.0 if higher.get(metric) is False else 1.0
 
