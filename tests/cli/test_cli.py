@@ -103,6 +103,7 @@ class TestAWholeStudy:
         assert "4 dimensions, population 8, 6 baselines first, 10 trials in all" in checked.stdout
         assert "layers_00_00.model_0.weight ... layers_01_01.model_1.weight" in checked.stdout
         assert "30 documents searched, 10 held out" in checked.stdout
+        assert "no gradient" not in checked.stdout
         assert re.search(
             r"trial +about \S+ s on all documents: \S+ s merging, \S+ s choices \(by samples\)", checked.stdout
         )
