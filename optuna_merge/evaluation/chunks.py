@@ -73,7 +73,8 @@ def cut(engine: Engine, terms: Sequence[Term], n_chunks: int | None, min_request
             )
         return _deal(engine, leaves, n_chunks, seed)
     [whole] = _deal(engine, leaves, 1, seed)
-    n_full_passes = int(whole.prepared.n_tokens / engine.batch_tokens)
+    # generating a text takes as long as passes of this many tokens
+    n_full_passes = int((whole.prepared.n_tokens + whole.prepared.text_cost) / engine.batch_tokens)
     n = max(1, min(MAX_CHUNKS, most, whole.prepared.n_requests // min_requests, n_full_passes))
     while n > 1:
         chunks = _deal(engine, leaves, n, seed)
