@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "studies" / "smollm2_models" / "base", metavar="DIR")
     parser.add_argument("--task", choices=list(N_DOCUMENTS), action="append", help="only this task; may be repeated")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--json", action="store_true", help="print each task's figures as a line of JSON")
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         sys.exit(f"{options.model}: holds no model; make smollm2 makes one, or name another by --model")
@@ -59,8 +59,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_tasks(Path(name))
         bench = Bench(options.model, Path(name))
-        figures = {task: bench.measure(task, options.rounds) for task in options.task or N_DOCUMENTS}
-    print(json.dumps(figures) if options.json else "\n".join(describe(task, row) for task, row in figures.items()))
+        figures = {}
+        for task in options.task or N_DOCUMENTS:
+            figures[task] = bench.measure(task, options.rounds)
+            print(json.dumps({task: figures[task]}) if options.json else describe(task, figures[task]), flush=True)
     missed = [
         f"{task}: {figure} must be at most {most}, got {row[figure]:.2f}"
         for task, row in figures.items()
@@ -102,7 +104,13 @@ class Bench:
         def theirs(batch_size: int, limit: int | None = None) -> float:
             lm = HFLM(pretrained=self.live, tokenizer=self.tokenizer, batch_size=batch_size)
             results = lm_eval.simple_evaluate(
-                lm, tasks=[task], task_manager=manager, bootstrap_iters=0, apply_chat_template=True, limit=limit
+                lm,
+                tasks=[task],
+                task_manager=manager,
+                bootstrap_iters=0,
+                apply_chat_template=True,
+                fewshot_as_multiturn=False,
+                limit=limit,
             )["results"]
             return float(results[task][terms[0].metric])
 
