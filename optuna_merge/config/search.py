@@ -127,12 +127,18 @@ class SearchConfig(Section):
             ``own``: they are groups of their own.
         prior: How far the first weights of CMA-ES spread.
         warm_start: Another study, at whose best trials the search starts; None: start at the best uniform merge.
+        start: ``uniform``: the first trials are drawn around that point; ``ascent``: the search first follows the
+            gradient of the expected score from there.
+        profile: What the ascent finds: ``tensor``: a weight for each tensor and model, of which the trials then vary
+            the means over layer groups; ``group``: those means alone.
     """
 
     ranges: Mapping[str, Range] = Field(default_factory=dict)
     embed_group: Literal["shared", "own"] = "shared"
     prior: PriorConfig = StructuredPrior()
     warm_start: WarmStartConfig | None = None
+    start: Literal["uniform", "ascent"] = "uniform"
+    profile: Literal["tensor", "group"] = "tensor"
 
     @classmethod
     def own_keys(cls) -> list[str]:

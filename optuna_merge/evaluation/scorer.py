@@ -166,6 +166,10 @@ class Scorer:
         """
         return self._result(chunk, self._chunks[chunk].score(self._engine))
 
+    def n_documents_in(self, chunk: int) -> int:
+        """Number of documents of a chunk."""
+        return sum(len(doc_ids) for _, doc_ids in self._chunks[chunk].parts)
+
     def differentiate_chunk(self, chunk: int, sink: Sink, *, generate: bool) -> Expectation:
         """Differentiate the expected score of one chunk by the weights that the engine holds.
 

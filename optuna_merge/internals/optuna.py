@@ -8,7 +8,7 @@ nothing of merging and imports grpc only when a server is made.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -86,6 +86,11 @@ def whole_study(study: optuna.Study) -> optuna.Study:
 def has_fixed_params(trial: FrozenTrial) -> bool:
     """Whether ``study.enqueue_trial`` has fixed parameters of a trial."""
     return "fixed_params" in trial.system_attrs
+
+
+def fix_params(trial: optuna.Trial, params: Mapping[str, float]) -> None:
+    """Let a running trial suggest the given values from now on, as if they had been enqueued."""
+    trial._fixed_params = dict(params)
 
 
 # --- samplers

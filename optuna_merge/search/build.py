@@ -6,7 +6,8 @@ Knows which section of the file makes which class; knows nothing of how they dra
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import TrialState
@@ -14,13 +15,18 @@ from optuna.trial import TrialState
 from optuna_merge.config.sampler import OptunaSamplerConfig, RandomSamplerConfig
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
+from optuna_merge.internals.optuna import known_trials
 from optuna_merge.search.named import GP_EVERY, make_gp, make_named_sampler
 from optuna_merge.search.pruner import SignedRankPruner
 from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler, population_size
-from optuna_merge.search.space import SearchSpace
+from optuna_merge.search.space import UNIFORM_TOTALS, SearchSpace
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import end_of_ascent
 from optuna_merge.storage.trials import score_or_worst
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
     "wilcoxon": SignedRankPruner,
@@ -52,19 +58,27 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
 
     def start(study: optuna.Study) -> Mapping[str, float]:
         with starting:  # threads of study.optimize may draw their first points at the same time
-            recorded: dict[str, float] | None = study.user_attrs.get(attributes.START)
+            recorded: Mapping[str, float] | None = study.user_attrs.get(attributes.START)
             if recorded is None:
-                recorded = space.start(best_uniform(study, space), np.random.default_rng(seed))
-                recorded |= record_warm_start(study, config, space)
+                end = end_of_ascent(known_trials(study))
+                if end is None:
+                    uniform = best_uniform(study, space)
+                    recorded = _point(study, config, space, uniform, np.random.default_rng(seed))
+                else:
+                    recorded = end.params
                 study.set_user_attr(attributes.START, recorded)
             return recorded
 
-    every = GP_EVERY if options.gp_every is None else options.gp_every
+    def covariance(study: optuna.Study) -> np.ndarray:
+        return space.covariance(after_ascent=end_of_ascent(known_trials(study)) is not None)
+
+    has_ascent = config.search.start == "ascent"
+    every = (0 if has_ascent else GP_EVERY) if options.gp_every is None else options.gp_every
     return StableCmaEsSampler(
         space.distributions,
         seed=seed,
         start=start,
-        covariance=space.covariance(),
+        covariance=covariance if has_ascent else space.covariance(),
         popsize=population or options.popsize or population_size(len(space.distributions), config.study.n_workers),
         injected=make_gp(list(space.distributions), seed) if every else None,
         inject_every=every or 1,
@@ -99,6 +113,28 @@ def never_prunes(config: StudyConfig, n_chunks: int) -> str:
         f"pruning: never, the documents make {n_chunks} chunks and it takes more than {pruner.n_least}; raise limit or"
         " study.n_chunks"
     )
+
+
+def first_points(study: optuna.Study, config: StudyConfig, space: SearchSpace) -> Iterator[dict[str, float]]:
+    """Where an ascent may begin: at the uniform merges, with what warm start and study file say in their place."""
+    import numpy as np
+
+    seen: list[dict[str, float]] = []
+    for total in UNIFORM_TOTALS:
+        point = _point(study, config, space, space.uniform(total), np.random.default_rng(config.study.seed))
+        if point not in seen:
+            seen.append(point)
+            yield point
+
+
+def _point(
+    study: optuna.Study,
+    config: StudyConfig,
+    space: SearchSpace,
+    uniform: Mapping[str, float],
+    rng: np.random.Generator,
+) -> dict[str, float]:
+    return {**space.start(uniform, rng), **record_warm_start(study, config, space)}
 
 
 def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]:

@@ -30,6 +30,9 @@ _TRIALS_PER_WORKER = 4
 Start = Mapping[str, float] | Callable[[optuna.Study], Mapping[str, float]]
 """Where CMA-ES starts, or a function that says so when the first trial is drawn."""
 
+Covariance = np.ndarray | Callable[[optuna.Study], np.ndarray]
+"""The first covariance of CMA-ES, or a function that gives it when the first trial is drawn."""
+
 
 def population_size(n_dimensions: int, n_workers: int = 1) -> int:
     """Trials in a generation: 4 + floor(3 ln n), or more if many workers run at the same time.
@@ -73,7 +76,8 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         start: Where the mean starts, in the parameters' units, or a function of the study that is called when the first
             trial is drawn; None: in the middle. It is moved at least 1.5 standard deviations inside the bounds.
         covariance: First covariance with every range mapped to [0, 1], shape ``[n, n]`` in the order of
-            ``search_space``, positive definite; None: independent, with a sixth of each range as standard deviation.
+            ``search_space``, positive definite, or a function of the study that is called when the first trial is
+            drawn; None: independent, with a sixth of each range as standard deviation.
         popsize: Trials in a generation, at least 3; None: 4 + floor(3 ln n).
         injected: Draws each trial whose number is a multiple of ``inject_every``. If it proposes no point, or not a
             whole one, the point of CMA-ES is used.
@@ -92,7 +96,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         *,
         seed: int,
         start: Start | None = None,
-        covariance: np.ndarray | None = None,
+        covariance: Covariance | None = None,
         popsize: int | None = None,
         injected: BaseSampler | None = None,
         inject_every: int = 5,
@@ -116,8 +120,8 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         n = len(search_space)
         if covariance is None:
             covariance = np.eye(n) / 36
-        if covariance.shape != (n, n) or (n and np.linalg.eigvalsh(covariance).min() <= 0):
-            raise ValueError(f"covariance must be positive definite of shape {(n, n)}, got shape {covariance.shape}")
+        if isinstance(covariance, np.ndarray):
+            _refuse_covariance(covariance, n)
         self._fixed_space = dict(search_space)
         self._seed = seed
         self._population = popsize
@@ -162,7 +166,12 @@ class StableCmaEsSampler(OpenCmaEsSampler):
     def make_optimizer(self, names: Sequence[str], bounds: np.ndarray, to_unit: ToUnit, seed: int) -> cmaes.CMA:
         """The optimizer of the first generation, with the given start and covariance."""
         order = [list(self._fixed_space).index(name) for name in names]
-        covariance = self._covariance[np.ix_(order, order)]
+        whole = self._covariance
+        if callable(whole):
+            assert self.drawn_for is not None
+            whole = whole(self.drawn_for)
+            _refuse_covariance(whole, len(self._fixed_space))
+        covariance = whole[np.ix_(order, order)]
         sigma = float(np.sqrt(np.diag(covariance).mean()))
         start = self._start(self.drawn_for) if callable(self._start) and self.drawn_for is not None else self._start
         mean = np.full(len(names), 0.5)
@@ -183,6 +192,11 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         """Complete trials, and pruned ones with an estimate."""
         trials = [with_estimate(trial) for trial in known_trials(study)]
         return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+
+
+def _refuse_covariance(covariance: np.ndarray, n: int) -> None:
+    if covariance.shape != (n, n) or (n and np.linalg.eigvalsh(covariance).min() <= 0):
+        raise ValueError(f"covariance must be positive definite of shape {(n, n)}, got shape {covariance.shape}")
 
 
 class StableRandomSampler(RandomSampler):

@@ -6,7 +6,7 @@ Knows the study file and the number of layers of the models; opens neither model
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +30,7 @@ from optuna_merge.recipe import (
     layer_groups,
     passthrough,
 )
+from optuna_merge.search.profile import Bounds, Profile, refine
 
 if TYPE_CHECKING:
     import optuna
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 UNIFORM_TOTALS = (1.0, 1.5, 2.0)
 """Sums of weights of the uniform merges that are scored before the search. In the best published merges of three models
 the weights sum to about 2."""
+
+AFTER_ASCENT_SIGMA = 0.03
+"""First standard deviation of CMA-ES around the end of an ascent, in units of weight."""
 
 _ISOTROPIC_SIGMA = 1 / 6
 _OTHER_BASELINES = frozenset({"base", "uniform"})
@@ -114,19 +118,20 @@ class SearchSpace:
             if not slot.interval.is_constant
         }
 
-    def suggest(self, trial: optuna.Trial) -> Recipe:
+    def suggest(self, trial: optuna.Trial, profile: Profile | None = None) -> Recipe:
         """Draw every parameter of a trial, in the order of their names, and decode them."""
         params = {
             name: trial.suggest_float(name, distribution.low, distribution.high)
             for name, distribution in self.distributions.items()
         }
-        return self.decode(params)
+        return self.decode(params, profile)
 
-    def decode(self, params: Mapping[str, float]) -> Recipe:
+    def decode(self, params: Mapping[str, float], profile: Profile | None = None) -> Recipe:
         """The recipe of a trial.
 
         Args:
             params: ``trial.params``, with exactly the names of ``distributions``.
+            profile: How far each tensor's numbers are from those of its layer group; None: not at all.
 
         Raises:
             RecipeError: If a name is missing or unknown.
@@ -141,7 +146,7 @@ class SearchSpace:
         options: dict[str, bool | float | str] = dict(self._config.method.switches)
         given = {"normalize": genome.normalize, "rescale": genome.rescale}
         options |= {switch: value for switch, value in given.items() if value is not None}
-        return Recipe(
+        recipe = Recipe(
             method=genome.merge_method,
             models=self._models.sources,
             base_model=self._models.base,
@@ -152,6 +157,23 @@ class SearchSpace:
             tokenizer_source=self._models.tokenizer_source,
             seed=self._config.study.seed,
         )
+        return recipe if profile is None else replace(recipe, groups=refine(recipe, profile, self.bounds))
+
+    @cached_property
+    def bounds(self) -> dict[str, Bounds]:
+        """Method parameter to its range, constants included."""
+        intervals = {parameter.name: self._interval(parameter) for parameter in self._parameters}
+        return {name: Bounds(interval.low, interval.high) for name, interval in intervals.items()}
+
+    @cached_property
+    def smooth(self) -> dict[str, MethodParameter]:
+        """Name to method parameter, of those that are searched and in which the method is smooth."""
+        searched = [parameter for parameter in self._parameters if not self._interval(parameter).is_constant]
+        return {parameter.name: parameter for parameter in searched if parameter.is_smooth}
+
+    def parameter_of(self, name: str) -> str:
+        """The method parameter of a trial parameter."""
+        return self._slots[name].parameter.name
 
     def pull_back(self, slopes: Mapping[RecipeNumber, float]) -> dict[str, float]:
         """Carry derivatives by the numbers of a recipe back to the trial parameters that it was decoded from.
@@ -238,8 +260,12 @@ class SearchSpace:
         starts = {name: self._slots[name].interval.start for name in self.distributions}
         return {name: uniform[name] if start is None else start for name, start in starts.items()}
 
-    def covariance(self) -> np.ndarray:
+    def covariance(self, *, after_ascent: bool = False) -> np.ndarray:
         """First covariance of CMA-ES, with every range mapped to [0, 1].
+
+        Args:
+            after_ascent: Whether an ascent has found the start: parameters that it moves are then independent, with
+                :data:`AFTER_ASCENT_SIGMA` as standard deviation.
 
         Returns:
             Shape ``[n_dimensions, n_dimensions]``, in the order of ``distributions``, positive definite. With the
@@ -248,12 +274,15 @@ class SearchSpace:
             ``sampler.sigma0`` all are independent, with a sixth or that fraction of their range.
         """
         slots = [self._slots[name] for name in self.distributions]
+        width = np.array([slot.interval.high - slot.interval.low for slot in slots])
+        if after_ascent:
+            moved = np.array([slot.parameter.name in self.smooth for slot in slots])
+            return np.diag(np.where(moved, AFTER_ASCENT_SIGMA / width, _ISOTROPIC_SIGMA) ** 2)
         sigma0, prior = self._config.study.cmaes.sigma0, self._config.search.prior
         if sigma0 is not None or isinstance(prior, IsotropicPrior):
             return np.eye(len(slots)) * (sigma0 or _ISOTROPIC_SIGMA) ** 2
         is_weight = np.array([slot.parameter.name == "weight" for slot in slots])
         model = np.array([-1 if slot.model is None else slot.model for slot in slots])
-        width = np.array([slot.interval.high - slot.interval.low for slot in slots])
         same_model = model[:, None] == model[None, :]
         covariance = prior.common**2 + same_model * prior.model**2 + np.eye(len(slots)) * prior.weight**2
         covariance = covariance / np.outer(width, width)

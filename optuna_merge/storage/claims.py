@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import OptunaMergeError, TrialTakenError
 from optuna_merge.internals.optuna import backend_of, known_state, set_known_trials, study_id, trial_id
+from optuna_merge.storage.ascent import is_ascending
 from optuna_merge.storage.batched import BatchedStorage
 from optuna_merge.storage.lock import Lock
 from optuna_merge.storage.outages import is_storage_error
@@ -75,12 +76,15 @@ class Claims:
             n_trials: Trials that the study shall have in all.
 
         Returns:
-            None if that many trials are finished or running.
+            None if that many trials are finished or running, or if only new ones are left while the ascent, which says
+            where they are drawn, is under way.
         """
         with self.lock():
             trials = self.study.get_trials(deepcopy=False)
             lost = self._requeue_lost(trials)
             if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
+                return None
+            if is_ascending(trials) and not lost and all(trial.state != TrialState.WAITING for trial in trials):
                 return None
             owner = Owner.me(direct=not isinstance(backend_of(self.storage.backend), GrpcStorageProxy))
             started = self._start(trials, lost, {OWNER: asdict(owner)})

@@ -21,7 +21,7 @@ from optuna_merge.storage.trials import best_merge, score_of
 from optuna_merge.study.fingerprint import merge_fingerprint
 from optuna_merge.study.kept import matrices_folder
 from optuna_merge.study.models import StudyModels
-from optuna_merge.study.replay import recorded_recipe
+from optuna_merge.study.replay import recorded_recipe, shared_profile
 
 if TYPE_CHECKING:
     import optuna
@@ -75,7 +75,7 @@ def export_trial(
     models = StudyModels.open(config)
     space = SearchSpace(config, models.refs)
     refuse_differences(study, merge_fingerprint(config, models, space))
-    recipe = recorded_recipe(trial, space, models)
+    recipe = recorded_recipe(trial, space, models, shared_profile(study.get_trials(deepcopy=False)))
     state = trial.state.name.lower()
     score = score_of(trial) if state == "complete" else None
     description = f"study {study.study_name}, trial {trial.number}, "

@@ -93,14 +93,14 @@ def _score_models(
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if attributes.BASELINE in trial.user_attrs and trial.number != best.number
     ]
-    entries = [_Entry(trial, _score(trial, objective, note)) for trial in [best, *others, *baselines]]
+    entries = [_Entry(trial, _score(trial, study, objective, note)) for trial in [best, *others, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]
     write_holdout(objective.config.storage_path, study, best, rows)
     return rows
 
 
-def _score(trial: FrozenTrial, objective: MergeObjective, note: Callable[[str], None]) -> Score:
-    recipe = objective.recipe(trial)
+def _score(trial: FrozenTrial, study: optuna.Study, objective: MergeObjective, note: Callable[[str], None]) -> Score:
+    recipe = objective.recipe(trial, study)
     key = objective.models.identify(recipe) + objective.scorer.fingerprint()
     cache = objective.config.storage_path / "holdout" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if cache.exists():

@@ -18,11 +18,13 @@ import torch
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import common_names
 from optuna_merge.checkpoints.reference import ResolvedReference, resolve
+from optuna_merge.checkpoints.tensor_names import is_buffer, place_of
 from optuna_merge.checkpoints.unify import unify
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import CheckpointError
 from optuna_merge.merging.placement import PlacementPlan, free_host_bytes, plan_placement
 from optuna_merge.recipe import Dtype, Recipe
+from optuna_merge.search.profile import TensorPlace
 from optuna_merge.search.space import ModelRefs
 from optuna_merge.study.memory import MemoryPlan
 
@@ -105,6 +107,14 @@ class StudyModels:
     def names(self) -> tuple[str, ...]:
         """The names of the merged model's tensors."""
         return common_names(list(self.views.values()))
+
+    @property
+    def places(self) -> tuple[TensorPlace, ...]:
+        """Where each tensor is that a method merges; constants are copied."""
+        stack = self.template.layer_stack
+        merged = [n for n in self.names if self.template.dtype(n).is_floating_point and not is_buffer(n)]
+        found = [(name, place_of(name, stack)) for name in merged]
+        return tuple(TensorPlace(name, place.role, place.layer) for name, place in found)
 
     def plan_placement(self, config: StudyConfig, device: torch.device, memory: MemoryPlan) -> PlacementPlan:
         """Decide where the models that are merged live between merges.

@@ -28,21 +28,23 @@ from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import EngineDiedError, NonFiniteMergeError, StudyError, TaskError
 from optuna_merge.evaluation.results import ChunkResult, Score
 from optuna_merge.evaluation.scorer import Scorer
-from optuna_merge.internals.optuna import known_state, trial_id
+from optuna_merge.internals.optuna import known_state, known_trials, trial_id
 from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.recipe import Recipe
-from optuna_merge.search.build import make_pruner, make_sampler
+from optuna_merge.search.build import first_points, make_pruner, make_sampler
+from optuna_merge.search.profile import Profile
 from optuna_merge.search.pruner import paired_estimate
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
 from optuna_merge.storage.documents import DocumentScores, TrialDocuments
+from optuna_merge.study.ascent import Climber, OnStep
 from optuna_merge.study.description import describe_study
 from optuna_merge.study.engines import make_loader
 from optuna_merge.study.fingerprint import study_fingerprint
 from optuna_merge.study.folder import claim_folder, documents_folder
-from optuna_merge.study.loaders import RecipeLoader
+from optuna_merge.study.loaders import LocalLoader, RecipeLoader
 from optuna_merge.study.models import StudyModels
-from optuna_merge.study.replay import recorded_recipe
+from optuna_merge.study.replay import recorded_recipe, shared_profile
 
 _ANOTHER_FOLDER = (
     'choose another storage_path, such as MergeObjective.from_file(path, {"storage_path": "another_study"})'
@@ -77,6 +79,7 @@ class MergeObjective:
         self.directions = [attributes.DIRECTION] * len(config.objectives)
         self._documents = DocumentScores(documents_folder(config.storage_path, config.study.name))
         self._study: optuna.Study | None = None  # whose folder is known to be this one's
+        self._profile: Profile | None = None  # of that study
         self._loaded: str | None = None  # digest of the recipe whose weights the resident model has
         self._lock = threading.Lock()
 
@@ -110,7 +113,10 @@ class MergeObjective:
         return self.evaluate(trial)
 
     def evaluate(
-        self, trial: optuna.Trial, on_chunk: Callable[[int], None] = lambda _: None
+        self,
+        trial: optuna.Trial,
+        on_chunk: Callable[[int], None] = lambda _: None,
+        on_step: OnStep = lambda *_: None,
     ) -> float | tuple[float, ...]:
         """Merge and score one trial.
 
@@ -118,6 +124,7 @@ class MergeObjective:
             trial: A running trial of a study with this objective's ``directions``. Chunks that it has reported
                 already, before it was interrupted, are not scored again.
             on_chunk: Called after each reported chunk with the number of chunks scored so far.
+            on_step: Called after each step of the ascent, if the trial begins with it.
 
         Returns:
             The objective value, or a tuple of one for each objective; see the class.
@@ -136,8 +143,8 @@ class MergeObjective:
         with self._lock:
             if trial.study is not self._study:
                 claim_folder(trial.study, self.config.storage_path, _ANOTHER_FOLDER)
-                self._study = trial.study
-            return self._evaluate(trial, on_chunk)
+                self._study, self._profile = trial.study, None
+            return self._evaluate(trial, on_chunk, on_step)
 
     def load(self, recipe: Recipe) -> float:
         """Merge a recipe into the resident model, unless the model has these weights already.
@@ -159,24 +166,31 @@ class MergeObjective:
         self._loaded = digest
         return time.perf_counter() - start
 
-    def recipe(self, trial: FrozenTrial) -> Recipe:
-        """The recipe of a trial of the study, checked against the digest that the trial recorded.
+    def recipe(self, trial: FrozenTrial, study: optuna.Study | None = None) -> Recipe:
+        """The recipe of a trial, checked against the digest that the trial recorded.
+
+        Args:
+            trial: A trial of a study of this objective.
+            study: Its study. It is needed if it began with an ascent that found a weight for each tensor, and this
+                objective has not scored a trial of it.
 
         Raises:
             StudyError: If the study file no longer decodes the trial to the recipe that was scored.
         """
-        return recorded_recipe(trial, self.space, self.models)
+        profile = self._profile if study is None else shared_profile(study.get_trials(deepcopy=False))
+        return recorded_recipe(trial, self.space, self.models, profile)
 
-    def merge_file(self, trial: FrozenTrial, comment: Sequence[str] = ()) -> str:
+    def merge_file(self, trial: FrozenTrial, comment: Sequence[str] = (), study: optuna.Study | None = None) -> str:
         """The mergekit YAML of a trial, with the models as the study file names them.
 
         Args:
             trial: A trial of the study.
             comment: Lines to put above the YAML.
+            study: As in :meth:`recipe`.
         """
         architectures = self.models.template.config.get("architectures") or [None]
         return to_mergekit(
-            self.recipe(trial),
+            self.recipe(trial, study),
             names=self.models.names,
             architecture=architectures[0],
             references=self.models.spelling,
@@ -201,9 +215,15 @@ class MergeObjective:
         return make_pruner(self.config, self.scorer.n_chunks)
 
     def enqueue_baselines(self, study: optuna.Study) -> None:
-        """Enqueue what the search must beat: uniform merges, each source, the base. Only if the study has no trials."""
+        """Enqueue the trials with which a study begins, if it has no trials yet.
+
+        These are the ascent, if the study file asks for it, and what the search must beat: uniform merges, each source,
+        the base.
+        """
         if study.get_trials(deepcopy=False):
             return
+        if self.config.search.start == "ascent":
+            study.enqueue_trial({}, user_attrs={attributes.ASCENT: True})
         for baseline in self.space.baselines:
             labels = {attributes.BASELINE: baseline.name, attributes.BASELINE_KIND: baseline.kind}
             study.enqueue_trial(dict(baseline.params), user_attrs=labels)
@@ -220,15 +240,18 @@ class MergeObjective:
         """Free the device's memory."""
         self.loader.close()
 
-    def _evaluate(self, trial: optuna.Trial, on_chunk: Callable[[int], None]) -> float | tuple[float, ...]:
-        baseline = trial.user_attrs.get(attributes.BASELINE)
-        recipe = self.space.suggest(trial) if baseline is None else self._baseline_recipe(trial, baseline)
-        digest = self.models.identify(recipe)
-        trial.set_user_attr(attributes.RECIPE_DIGEST, digest)
+    def _evaluate(
+        self, trial: optuna.Trial, on_chunk: Callable[[int], None], on_step: OnStep
+    ) -> float | tuple[float, ...]:
+        known = known_state(trial).user_attrs
         try:
+            recipe = self._suggest(trial, on_step)
+            digest = self.models.identify(recipe)
+            trial.set_user_attr(attributes.RECIPE_DIGEST, digest)
             merge_s = self.load(recipe)
             trial.set_user_attr(attributes.MERGE_SECONDS, round(merge_s, 4))
-            is_prunable = baseline is None and len(self.directions) == 1
+            is_drawn = attributes.BASELINE not in known and attributes.ASCENT not in known
+            is_prunable = is_drawn and len(self.directions) == 1
             score = self._score(trial, digest, on_chunk, is_prunable=is_prunable)
         except (NonFiniteMergeError, EngineDiedError) as exc:
             self._loaded = None
@@ -243,6 +266,27 @@ class MergeObjective:
             bad = [f"{name} {task.metric} = {task.value}" for name, task in score.tasks.items()]
             return self._fail(trial, f"score must be finite, got {', '.join(bad)}")
         return score.value if len(self.directions) == 1 else self._objective_values(score)
+
+    def _suggest(self, trial: optuna.Trial, on_step: OnStep) -> Recipe:
+        """The recipe of a trial, whose parameters are recorded; after an ascent with the study's profile."""
+        known = known_state(trial).user_attrs
+        if attributes.BASELINE in known:
+            return self._baseline_recipe(trial, known[attributes.BASELINE])
+        if attributes.ASCENT in known:
+            self._climb(trial, on_step)
+            trials = [known_state(trial)]
+        else:
+            trials = known_trials(trial.study)
+        profile = self._profile = self._profile or shared_profile(trials)
+        if profile is not None:
+            trial.set_user_attr(attributes.PROFILE, profile.digest)
+        return self.space.suggest(trial, profile)
+
+    def _climb(self, trial: optuna.Trial, on_step: OnStep) -> None:
+        if not isinstance(self.loader, LocalLoader):
+            raise StudyError("search.start: must be uniform for this engine, got ascent; use engine.backend: hf")
+        climber = Climber(self.config, self.space, self.models.places, self.scorer, self.loader.merger, self.load)
+        climber.climb(trial, list(first_points(trial.study, self.config, self.space)), on_step)
 
     def _baseline_recipe(self, trial: optuna.Trial, name: str) -> Recipe:
         recipe = self.space.baseline_recipe(name)

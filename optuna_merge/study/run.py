@@ -10,20 +10,21 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import OptunaMergeError, TrialTakenError
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import AscentStep
 from optuna_merge.storage.claims import Claim, Claims
 from optuna_merge.storage.fingerprint import check_fingerprint, recorded_fingerprint
 from optuna_merge.storage.lock import make_lock
@@ -121,7 +122,7 @@ def _prepare(study: optuna.Study, config: StudyConfig, objective: MergeObjective
     study.set_metric_names(list(config.objectives))
     record_warm_start(study, config, objective.space)
     objective.enqueue_baselines(study)
-    write_best_config(study, config.storage_path, objective.merge_file)
+    _write_best_config(study, objective)
 
 
 def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:
@@ -154,6 +155,13 @@ def _run_trials(claims: Claims, objective: MergeObjective, watcher: Watcher, dea
 def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher: Watcher) -> None:
     def on_chunk(n_scored: int) -> None:
         watcher.chunk_scored(n_scored, objective.scorer.n_chunks)
+        refuse_taken()
+
+    def on_step(step: AscentStep, n_done: int, n_steps: int) -> None:
+        watcher.ascent_stepped(step, n_done, n_steps)
+        refuse_taken()
+
+    def refuse_taken() -> None:
         if claim.is_taken:
             raise TrialTakenError(f"trial {claim.trial.number} has been taken over by another process")
 
@@ -161,7 +169,7 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
         with claim:
             watcher.trial_started(claim.trial)
             try:
-                value = objective.evaluate(claim.trial, on_chunk)
+                value = objective.evaluate(claim.trial, on_chunk, on_step)
             except optuna.TrialPruned:
                 watcher.trial_scored(claims.study, claim.trial)
                 finished = claim.tell(None, TrialState.PRUNED)
@@ -182,8 +190,15 @@ def _run_trial(claims: Claims, claim: Claim, objective: MergeObjective, watcher:
         is_best = best is not None and best.number == finished.number
     if is_best:
         with claims.lock():  # another worker may have found a better one by now
-            write_best_config(claims.study, objective.config.storage_path, objective.merge_file)
+            _write_best_config(claims.study, objective)
     watcher.trial_finished(claims.study, finished, is_best)
+
+
+def _write_best_config(study: optuna.Study, objective: MergeObjective) -> None:
+    def merge_file(trial: FrozenTrial, comment: Sequence[str]) -> str:
+        return objective.merge_file(trial, comment, study)
+
+    write_best_config(study, objective.config.storage_path, merge_file)
 
 
 def _put_back(claim: Claim) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
+    from optuna_merge.storage.ascent import AscentStep
+
 
 class Watcher:
     """Is told of each event of a running study. Does nothing itself: override the events of interest."""
@@ -21,6 +23,9 @@ class Watcher:
 
     def trial_started(self, trial: optuna.Trial) -> None:
         """Before a trial is merged."""
+
+    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
+        """After each step of the ascent, with which a study may begin, that is taken and recorded."""
 
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
         """After each chunk of documents that is scored and reported."""
@@ -50,6 +55,11 @@ class Watchers(Watcher):
         """Pass it on."""
         for watcher in self._watchers:
             watcher.trial_started(trial)
+
+    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
+        """Pass it on."""
+        for watcher in self._watchers:
+            watcher.ascent_stepped(step, n_done, n_steps)
 
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
         """Pass it on."""

@@ -1,0 +1,165 @@
+"""The first trial of a study that begins with the ascent: where its parameters come from.
+
+    starts -> the best of them on the first documents -> step, record, step, record ... -> mean of the later points
+
+Joins the optimizer (``search/ascent.py``), the gradient of the expected score (``evaluation``), the way back through the
+merge (``merging/pullback.py``) and the record (``storage/ascent.py``). Knows no trial but the one that it is given.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.errors import NonFiniteMergeError, StudyError
+from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.internals.optuna import fix_params, known_state
+from optuna_merge.merging.merger import Merger
+from optuna_merge.recipe import Recipe
+from optuna_merge.search.ascent import Array, Ascent, Schedule
+from optuna_merge.search.ascent_space import AscentSpace
+from optuna_merge.search.profile import TensorPlace
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import AscentEnd, AscentStep, end_of_ascent, read_state, record_step, steps_of
+
+_DIGITS = 4
+
+OnStep = Callable[[AscentStep, int, int], None]
+"""Called after each step with the step, the number of steps taken, and the number of all."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The expected score of a merge on some documents.
+
+    Attributes:
+        value: The expected score.
+        gradient: Its derivatives by the coordinates of the ascent, ``[n]``.
+        n_documents: How many documents.
+        seconds: Time that it took, with the merge.
+    """
+
+    value: float
+    gradient: Array
+    n_documents: int
+    seconds: float
+
+
+class Climber:
+    """Runs the ascent of a study, or continues it.
+
+    Args:
+        config: The study file.
+        space: Its search space.
+        places: The tensors that are merged.
+        scorer: Its eval tasks, for an engine that differentiates.
+        merger: Its models.
+        load: Merges a recipe into the resident model.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        space: SearchSpace,
+        places: Sequence[TensorPlace],
+        scorer: Scorer,
+        merger: Merger,
+        load: Callable[[Recipe], float],
+    ) -> None:
+        self._space = space
+        self._scorer = scorer
+        self._merger = merger
+        self._load = load
+        self._coordinates = AscentSpace(space, places, config.search.profile)
+        self._schedule = Schedule.draw(scorer.n_chunks, config.study.seed)
+
+    def climb(self, trial: optuna.Trial, starts: Sequence[dict[str, float]], on_step: OnStep) -> AscentEnd:
+        """Take the steps that the trial has not recorded yet, and let it suggest the parameters at their end.
+
+        Args:
+            trial: A running trial.
+            starts: Trial parameters of possible starts, at least one.
+            on_step: Is told of each step.
+
+        Returns:
+            The end. It and the steps depend on nothing but the study, however often the ascent was interrupted.
+
+        Raises:
+            NonFiniteMergeError: If a merge or the gradient holds NaN or infinity.
+            StudyError: If no metric of the score has a gradient.
+        """
+        end = end_of_ascent([known_state(trial)])
+        steps = steps_of(known_state(trial))
+        if end is None:
+            end = self._climb(trial, starts, steps, on_step)
+        trial.set_user_attr(attributes.ASCENT_DOCUMENTS, sum(step.n_documents for step in steps))
+        trial.set_user_attr(attributes.ASCENT_SECONDS, round(math.fsum(step.seconds for step in steps), 4))
+        fix_params(trial, end.params)
+        return end
+
+    def _climb(
+        self, trial: optuna.Trial, starts: Sequence[dict[str, float]], steps: list[AscentStep], on_step: OnStep
+    ) -> AscentEnd:
+        others, points = starts[0], [self._coordinates.point(start) for start in starts]
+        state, slope, spent = read_state(trial), None, []
+        if state is None:
+            spent = [self._slope(point, others, self._schedule.batches[0]) for point in points]
+            best = int(np.argmax([found.value for found in spent]))
+            point, slope = points[best], spent.pop(best)
+        else:
+            point = points[0]
+        own = self._coordinates
+        ascent = Ascent(point, own.low, own.high, own.scale, self._schedule.n_steps)
+        if state is not None:
+            ascent.resume(state)
+        while True:
+            slope = slope or self._slope(ascent.point, others, self._schedule.batches[ascent.n_done])
+            ascent.step(slope.gradient)
+            reached = ascent.end() if ascent.is_done else ascent.point
+            params, profile = own.split(reached, others)
+            step = AscentStep(
+                expected=slope.value,
+                n_documents=sum(found.n_documents for found in [*spent, slope]),
+                seconds=round(math.fsum(found.seconds for found in [*spent, slope]), _DIGITS),
+                params={name: round(value, _DIGITS) for name, value in params.items()},
+            )
+            steps.append(step)
+            end = AscentEnd(params, profile.to_json() if profile else "") if ascent.is_done else None
+            record_step(trial, steps, ascent.state(), end)
+            on_step(step, ascent.n_done, self._schedule.n_steps)
+            if end is not None:
+                return end
+            slope, spent = None, []
+
+    def _slope(self, point: Array, others: dict[str, float], chunks: Sequence[int]) -> Slope:
+        """The slope at a point, on the documents of some chunks."""
+        begun = time.perf_counter()
+        params, profile = self._coordinates.split(point, others)
+        recipe = self._space.decode(params, profile)
+        self._load(recipe)
+        pullback = self._merger.pullback(recipe)
+        values = []
+        for chunk in chunks:
+            expectation = self._scorer.differentiate_chunk(chunk, pullback.add, generate=False)
+            if not expectation.tasks:
+                raise StudyError(
+                    "search.start: must be uniform for a score without a gradient, got ascent; no metric has a right"
+                    " answer whose probability could be differentiated: name one with gradient_target in the task"
+                )
+            values.append(expectation.value)
+        gradient = self._coordinates.gradient(pullback.result().tensors) / len(chunks)
+        value = math.fsum(values) / len(chunks)
+        if not np.isfinite(gradient).all() or not math.isfinite(value):
+            raise NonFiniteMergeError(
+                f"ascent: expected score and gradient must be finite, got {value} and a gradient with NaN or infinity;"
+                " use engine.dtype: bfloat16 or float32, or search.start: uniform"
+            )
+        n_documents = sum(self._scorer.n_documents_in(chunk) for chunk in chunks)
+        return Slope(value, gradient, n_documents, time.perf_counter() - begun)
