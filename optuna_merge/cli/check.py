@@ -68,6 +68,7 @@ def _lines(result: Check) -> list[str]:
         f" {space['n_baselines']} baselines first, {result.n_trials} trials in all",
         *([f"           {space['first']} ... {space['last']}"] if space["n_dimensions"] else []),
         *([f"           begins {space['warm_start']}"] if space["warm_start"] else []),
+        *([f"           begins {space['ascent']}"] if space["ascent"] else []),
     ]
     for task in tasks:
         kind = "" if task["weight"] is None else f"{task['weight']:g} x "

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from optuna_merge.internals.optuna import known_state
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import AscentStep, steps_of
 from optuna_merge.storage.trials import best_merge, generation, n_finished, score_of, score_or_worst
 from optuna_merge.study.watcher import Watcher
 
@@ -84,6 +85,14 @@ class TerminalWatcher(Watcher):
             best = best_merge(self._study)
             self._best_chunks = {} if best is None else best.intermediate_values
 
+    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
+        """Show the expected score that each step of the ascent starts from."""
+        words = f"ascent {n_done}/{n_steps}  expected score {step.expected:.4f}"
+        if self._is_live:
+            self._label = words
+        else:
+            self._console.print(f"{words}  {step.n_documents} documents, {step.seconds:.2f} s{self._by}", markup=False)
+
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
         """Show each chunk's score against the best merge's."""
         self._n_chunks = n_chunks
@@ -100,8 +109,10 @@ class TerminalWatcher(Watcher):
         self._n_documents += trial.user_attrs.get(attributes.DOCUMENTS, 0)
         if self._is_live:
             self._standing = _standing(study)
-        baseline = trial.user_attrs.get(attributes.BASELINE)
-        name = f"trial {trial.number}" + (f" ({baseline})" if baseline else "")
+        label = trial.user_attrs.get(attributes.BASELINE)
+        if attributes.ASCENT in trial.user_attrs:
+            label = "end of the ascent"
+        name = f"trial {trial.number}" + (f" ({label})" if label else "")
         mark = "  best so far" if is_best else ""
         self._console.print(
             f"[{n_done}/{self._n_trials}] {name}  {_result(study, trial)}  {_seconds(trial)}{self._by}  {left}{mark}",
@@ -157,7 +168,10 @@ class StudyView:
         rows = [(name, Text(words)) for name, words in _standing(self._study)]
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             name = trial.user_attrs.get(attributes.BASELINE, f"trial {trial.number}")
-            rows.append(("now", Text(f"{name}  {len(trial.intermediate_values)} chunks")))
+            done = f"{len(trial.intermediate_values)} chunks"
+            if attributes.ASCENT in trial.user_attrs and not trial.intermediate_values:
+                done = f"ascent, {len(steps_of(trial))} steps"
+            rows.append(("now", Text(f"{name}  {done}")))
         return _layout(
             finished,
             wanted,

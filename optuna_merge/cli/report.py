@@ -89,13 +89,15 @@ def _page(study: optuna.Study, summary: Summary, config: StudyConfig) -> str:
 def print_summary(summary: Summary) -> None:
     """Print the tables of a study, and the sentences that follow from them, on stdout."""
     from optuna_merge.report.lengths import answers_split, answers_table, length_warnings
-    from optuna_merge.report.summary import verdict
+    from optuna_merge.report.summary import ascent_line, verdict
     from optuna_merge.report.tables import front_table, held_rows, searched_table
 
     typer.echo(
         f"study {summary.study}: {summary.state_counts};"
         f" {summary.n_documents} documents scored in {summary.seconds:.0f} s"
     )
+    if line := ascent_line(summary):
+        typer.echo(line)
     if not summary.rows:
         typer.echo("no trial is complete yet")
         return

@@ -39,7 +39,11 @@ def status(
 
 
 def _print(summary: Summary) -> None:
+    from optuna_merge.report.summary import ascent_line
+
     typer.echo(f"study {summary.study}: {summary.progress} ({summary.state_counts})")
+    if line := ascent_line(summary):
+        typer.echo(line)
     baselines = [row for row in summary.rows if row.kind != "best"]
     if baselines:
         leader = max(baselines, key=lambda row: row.value)

@@ -28,6 +28,7 @@ def contradictions(config: StudyConfig) -> Iterator[Problem]:
     yield from _one_score(config) if config.study.goal == "sum" else _several_objectives(config)
     yield from _sampler(config)
     yield from _warm_start(config)
+    yield from _ascent(config)
     try:
         method = config.method
     except MethodError as exc:
@@ -40,6 +41,7 @@ def contradictions(config: StudyConfig) -> Iterator[Problem]:
     yield from _number_of_models(config, method)
     yield from _switches(config, method)
     yield from _ranges(config, method)
+    yield from _smooth(config, method)
 
 
 def _repeated(config: StudyConfig) -> Iterator[Problem]:
@@ -150,6 +152,32 @@ def _warm_start(config: StudyConfig) -> Iterator[Problem]:
         yield Problem(key, f"be absent for {sampler}", got, "remove it or use cmaes")
     if config.random_init:
         yield Problem(key, "be absent for random_init", got, "remove one of the two")
+
+
+def _ascent(config: StudyConfig) -> Iterator[Problem]:
+    if config.search.start != "ascent":
+        return
+    sampler, key, rule = config.study.sampler.name, "search.start", "be uniform for"
+    if config.study.goal != "sum":
+        yield Problem(key, f"{rule} several objectives", "ascent", "the gradient is that of one score: remove it")
+    elif sampler != "cmaes":
+        yield Problem(key, f"{rule} {sampler}", "ascent", "cmaes alone begins at its end: remove one of the two")
+    if config.engine.backend != "hf":
+        yield Problem(key, f"{rule} {config.engine.backend}", "ascent", "it has no gradients: use engine.backend: hf")
+    if config.random_init:
+        yield Problem(key, f"{rule} random_init", "ascent", "remove one of the two")
+
+
+def _smooth(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
+    if config.search.start != "ascent":
+        return
+    for parameter in method.parameters_for(config.genome.base_model is not None):
+        given = config.search.ranges.get(parameter.name)
+        is_searched = parameter.search is not None if given is None else not given.is_constant
+        if parameter.is_smooth and is_searched:
+            return
+    fix = "no parameter that is searched has a derivative: remove it, or see optuna-merge methods"
+    yield Problem("search.start", f"be uniform for {method.name}", "ascent", fix)
 
 
 def _base_model(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:

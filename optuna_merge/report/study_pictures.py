@@ -16,10 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report.pictures import Bars, Chart, HeatMap, Picture, Role, Series
 from optuna_merge.report.summary import Row, SearchedTask, Summary
+from optuna_merge.search.ascent import N_PASSES
 from optuna_merge.search.space import split_parameter
 from optuna_merge.storage import attributes
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
-from optuna_merge.storage.trials import FINISHED, best_merge, generation, score_of
+from optuna_merge.storage.trials import FINISHED, best_merge, documents_spent, generation, score_of
 from optuna_merge.study.holdout_file import TaskFigure
 
 _N_COLUMNS = 40
@@ -45,6 +46,7 @@ def pictures_of_study(study: optuna.Study, summary: Summary, config: StudyConfig
     best = best_merge(study)
     drawn: list[Picture | None] = [
         _score_by_documents(trials, summary),
+        _expected_by_step(summary),
         _score_by_model(summary, config),
         None if best is None else _weights_of(best, labels, trials),
         _weights_by_generation(trials, labels),
@@ -59,7 +61,7 @@ def _score_by_documents(trials: Sequence[FrozenTrial], summary: Summary) -> Char
     points: dict[Role, _Points] = {"merge": [], "pruned": []}
     best: list[tuple[float, float]] = []
     for trial in trials:
-        spent += trial.user_attrs.get(attributes.DOCUMENTS, 0)
+        spent += documents_spent(trial)
         if attributes.BASELINE in trial.user_attrs and trial.user_attrs.get(attributes.BASELINE_KIND) != "uniform":
             continue
         score = score_of(trial)
@@ -82,6 +84,25 @@ def _score_by_documents(trials: Sequence[FrozenTrial], summary: Summary) -> Char
         "score on the searched documents",
         series,
         [(row.name, _ROLES[row.kind], row.value) for row in _to_beat(summary)],
+    )
+
+
+def _expected_by_step(summary: Summary) -> Chart | None:
+    """The expected score on each step's documents, and its mean over a pass of the ascent."""
+    values = [step.expected for step in summary.ascent]
+    if not values:
+        return None
+    width = max(1, len(values) // N_PASSES)
+    passes = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    numbers = [float(number) for number in range(1, len(values) + 1)]
+    points = [(x, y, f"step {x:.0f}") for x, y in zip(numbers, values, strict=True)]
+    mean = Series("mean of a pass", "best", numbers, [math.fsum(part) / len(part) for part in passes], is_line=True)
+    return Chart(
+        "expected-by-step",
+        "Expected score by step of the ascent",
+        "step",
+        "expected score",
+        [_marks("a step's documents", "merge", points), mean],
     )
 
 

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import AscentStep, ascent_trial, steps_of
 from optuna_merge.storage.trials import FINISHED, best_merges, front_of, score_of
 from optuna_merge.study.holdout_file import Answers, HoldoutRow, read_holdout
 
@@ -86,7 +87,8 @@ class Summary:
         best_value: Its score on the searched documents.
         failures: Number of each failed trial to the reason.
         n_documents: Documents scored in all trials.
-        seconds: Time spent on merging and scoring in all trials.
+        seconds: Time spent on the ascent, and on merging and scoring in all trials.
+        ascent: The steps of the ascent, if the study begins with it.
         front: With ``goal: pareto`` the front, from the best in the first objective on; else empty.
     """
 
@@ -99,6 +101,7 @@ class Summary:
     failures: dict[int, str]
     n_documents: int
     seconds: float
+    ascent: list[AscentStep]
     front: list[Point]
 
     @property
@@ -148,8 +151,9 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
         seconds=sum(
             trial.user_attrs.get(key, 0.0)
             for trial in trials
-            for key in (attributes.MERGE_SECONDS, attributes.EVALUATION_SECONDS)
+            for key in (attributes.ASCENT_SECONDS, attributes.MERGE_SECONDS, attributes.EVALUATION_SECONDS)
         ),
+        ascent=steps_of(first) if (first := ascent_trial(trials)) else [],
         front=_front(study, config),
     )
 
@@ -165,6 +169,20 @@ def standing(summary: Summary) -> str:
     rival = max(rivals, key=lambda row: row.value)
     ahead = summary.best_value - rival.value
     return f"{text}, {abs(ahead):.4f} {'above' if ahead >= 0 else 'below'} {rival.name} ({rival.value:.4f})."
+
+
+def ascent_line(summary: Summary) -> str:
+    """What the ascent did and what it took; empty without one."""
+    steps = summary.ascent
+    if not steps:
+        return ""
+    third = max(1, len(steps) // 3)
+    first, last = (sum(step.expected for step in part) / third for part in (steps[:third], steps[-third:]))
+    return (
+        f"ascent: {len(steps)} steps, {sum(step.n_documents for step in steps)} documents differentiated in"
+        f" {sum(step.seconds for step in steps):.0f} s; expected score {first:.4f} in the first third, {last:.4f} in"
+        " the last"
+    )
 
 
 def verdict(summary: Summary) -> str:

@@ -10,13 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from optuna_merge.recipe import Recipe
+from optuna_merge.recipe import Recipe, RecipeNumber
 from optuna_merge.search.ascent import Array
 from optuna_merge.search.profile import Profile, TensorPlace
 from optuna_merge.search.space import SearchSpace
-
-TensorNumber = tuple[str, int | None]
-"""A method parameter of one tensor, and the index of its model (None: shared by all)."""
 
 _USUAL_WIDTH = 1.5
 """Width of the default range of weights: other parameters move in proportion to their own range."""
@@ -69,17 +66,19 @@ class AscentSpace:
             return self._numbers_of(self._space.decode(params))
         return np.array([params[name] for name in self._names])
 
-    def gradient(self, tensors: Mapping[str, Mapping[TensorNumber, float]]) -> Array:
+    def gradient(
+        self, tensors: Mapping[str, Mapping[tuple[str, int | None], float]], numbers: Mapping[RecipeNumber, float]
+    ) -> Array:
         """Derivatives by the coordinates, ``[n]``.
 
         Args:
-            tensors: Tensor to the derivatives by its own numbers; tensors that are missing have none.
+            tensors: Tensor to the derivatives by its own numbers: method parameter, and index of the model or None.
+            numbers: Derivatives by the numbers of the recipe, which several tensors share.
         """
-        fine = np.array([tensors.get(place.name, {}).get((name, model), 0.0) for place, name, model in self._fine])
         if self._has_profile:
-            return fine
-        coarse: Array = self._matrix.T @ fine
-        return coarse
+            return np.array([tensors[place.name][name, model] for place, name, model in self._fine])
+        found = self._space.pull_back(numbers)
+        return np.array([found.get(name, 0.0) for name in self._names])  # a filter may select no tensor of a group
 
     def split(self, point: Array, others: Mapping[str, float]) -> tuple[dict[str, float], Profile | None]:
         """Trial parameters and profile that stand for a point.
@@ -96,9 +95,10 @@ class AscentSpace:
             return {**others, **dict(zip(self._names, point.tolist(), strict=True))}, None
         nearest, *_ = np.linalg.lstsq(self._matrix, point, rcond=None)
         params = dict(others)
-        for name, value in zip(self._names, nearest.tolist(), strict=True):
-            distribution = self._space.distributions[name]
-            params[name] = min(max(value, distribution.low), distribution.high)
+        for name, value, column in zip(self._names, nearest.tolist(), self._matrix.T, strict=True):
+            if column.any():  # else it has no influence
+                distribution = self._space.distributions[name]
+                params[name] = min(max(value, distribution.low), distribution.high)
         deviations = (point - self._numbers_of(self._space.decode(params))).tolist()
         found: dict[TensorPlace, dict[str, tuple[float, ...]]] = {}
         for (place, name, _), deviation in zip(self._fine, deviations, strict=True):
@@ -108,16 +108,19 @@ class AscentSpace:
 
     def _decoding(self) -> Array:
         """Derivatives of the tensors' numbers by the trial parameters, ``[n_fine, n_names]``; decoding is linear."""
-        lowest = self._space.uniform()
-        for name in self._names:
-            lowest[name] = self._space.distributions[name].low
-        before = self._numbers_of(self._space.decode(lowest))
-        columns = []
-        for name in self._names:
-            distribution = self._space.distributions[name]
-            after = self._numbers_of(self._space.decode({**lowest, name: distribution.high}))
-            columns.append((after - before) / (distribution.high - distribution.low))
-        return np.array(columns).reshape(len(self._names), len(self._fine)).T
+        recipe = self._space.decode(self._space.uniform())
+        column = {name: number for number, name in enumerate(self._names)}
+        matrix = np.zeros((len(self._fine), len(self._names)))
+        rows: dict[RecipeNumber, Array] = {}
+        for index, (place, parameter, model) in enumerate(self._fine):
+            group, part = recipe.group_for(place.role, place.layer).name, recipe.parameters_for(*place).filter
+            number = RecipeNumber(group, part, parameter, model)
+            if number not in rows:
+                rows[number] = np.zeros(len(self._names))
+                for name, share in self._space.pull_back({number: 1.0}).items():
+                    rows[number][column[name]] = share
+            matrix[index] = rows[number]
+        return matrix
 
     def _numbers_of(self, recipe: Recipe) -> Array:
         sets = {place: recipe.parameters_for(*place) for place in self._places}

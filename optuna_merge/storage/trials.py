@@ -40,6 +40,15 @@ def n_finished(study: optuna.Study) -> int:
     return len(study.get_trials(deepcopy=False, states=FINISHED))
 
 
+def documents_spent(trial: FrozenTrial) -> float:
+    """The documents that a trial scored, and for its ascent as many as could have been scored in the same time."""
+    n_documents: int = trial.user_attrs.get(attributes.DOCUMENTS, 0)
+    seconds = trial.user_attrs.get(attributes.EVALUATION_SECONDS)
+    if not n_documents or not seconds:
+        return n_documents
+    return n_documents * (1 + trial.user_attrs.get(attributes.ASCENT_SECONDS, 0.0) / seconds)
+
+
 def best_merge(study: optuna.Study) -> FrozenTrial | None:
     """The best merge that was scored on every document; None if there is none. A source by itself is not a merge."""
     return next(iter(best_merges(study, 1)), None)

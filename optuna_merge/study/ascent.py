@@ -2,8 +2,8 @@
 
     starts -> the best of them on the first documents -> step, record, step, record ... -> mean of the later points
 
-Joins the optimizer (``search/ascent.py``), the gradient of the expected score (``evaluation``), the way back through the
-merge (``merging/pullback.py``) and the record (``storage/ascent.py``). Knows no trial but the one that it is given.
+Joins the optimizer (``search/ascent.py``), the gradient of the expected score (``evaluation``), the way back through
+the merge (``merging/pullback.py``) and the record (``storage/ascent.py``). Knows no trial but the one that it is given.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ class Climber:
                     " answer whose probability could be differentiated: name one with gradient_target in the task"
                 )
             values.append(expectation.value)
-        gradient = self._coordinates.gradient(pullback.result().tensors) / len(chunks)
+        found = pullback.result()
+        gradient = self._coordinates.gradient(found.tensors, found.numbers) / len(chunks)
         value = math.fsum(values) / len(chunks)
         if not np.isfinite(gradient).all() or not math.isfinite(value):
             raise NonFiniteMergeError(

@@ -19,6 +19,7 @@ from optuna_merge.search.build import make_sampler, never_prunes
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import find_warm_start
+from optuna_merge.study.description import describe_ascent
 from optuna_merge.study.engines import build_scorer, make_describing_engine, merge_device, plan_memory
 from optuna_merge.study.kept import KeptPlan, plan_kept
 from optuna_merge.study.memory import MemoryPlan, gib
@@ -36,7 +37,7 @@ class Check:
         n_tensors, n_parameters: Of each model.
         n_trials: Trials in total.
         space: ``n_dimensions``, ``population``, ``n_baselines``, the ``first`` and ``last`` parameter name, and a
-            description of ``warm_start`` (None without one).
+            description of ``warm_start`` and of the ascent (None without one).
         tasks: ``name``, ``weight`` (None for a task that only the holdout has), ``metric``, ``metrics``,
             ``n_searched``, ``n_holdout``, and ``has_gradient``: whether the metric has a differentiable stand-in (None
             for a task that only the holdout has).
@@ -96,7 +97,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     engine = make_describing_engine(config, models, card)
     tasks = build_scorer(config, engine).describe()
     space = SearchSpace(config, models.refs)
-    counts = _describe_space(config, space)
+    counts = _describe_space(config, models, space, tasks.n_chunks)
     memory = plan_memory(config, models, engine, card, tasks)
     memory.check(tasks.longest + 1)
     device = config.engine.device
@@ -142,7 +143,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     )
 
 
-def _describe_space(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
+def _describe_space(config: StudyConfig, models: StudyModels, space: SearchSpace, n_chunks: int) -> dict[str, Any]:
     sampler = make_sampler(config, space)
     warm_start = find_warm_start(config, space)
     names = list(space.distributions)
@@ -153,6 +154,7 @@ def _describe_space(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
         "first": names[0] if names else "",
         "last": names[-1] if names else "",
         "warm_start": warm_start and warm_start.describe(len(names)),
+        "ascent": None if config.search.start == "uniform" else describe_ascent(config, models, space, n_chunks),
     }
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.search.ascent import Schedule
+from optuna_merge.search.ascent_space import AscentSpace
 from optuna_merge.search.build import make_sampler, never_prunes
 from optuna_merge.search.samplers import StableCmaEsSampler, population_size
 from optuna_merge.search.space import SearchSpace
@@ -33,6 +35,8 @@ def describe_study(
         f"scoring: {tasks.n_documents} documents in {tasks.n_chunks} chunks, {held_out} held out;"
         f" {models.refs.dtype} on {device}; chat template {tasks.chat_template_reason}",
     ]
+    if config.search.start == "ascent":
+        lines.append(f"search: begins {describe_ascent(config, models, space, scorer.n_chunks)}")
     if warm_start := config.search.warm_start:
         lines.append(f"search: starts from the {warm_start.n_best} best trials of {warm_start.label}")
     if len(config.objectives) > 1:
@@ -44,6 +48,15 @@ def describe_study(
         names = ", ".join(scorer.not_means)
         lines.append(f"pruning compares {names} on the chunks scored so far: the metric is not a mean over documents")
     return lines
+
+
+def describe_ascent(config: StudyConfig, models: StudyModels, space: SearchSpace, n_chunks: int) -> str:
+    """What the search begins with, in a few words."""
+    n_steps = Schedule.draw(n_chunks, config.study.seed).n_steps
+    moved = f"{len(space.distributions)} weights of layer groups"
+    if config.search.profile == "tensor":
+        moved = f"{AscentSpace(space, models.places, 'tensor').n} weights of single tensors"
+    return f"with an ascent, {n_steps} steps along the gradient of {moved}"
 
 
 def _population_line(config: StudyConfig, space: SearchSpace) -> str:

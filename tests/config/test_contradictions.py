@@ -115,6 +115,35 @@ def test_what_several_objectives_cannot_have(problems: Any) -> None:
     assert line.endswith("objective must be absent for one score, got 'style'; remove it or set study.goal: pareto")
 
 
+@pytest.mark.parametrize(
+    ("added", "complaints"),
+    [
+        ("", []),
+        ("study: {sampler: {name: cmaes, gp_every: 3}}\n", []),
+        ("study: {sampler: gp}\n", ["be uniform for gp, got ascent; cmaes alone begins at its end"]),
+        ("engine: {backend: vllm}\n", ["be uniform for vllm, got ascent; it has no gradients"]),
+        ("random_init: true\n", ["be uniform for random_init, got ascent; remove one"]),
+        ("study: {goal: pareto}\n", ["be uniform for several objectives, got ascent; the gradient"]),
+    ],
+)
+def test_what_an_ascent_needs(problems: Any, load: Any, added: str, complaints: list[str]) -> None:
+    text = TWO_TASKS.replace(", objective: style", "") if "pareto" in added else STUDY
+    text += "search: {start: ascent}\n" + added
+    if not complaints:
+        assert load(text).search.profile == "tensor"
+        return
+    for line, complaint in zip(problems(text), complaints, strict=True):
+        assert f"search.start must {complaint}" in line
+
+
+def test_an_ascent_needs_a_parameter_with_a_derivative(problems: Any) -> None:
+    [line] = problems(STUDY + "search: {start: ascent, weight: 0.5}\n")
+    assert line.endswith(
+        "search.start must be uniform for task_arithmetic, got ascent; no parameter that is searched has a derivative:"
+        " remove it, or see optuna-merge methods"
+    )
+
+
 def test_a_missing_task_folder(problems: Any, tmp_path: Path) -> None:
     assert problems(STUDY + "task_search_path: [., nowhere]\n") == [
         "my_study.yaml:7: task_search_path[1] must be a folder, got nowhere; paths are relative to the study file"

@@ -137,7 +137,7 @@ ADDED = {
     ),
     "search: {xyz: 1}": (
         ":7: search.xyz must be a parameter of task_arithmetic, got 'xyz'; known: weight, lambda, embed_group, prior,"
-        " warm_start"
+        " warm_start, start, profile"
     ),
     "search: {embed_group: none}": ":7: search.embed_group must be 'shared' or 'own', got 'none'; choose one of them",
     "search: {prior: {common: -1}}": ":7: search.prior.common must be at least 0.0, got -1; raise it",

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from optuna_merge.config.read import load_study
-from optuna_merge.recipe import Recipe
+from optuna_merge.recipe import Recipe, RecipeNumber
 from optuna_merge.search.ascent_space import AscentSpace
 from optuna_merge.search.profile import Profile, TensorPlace
 from optuna_merge.search.space import ModelRefs, SearchSpace
@@ -88,25 +88,30 @@ def test_parameters_are_nearest_to_the_tensors_numbers(space: SearchSpace) -> No
     assert own._matrix.T @ rest == pytest.approx(np.zeros(own._matrix.shape[1]), abs=1e-12)
 
 
-def test_gradients_by_trial_parameters_follow_from_those_by_tensors(space: SearchSpace) -> None:
-    """Against central differences of a function of the merge's numbers."""
+def test_gradients_by_trial_parameters_follow_from_those_by_numbers(space: SearchSpace) -> None:
+    """Against central differences of a function of the tensors' numbers."""
     fine, coarse = AscentSpace(space, PLACES, "tensor"), AscentSpace(space, PLACES, "group")
     params = {name: 0.4 * d.low + 0.6 * d.high for name, d in space.distributions.items()}
+    recipe = space.decode(params)
     slopes = np.random.default_rng(2).normal(size=fine.n)
 
     def value(changed: dict[str, float]) -> float:
         return float(np.sin(numbers(space, space.decode(changed))) @ slopes)
 
-    by_number = np.cos(numbers(space, space.decode(params))) * slopes
+    by_number = np.cos(numbers(space, recipe)) * slopes
     tensors: dict[str, dict[tuple[str, int | None], float]] = {}
+    shared: dict[RecipeNumber, float] = {}
     for (place, name, model), slope in zip(fine._fine, by_number.tolist(), strict=True):
         tensors.setdefault(place.name, {})[name, model] = slope
-    np.testing.assert_array_equal(fine.gradient(tensors), by_number)
+        group, own = recipe.group_for(place.role, place.layer), recipe.parameters_for(*place)
+        number = RecipeNumber(group.name, own.filter, name, model)
+        shared[number] = shared.get(number, 0.0) + slope
+    np.testing.assert_array_equal(fine.gradient(tensors, shared), by_number)
     expected = [
         (value({**params, name: params[name] + 1e-5}) - value({**params, name: params[name] - 1e-5})) / 2e-5
         for name in coarse._names
     ]
-    assert coarse.gradient(tensors) == pytest.approx(expected, abs=1e-8)
-    point = coarse.point(params)
-    assert coarse.split(point, space.uniform())[1] is None
-    assert {**space.uniform(), **{n: params[n] for n in coarse._names}} == coarse.split(point, space.uniform())[0]
+    assert coarse.gradient(tensors, shared) == pytest.approx(expected, abs=1e-8)
+    found, profile = coarse.split(coarse.point(params), space.uniform())
+    assert profile is None
+    assert found == {**space.uniform(), **{name: params[name] for name in coarse._names}}

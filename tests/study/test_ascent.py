@@ -16,8 +16,6 @@ from optuna.trial import TrialState
 
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import StudyError, StudyMismatchError
-from optuna_merge.internals.optuna import known_state
-from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.search.profile import Profile
 from optuna_merge.search.space import AFTER_ASCENT_SIGMA
 from optuna_merge.storage import attributes
@@ -87,8 +85,8 @@ def test_a_study_begins_with_the_ascent_and_goes_on_from_its_end(objective: Merg
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-7)
     assert {row.trial for row in score_holdout(study, again)} >= {0, 1, 2, 3, 4, 5, 6}
     # which start it was decides what the scores mean
-    with pytest.raises(StudyMismatchError, match='created with search.start="ascent", now it is null'):
-        other = MergeObjective.from_file(objective.config.path, {"search.start": "uniform"})
+    other = MergeObjective.from_file(objective.config.path, {"search.start": "uniform"})
+    with pytest.raises(StudyMismatchError, match=r'created with search\.start="ascent", now it is null'):
         run_study(other.config, other)
 
 
@@ -96,3 +94,134 @@ def expected(objective: MergeObjective, params: Any, profile: Profile | None = N
     objective.load(objective.space.decode(params, profile))
     chunks = range(objective.scorer.n_chunks)
     return sum(objective.scorer.differentiate_chunk(i, lambda *_: None, generate=False).value for i in chunks)
+
+
+class Killed(Watcher):
+    """Ends the process at an event, as a kill would."""
+
+    def __init__(self, event: str, number: int) -> None:
+        self._left = {event: number}
+
+    def _count(self, event: str) -> None:
+        self._left[event] = self._left.get(event, 0) - 1
+        if self._left[event] == 0:
+            os._exit(9)
+
+    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
+        self._count("step")
+
+    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
+        self._count("chunk")
+
+    def trial_finished(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, is_best: bool) -> None:
+        self._count("trial")
+
+
+def test_a_study_that_is_killed_again_and_again_is_the_same(
+    objective: MergeObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differentiate = objective.scorer.differentiate_chunk
+
+    def run(watcher: Watcher | None = None, n_gradients: int = -1) -> Outcome:
+        left = itertools.count(n_gradients, -1)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            found = differentiate(*args, **options)
+            if next(left) == 0:
+                os._exit(9)  # after the pass, before its step is recorded
+            return found
+
+        monkeypatch.setattr(objective.scorer, "differentiate_chunk", counted)
+        return run_study(objective.config, objective, watcher)
+
+    kills: list[Callable[[], Any]] = [
+        lambda: run(n_gradients=1),  # while it compares starts
+        lambda: run(Killed("step", 1)),
+        lambda: run(n_gradients=1),
+        lambda: run(Killed("step", 2)),
+        lambda: run(Killed("step", 2)),  # the last step
+        lambda: run(Killed("chunk", 1)),  # while its end is scored
+        lambda: run(Killed("trial", 1)),
+        lambda: run(Killed("chunk", 14)),  # in the first trial that CMA-ES draws
+        lambda: run(Killed("trial", 2)),
+    ]
+    for kill in kills:
+        with forked(kill) as [process]:
+            process.join(120)
+            assert process.exitcode == 9
+    assert run() == Outcome(N_TRIALS)
+    interrupted = record(open_started(objective.config))
+    other = objective.config.model_copy(update={"storage_path": objective.config.storage_path / "other"})
+    again = MergeObjective(other, objective.models, objective.loader, objective.scorer)
+    assert run_study(other, again) == Outcome(N_TRIALS)
+    assert record(open_started(other)) == interrupted
+
+
+def test_of_three_workers_one_ascends_and_the_others_score_baselines_meanwhile(
+    objective: MergeObjective, tmp_path: Path
+) -> None:
+    class Noted(Watcher):
+        def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
+            self._note(f"step {n_done}")
+
+        def trial_started(self, trial: optuna.Trial) -> None:
+            self._note(f"start {trial.number}")
+
+        def _note(self, what: str) -> None:
+            with (tmp_path / "events").open("a") as file:
+                file.write(f"{what} by {os.getpid()}\n")
+
+    def work() -> None:
+        run_study(objective.config, objective, Noted())
+
+    with forked(work, work, work) as workers:
+        for worker in workers:
+            worker.join(240)
+            assert worker.exitcode == 0
+    events = [line.split(" by ") for line in (tmp_path / "events").read_text().splitlines()]
+    what = [event for event, _ in events]
+    assert [event for event in what if "step" in event] == [f"step {number}" for number in range(1, N_STEPS + 1)]
+    assert len({pid for event, pid in events if "step" in event}) == 1
+    before = what[: what.index(f"step {N_STEPS}")]
+    assert {event for event in before if "start" in event} >= {"start 0", "start 1"}
+    assert max(int(event.split()[1]) for event in before if "start" in event) <= 6  # none is drawn before the end
+    trials = open_started(objective.config).trials
+    assert len(trials) == N_TRIALS
+    assert {trial.user_attrs[attributes.PROFILE] for trial in (trials[0], *trials[7:])} == {
+        trials[0].user_attrs[attributes.PROFILE]
+    }
+
+
+def test_an_ascent_that_meets_a_gradient_with_nan_fails_and_the_search_begins_as_without(
+    objective: MergeObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differentiate = objective.scorer.differentiate_chunk
+
+    def spoilt(chunk: int, sink: Any, **options: Any) -> Any:
+        return differentiate(chunk, lambda name, gradient: sink(name, gradient * float("nan")), **options)
+
+    monkeypatch.setattr(objective.scorer, "differentiate_chunk", spoilt)
+    assert run_study(objective.config, objective) == Outcome(N_TRIALS)
+    first, *others = open_started(objective.config).trials
+    assert first.state == TrialState.FAIL
+    assert first.user_attrs[attributes.FAILURE].startswith("ascent: expected score and gradient must be finite, got 0.")
+    best = max(others[:3], key=lambda trial: trial.value)
+    assert open_started(objective.config).user_attrs[attributes.START] == best.params
+    assert all(attributes.PROFILE not in trial.user_attrs for trial in others)
+
+
+def test_a_plain_optuna_study_ascends_too(study_file: Callable[..., Path]) -> None:
+    settings = {"start": "ascent", "profile": "group"}
+    objective = MergeObjective.from_file(study_file(n_documents=16, study=STUDY, search=settings))
+    study = optuna.create_study(direction="maximize", sampler=objective.sampler(), pruner=objective.pruner())
+    objective.enqueue_baselines(study)
+    study.optimize(objective, n_trials=9)
+    end = end_of_ascent(study.trials)
+    assert end is not None
+    assert end.profile == ""
+    assert ascent_trial(study.trials) == study.trials[0]
+    assert study.trials[0].params == end.params
+    for trial in study.trials[7:]:
+        away = [abs(trial.params[name] - value) for name, value in end.params.items()]
+        assert 0 < max(away) < 5 * AFTER_ASCENT_SIGMA
+        assert objective.recipe(trial) == objective.space.decode(trial.params)
