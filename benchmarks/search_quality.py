@@ -3,7 +3,7 @@
     python benchmarks/search_quality.py [--landscape NAME] [--seeds N] [--arms NAME ...] [--quick] [--json]
 
 Every search has the same budget: the documents that pycma scores in 100 merges. Baselines and pruned trials count
-with the documents that they scored. All searches go through ``MergeObjective``, with the sampler and pruner that a
+with the documents that they scored, an ascent with those that could have been scored in its time. All searches go through ``MergeObjective``, with the sampler and pruner that a
 study file selects. The final score is the *true* score of the merge that the search would hand over: on the quickstart
 over all documents, searched and held out; on the synthetic landscapes over a population that no search sees.
 
@@ -38,8 +38,7 @@ from optuna_merge.evaluation.results import ChunkResult, Score, TaskScore
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import PASSTHROUGH, Recipe
 from optuna_merge.search.space import ModelRefs
-from optuna_merge.storage.attributes import DOCUMENTS
-from optuna_merge.storage.trials import best_merge, score_or_worst
+from optuna_merge.storage.trials import best_merge, documents_spent, score_or_worst
 from optuna_merge.study.engines import build_scorer, make_engine
 from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.models import StudyModels
@@ -58,9 +57,11 @@ class Arm:
 
     Attributes:
         settings: Dotted key to value; replaces what the study file says.
+        needs_gradient: Whether it is left out on landscapes without a model.
     """
 
     settings: dict[str, Any]
+    needs_gradient: bool = False
 
 
 def _arms() -> dict[str, Arm]:
@@ -69,6 +70,9 @@ def _arms() -> dict[str, Arm]:
     for name in ("cmaes", "tpe", "gp", "nsga2", "random"):
         for pruner in ("wilcoxon", "none"):
             arms[f"{name}, {pruner}"] = Arm({"study.sampler": name, "study.pruner": pruner})
+    for profile in ("tensor", "group"):
+        settings = {"search.start": "ascent", "search.profile": profile}
+        arms[f"ascent, {profile}"] = Arm(settings, needs_gradient=True)
     return arms
 
 
@@ -130,9 +134,10 @@ def main() -> None:
     figures = {}
     for name in names:
         landscape = Quickstart(options.quickstart) if name == "quickstart" else Synthetic(int(name[-2:]))
-        runs: dict[str, list[Run]] = {arm: [] for arm in arms}
+        own = [arm for arm in arms if name == "quickstart" or arm == PEER or not ARMS[arm].needs_gradient]
+        runs: dict[str, list[Run]] = {arm: [] for arm in own}
         for seed in range(options.seeds):
-            for arm in arms:
+            for arm in own:
                 runs[arm].append(search(landscape, arm, seed, options.merges))
                 print(f"{name}, seed {seed}, {arm}: {runs[arm][-1].steps[-1].true:.4f}", file=sys.stderr)
         figures[name] = summary(runs)
@@ -166,12 +171,12 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
                 study.tell(trial, objective(trial))
             except optuna.TrialPruned:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            documents += study.get_trials(deepcopy=False)[trial.number].user_attrs[DOCUMENTS]
+            documents += round(documents_spent(study.get_trials(deepcopy=False)[trial.number]))
             if documents > budget:
                 return Run(steps, budget)
             best = best_merge(study)
             if best is not None and best.number == trial.number:
-                true = landscape.truth(objective, objective.recipe(best))
+                true = landscape.truth(objective, objective.recipe(best, study))
                 steps.append(Step(documents, score_or_worst(best), true))
 
 

@@ -99,7 +99,7 @@ def record_step(
     n_steps = len(steps)
     pieces = _cut(json.dumps(state))
     # Two states take turns: a storage that writes one by one may be stopped in the middle of one.
-    writes = [(f"{_STATE}:{n_steps % 2}:{number}", piece) for number, piece in enumerate(pieces)]
+    writes: list[tuple[str, Any]] = [(f"{_STATE}:{n_steps % 2}:{number}", piece) for number, piece in enumerate(pieces)]
     writes.append((f"{_STEP}:{n_steps - 1}", asdict(steps[-1])))
     head: dict[str, Any] = {"n_steps": n_steps, "n_pieces": len(pieces)}
     if end is not None:

@@ -43,10 +43,9 @@ def n_finished(study: optuna.Study) -> int:
 def documents_spent(trial: FrozenTrial) -> float:
     """The documents that a trial scored, and for its ascent as many as could have been scored in the same time."""
     n_documents: int = trial.user_attrs.get(attributes.DOCUMENTS, 0)
-    seconds = trial.user_attrs.get(attributes.EVALUATION_SECONDS)
-    if not n_documents or not seconds:
-        return n_documents
-    return n_documents * (1 + trial.user_attrs.get(attributes.ASCENT_SECONDS, 0.0) / seconds)
+    seconds: float = trial.user_attrs.get(attributes.EVALUATION_SECONDS, 0.0)
+    ascent: float = trial.user_attrs.get(attributes.ASCENT_SECONDS, 0.0)
+    return n_documents * (1 + ascent / seconds) if seconds else n_documents
 
 
 def best_merge(study: optuna.Study) -> FrozenTrial | None:
