@@ -3,9 +3,10 @@
     python benchmarks/search_quality.py [--landscape NAME] [--seeds N] [--arms NAME ...] [--quick] [--json]
 
 Every search has the same budget: the documents that pycma scores in 100 merges. Baselines and pruned trials count
-with the documents that they scored, an ascent with those that could have been scored in its time. All searches go through ``MergeObjective``, with the sampler and pruner that a
-study file selects. The final score is the *true* score of the merge that the search would hand over: on the quickstart
-over all documents, searched and held out; on the synthetic landscapes over a population that no search sees.
+with the documents that they scored, an ascent with those that could have been scored in its time. All searches go
+through ``MergeObjective``, with the sampler and pruner that a study file selects. The final score is the *true* score
+of the merge that the search would hand over: on the quickstart over all documents, searched and held out; on the
+synthetic landscapes over a population that no search sees.
 
 ``quickstart``: real merges of its models; left out unless ``python studies/quickstart_models.py`` has made them.
 ``synthetic-12``, ``synthetic-48``: three sources of 4 and 16 layers, with one weight for each source and layer.
