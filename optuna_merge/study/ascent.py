@@ -21,6 +21,7 @@ from optuna_merge.errors import NonFiniteMergeError, StudyError
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.internals.optuna import fix_params, known_state
 from optuna_merge.merging.merger import Merger
+from optuna_merge.merging.pullback import Pullback
 from optuna_merge.recipe import Recipe
 from optuna_merge.search.ascent import Array, Ascent, Schedule
 from optuna_merge.search.ascent_space import AscentSpace
@@ -144,7 +145,7 @@ class Climber:
         params, profile = self._coordinates.split(point, others)
         recipe = self._space.decode(params, profile)
         self._load(recipe)
-        pullback = self._merger.pullback(recipe)
+        pullback = Pullback(self._merger, recipe)
         values = []
         for chunk in chunks:
             expectation = self._scorer.differentiate_chunk(chunk, pullback.add, generate=False)
