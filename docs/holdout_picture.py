@@ -1,12 +1,13 @@
-"""Draw the holdout scores of the quickstart study.
+"""Draw the holdout scores of a study.
 
-    optuna-merge report studies/quickstart.yaml --json | python docs/quickstart_picture.py
+    optuna-merge report studies/quickstart.yaml --json | python docs/holdout_picture.py docs/quickstart.svg Quickstart
 
-Writes ``docs/quickstart.svg``: a bar for each model with its standard error, and the best merge's lead over it.
+Writes a bar for each model with its standard error, and the best merge's lead over it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,10 @@ WIDTH, ROW, LEFT, BAR = 760, 30, 150, 400
 
 def main() -> None:
     """Read the report from standard input and write the picture."""
+    parser = argparse.ArgumentParser(description="Draw the holdout scores of a study, whose report is read as JSON.")
+    parser.add_argument("picture", type=Path, help="the SVG file to write")
+    parser.add_argument("title", help="what the study is called")
+    arguments = parser.parse_args()
     rows = [row for row in json.load(sys.stdin)["rows"] if row["holdout"] and row["kind"] != "runner-up"]
     height = 56 + ROW * len(rows)
     parts = [
@@ -25,7 +30,7 @@ def main() -> None:
         ' font-family="sans-serif" font-size="14">',
         f'<rect width="{WIDTH}" height="{height}" fill="{LIGHT["ground"]}"/>',
         '<text x="14" y="26" font-size="15" font-weight="bold">',
-        "Quickstart: mean accuracy on documents that the search never saw</text>",
+        f"{arguments.title}: mean accuracy on documents that the search never saw</text>",
     ]
     for index, row in enumerate(rows):
         held = row["holdout"]
@@ -43,7 +48,7 @@ def main() -> None:
             f'<text x="{LEFT + length + error + 8:.1f}" y="{middle + 5}"{weight}>{held["value"]:.3f}</text>',
             f'<text x="{WIDTH - 14}" y="{middle + 5}" text-anchor="end" fill="{LIGHT["quiet"]}">{lead}</text>',
         ]
-    Path(__file__).with_name("quickstart.svg").write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
+    arguments.picture.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
