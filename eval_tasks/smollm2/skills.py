@@ -1,9 +1,9 @@
 """Three skills, and the documents that measure them. Knows nothing of models.
 
-``dates`` and ``clock`` are made here: a date or a time of day in words, to be written with digits. ``proverbs`` reads a
-public data set, BIG-bench's abstract narrative understanding: a story, to which one of five proverbs fits. What may be
-trained on and what may be asked in a document is decided by a hash of the answer (``dates``, ``clock``) or by the place
-in the data set (``proverbs``). So no document is ever put before a model in training.
+``dates`` and ``clock`` are made here: a date or a time of day in words, to be written with digits. ``tone`` reads a
+public data set, the lexicon of VADER: words that ten people each have rated, from very negative to very positive. What
+may be trained on and what may be asked in a document is decided by a hash of the answer (``dates``, ``clock``) or of
+the word's beginning (``tone``). So no document is ever put before a model in training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import datetime
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,11 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import datasets
 
-SKILLS = ("dates", "clock", "proverbs")
-PROVERBS_FILE = Path(__file__).resolve().parent.parent / "data" / "smollm2_proverbs.jsonl"
-_ONE_IN = 5  # one date or time in five is kept for documents
-_N_TRAINING_STORIES = 6  # of the ten stories of each proverb
-_LONGEST_STORY = 340  # characters; longer stories are left out, for they take long to train on and to score
+SKILLS = ("dates", "clock", "tone")
+WORDS_FILE = Path(__file__).resolve().parent.parent / "data" / "smollm2_words.jsonl"
+TONES = ("good", "bad")
+_ONE_IN = 5  # one date, time or beginning of a word in five is kept for documents
+_N_BEGINNING = 5  # letters: words of one stem, such as joyful and joyfully, are on the same side of the split
 _FIRST_DAY, _N_DAYS = datetime.date(1900, 1, 1), 365 * 130
 _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -83,33 +82,39 @@ def clock_question(rng: random.Random) -> Question:
     return Question(f"Write this time as HH:MM: {written} {part}", f"{hour:02d}:{minute:02d}")
 
 
-def stories(*, for_documents: bool, file: Path = PROVERBS_FILE) -> list[Question]:
-    """The stories of one side of the split, in the order of the data set.
+def tone_question(word: str, rating: float) -> Question:
+    """A word that sounds good or bad to most people."""
+    return Question(f"Does this word sound good or bad: {word}", TONES[0] if rating > 0 else TONES[1], TONES)
+
+
+def words(*, for_documents: bool, file: Path = WORDS_FILE) -> tuple[list[Question], list[Question]]:
+    """The questions about words of one side of the split, good words and bad words, in the order of the data set.
 
     Raises:
         FileNotFoundError: If the file has not been made; ``studies/smollm2_models.py`` makes it.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} must exist; make it with: python studies/smollm2_models.py")
-    seen: Counter[str] = Counter()
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        seen[row["answer"]] += 1
-        if len(row["story"]) > _LONGEST_STORY:
-            continue
-        if (seen[row["answer"]] > _N_TRAINING_STORIES) == for_documents:
-            text = f"{row['story']}\nWhich proverb says this best?"
-            found.append(Question(text, row["answer"], tuple(row["choices"])))
-    return found
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = [
+        tone_question(row["word"], row["rating"])
+        for row in rows
+        if is_for_documents(row["word"][:_N_BEGINNING]) == for_documents
+    ]
+    good, bad = ([question for question in found if question.answer == tone] for tone in TONES)
+    return good, bad
 
 
 def questions(skill: str, rng: random.Random, *, for_documents: bool) -> Iterator[Question]:
-    """An endless sequence of a skill's questions, drawn from one side of the split."""
-    if skill == "proverbs":
-        found = stories(for_documents=for_documents)
+    """An endless sequence of a skill's questions, drawn from one side of the split.
+
+    Of ``tone``, good and bad words take turns.
+    """
+    if skill == "tone":
+        good, bad = words(for_documents=for_documents)
         while True:
-            yield from rng.sample(found, len(found))
+            yield rng.choice(good)
+            yield rng.choice(bad)
     draw = {"dates": date_question, "clock": clock_question}[skill]
     while True:
         question = draw(rng)
@@ -118,7 +123,7 @@ def questions(skill: str, rng: random.Random, *, for_documents: bool) -> Iterato
 
 
 def is_for_documents(answer: str) -> bool:
-    """Whether a date or a time may be asked in a document; if not, it may be trained on."""
+    """Whether a date, a time or a word's beginning may be asked in a document; if not, it may be trained on."""
     return hashlib.sha256(answer.encode()).digest()[0] % _ONE_IN == 0
 
 
@@ -127,7 +132,7 @@ def documents(skill: str, n_documents: int, seed: int, **_: object) -> dict[str,
 
     Args:
         skill: One of ``SKILLS``.
-        n_documents: How many; no two have the same answer (``dates``, ``clock``) or story (``proverbs``).
+        n_documents: How many; no two have the same answer (``dates``, ``clock``) or word (``tone``).
         seed: Decides which, and their order.
         **_: The ``metadata`` of the task, which lm-eval passes along.
 
