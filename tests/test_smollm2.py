@@ -1,4 +1,4 @@
-"""The script that makes the models of the SmolLM2 study, on a tiny model; its questions and eval tasks."""
+"""SmolLM2 itself, from its package: converted, merged and scored as by lm-eval; and the script that fine-tunes it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import lm_eval
+import optuna
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from optuna_merge import MergeObjective
+from optuna_merge.merging.export import export
+from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.testing import write_tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,3 +168,79 @@ def test_the_study_file_names_what_is_made(script: Any) -> None:
     assert study["genome"]["models"] == [f"smollm2_models/{skill}" for skill in SKILLS]
     assert [task["name"] for task in study["tasks"]] == [f"smollm2_{skill}" for skill in SKILLS]
     assert sorted(each.skill for each in script.SETTINGS) == sorted(SKILLS)
+
+
+@pytest.fixture(scope="module")
+def real(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's study file, with the base from its package and random adapters of it as the fine-tunes."""
+    folder = tmp_path_factory.mktemp("real")
+    shutil.copytree(ROOT / "eval_tasks" / "smollm2", folder / "eval_tasks" / "smollm2")
+    models = folder / "studies" / "smollm2_models"
+    models.mkdir(parents=True)
+    try:
+        script.make_base(models / "base")
+        script.make_words(folder / "eval_tasks" / "data" / script.WORDS_FILE.name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the package index does not serve the wheels of SmolLM2 and its words: {error}")
+    for number, skill in enumerate(SKILLS):
+        write_adapter(models / skill, seed=number)
+    study = yaml.safe_load((ROOT / "studies" / "smollm2.yaml").read_text())
+    study |= {"limit": N_DOCUMENTS, "holdout": None}
+    study["genome"]["models"] = [f"smollm2_models/base+smollm2_models/{skill}" for skill in SKILLS]
+    study["study"] |= {"n_chunks": 1}
+    file = folder / "studies" / "smollm2.yaml"
+    file.write_text(yaml.safe_dump(study))
+    return file
+
+
+def write_adapter(folder: Path, seed: int) -> None:
+    """A random low-rank adapter of SmolLM2's first queries and values, in PEFT's layout."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    random_state = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(0, 30, 5):
+        for module, width in (("q_proj", 576), ("v_proj", 192)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = 0.1 * torch.randn((2, 576), generator=random_state)
+            tensors[f"{prefix}.lora_B.weight"] = 0.1 * torch.randn((width, 2), generator=random_state)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_a_merge_of_smollm2_is_scored_as_by_lm_eval(real: Path, tmp_path: Path) -> None:
+    objective = MergeObjective.from_file(real)
+    loader = objective.loader
+    assert isinstance(loader, LocalLoader)
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(dict.fromkeys(objective.space.distributions, 0.5))
+    study.optimize(objective, n_trials=1)
+    merged = export(objective.recipe(study.trials[0]), tmp_path / "merged", merger=loader.merger)
+
+    lm = HFLM(pretrained=str(merged), device="cpu", dtype="float32", batch_size=1)
+    manager = TaskManager(include_path=str(real.parent.parent / "eval_tasks"), include_defaults=False)
+    names = [f"smollm2_{skill}" for skill in SKILLS]
+    found = lm_eval.simple_evaluate(
+        lm, tasks=names, task_manager=manager, limit=N_DOCUMENTS, apply_chat_template=True, bootstrap_iters=0
+    )
+    metrics = {name: "acc,none" if name == "smollm2_tone" else "exact_match,digits" for name in names}
+    values = [found["results"][name][metric] for name, metric in metrics.items()]
+    assert study.trials[0].value == pytest.approx(0.3333 * sum(values), abs=1e-9)
+
+    theirs = [instance for name in names for instance in instances(found["samples"][name])]
+    ours = loader.engine.respond(loader.engine.prepare([request for request, _ in theirs]))
+    assert len(ours) == 2 * N_DOCUMENTS + 2 * N_DOCUMENTS
+    for answer, (request, expected) in zip(ours, theirs, strict=True):
+        assert "<|im_start|>user" in request.args[0]
+        if request.request_type == "generate_until":
+            assert answer == expected
+        else:
+            assert answer == (pytest.approx(expected[0], abs=1e-4), expected[1])
+
+
+def instances(samples: list[dict[str, Any]]) -> Iterator[tuple[Instance, Any]]:
+    """The requests of lm-eval's log, and what the model answered."""
+    for sample in samples:
+        for arguments, [response] in zip(sample["arguments"], sample["resps"], strict=True):
+            kind = "generate_until" if isinstance(response, str) else "loglikelihood"
+            yield Instance(kind, sample["doc"], tuple(arguments), 0), response
