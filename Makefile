@@ -63,8 +63,12 @@ bench-vllm: setup-vllm
 
 bench: bench-eval bench-merge
 
-bench-eval: setup-dev
+bench-eval: setup-dev studies/smollm2_models/base/config.json
 	$(BIN)/python benchmarks/eval_speed.py
+	$(BIN)/python benchmarks/eval_language_model.py
+
+studies/smollm2_models/base/config.json: | $(VENV)/installed-smollm2
+	$(BIN)/python studies/smollm2_models.py --base-only
 
 bench-merge: setup-dev
 	$(BIN)/python benchmarks/merge_speed.py

@@ -327,8 +327,13 @@ def main() -> None:
         default=Path(__file__).resolve().parent / "smollm2_models",
         help="folder for the models (default: %(default)s)",
     )
+    parser.add_argument(
+        "--base-only", action="store_true", help="make no fine-tunes, as the benchmark of scoring wants it"
+    )
+    given = parser.parse_args()
     n_processes = min(len(SKILLS), os.cpu_count() or 1)
-    make_models(parser.parse_args().out, SETTINGS, n_processes, lambda line: print(line, file=sys.stderr, flush=True))
+    settings = () if given.base_only else SETTINGS
+    make_models(given.out, settings, n_processes, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 if __name__ == "__main__":
