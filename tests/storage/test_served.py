@@ -29,7 +29,7 @@ from optuna_merge.storage.server import serve
 from optuna_merge.storage.trials import FINISHED
 from optuna_merge.study.run import run_study
 from tests import databases, processes
-from tests.study.test_run import Logged, refuse_what_was_done_twice, small
+from tests.study.killing import Logged, refuse_what_was_done_twice, small
 
 pytest.importorskip("grpc")
 

@@ -17,7 +17,7 @@ from optuna_merge.study import run as study
 from optuna_merge.study.run import run_study
 from optuna_merge.study.watcher import Watcher
 from tests import databases, processes
-from tests.study.test_run import share_and_kill, small, table
+from tests.study.killing import share_and_kill, small, table
 
 
 @pytest.fixture(scope="module")

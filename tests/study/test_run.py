@@ -1,20 +1,13 @@
+"""A study runs, is interrupted, is refused, and goes on."""
+
 from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing.connection
 import os
-import random
 import shutil
 import signal
-import sqlite3
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -29,26 +22,16 @@ from optuna_merge.config.read import load_study
 from optuna_merge.errors import MergeError, StudyError, StudyMismatchError
 from optuna_merge.report.summary import summarize
 from optuna_merge.storage import attributes
-from optuna_merge.storage.open import open_storage, open_study, storage_url
-from optuna_merge.storage.trials import FINISHED, best_merge, score_of
+from optuna_merge.storage.open import open_storage, storage_url
+from optuna_merge.storage.trials import best_merge, score_of
 from optuna_merge.study import run as study
 from optuna_merge.study.folder import BEST_CONFIG, write_best_config
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
 from optuna_merge.study.watcher import Watcher
 from tests import processes
+from tests.study.killing import table
 from tests.study.test_objective import fake_objective
-
-RUN = [sys.executable, "-m", "optuna_merge"]
-
-
-def table(url: str) -> list[tuple]:
-    """The parts of a study's trials that must not depend on interruptions."""
-    trials = open_study(url, "tiny").trials
-    return [
-        (t.number, t.state, t.value, t.params, t.intermediate_values, t.user_attrs.get(attributes.BASELINE))
-        for t in trials
-    ]
 
 
 @pytest.fixture
@@ -271,190 +254,3 @@ def test_memory_that_is_out_while_merging_stops_the_study_and_more_lets_it_go_on
     assert run_study(stopped.config, stopped) == study.Outcome(6)
     assert table(urls[0]) == table(urls[1])
     assert stopped.loader.engine.n_responses == through.loader.engine.n_responses > n_responses
-
-
-class Doomed(Watcher):
-    """Kills its process by SIGKILL a few milliseconds after a chunk, whatever the process is doing then."""
-
-    def __init__(self, n_chunks: int, delay_s: float) -> None:
-        self.left = n_chunks
-        self.delay_s = delay_s
-
-    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
-        self.left -= 1
-        if self.left == 0:
-            threading.Timer(self.delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-
-def small(write: Callable[..., Path], folder: Path, url: str | None = None, n_trials: int = 60) -> MergeObjective:
-    pruner = {"name": "wilcoxon", "p_threshold": 0.3, "n_startup_steps": 3}
-    options = {"name": "tiny", "n_trials": n_trials, "seed": 3, "n_chunks": 10, "pruner": pruner}
-    path = write(30, "0", study=options, holdout=None)
-    return fake_objective(path, **{"storage_path": folder, **({"study.storage": url} if url else {})})
-
-
-@pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
-def test_killed_twenty_times_it_ends_as_if_it_had_run_through(
-    study_file: Callable[..., Path], tmp_path: Path, kind: str
-) -> None:
-    through = small(study_file, tmp_path / "through")
-    run_study(through.config, through)
-    url = f"{kind}{tmp_path}/killed/study.db"
-    killed = small(study_file, tmp_path / "killed", url)
-    chance = random.Random(5)
-    for _ in range(22):
-        watcher = Doomed(chance.randint(1, 20), chance.uniform(0, 0.03))
-        process = processes.start(partial(run_study, killed.config, killed, watcher))
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
-    assert run_study(killed.config, killed) == study.Outcome(60)
-    assert table(url) == table(f"sqlite:///{tmp_path}/through/study.db")
-    assert [row[1] for row in table(url)].count(TrialState.PRUNED) >= 5
-    best = [yaml.safe_load((tmp_path / folder / BEST_CONFIG).read_text()) for folder in ("through", "killed")]
-    assert best[0] == best[1]
-
-
-class Logged(Doomed):
-    """Notes when its process starts and finishes a trial; kills it too unless ``n_chunks`` is 0."""
-
-    def __init__(self, log: Path, n_chunks: int = 0, delay_s: float = 0.0) -> None:
-        super().__init__(n_chunks, delay_s)
-        self.log = log
-
-    def trial_started(self, trial: optuna.Trial) -> None:
-        self.note("start", trial.number)
-
-    def trial_finished(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, is_best: bool) -> None:
-        self.note("finish", trial.number)
-
-    def note(self, what: str, number: int) -> None:
-        with self.log.open("a") as log:
-            log.write(f"{os.getpid()} {what} {number}\n")
-
-
-def refuse_what_was_done_twice(log: Path) -> None:
-    """No trial may be finished twice, and none may be started while the process that started it before is alive."""
-    events = [line.split() for line in log.read_text().splitlines()]
-    finished = [number for _, what, number in events if what == "finish"]
-    assert len(finished) == len(set(finished))
-    last: dict[str, str] = {}
-    for index, (pid, what, number) in enumerate(events):
-        if what == "start":
-            before = last.get(number, pid)
-            assert before == pid or before not in [later for later, _, _ in events[index:]], f"{number}: {events}"
-            last[number] = pid
-
-
-def share_and_kill(objectives: Sequence[MergeObjective], n_kills: int) -> list[int]:
-    """Let a worker run each objective of one study; kill ``n_kills`` workers at any point, and replace each.
-
-    Returns:
-        The numbers of the finished trials.
-    """
-    chance = random.Random(7)
-    log = objectives[0].config.storage_path.with_name("log")
-    objective_of: dict[BaseProcess, MergeObjective] = {}
-
-    def start(objective: MergeObjective) -> BaseProcess:
-        nonlocal n_kills
-        n_kills -= 1
-        end = (chance.randint(1, 20), chance.uniform(0, 0.03)) if n_kills >= 0 else ()
-        worker = processes.start(partial(run_study, objective.config, objective, Logged(log, *end)))
-        objective_of[worker] = objective
-        return worker
-
-    workers = [start(objective) for objective in objectives]
-    try:
-        deadline = time.monotonic() + 300
-        while workers:
-            assert time.monotonic() < deadline
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
-            for worker in [worker for worker in workers if not worker.is_alive()]:
-                workers.remove(worker)
-                if worker.exitcode:
-                    assert worker.exitcode == -signal.SIGKILL
-                    workers.append(start(objective_of[worker]))
-        assert n_kills < 0
-    finally:
-        for worker in workers:
-            processes.kill(worker)
-    refuse_what_was_done_twice(log)
-    trials = open_started(objectives[0].config).trials
-    assert all(len(t.intermediate_values) == 10 for t in trials if t.state == TrialState.COMPLETE)
-    return [trial.number for trial in trials if trial.state in FINISHED]
-
-
-@pytest.mark.parametrize("kind", ["sqlite:///", "journal://"])
-def test_workers_share_a_study_while_they_are_killed(
-    study_file: Callable[..., Path], tmp_path: Path, kind: str
-) -> None:
-    objective = small(study_file, tmp_path / "out", f"{kind}{tmp_path}/study.db", n_trials=40)
-    assert share_and_kill([objective] * 3, n_kills=10) == list(range(40))
-
-
-def test_workers_that_want_generations_of_different_sizes_use_that_of_the_first(
-    study_file: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Both ask for the size before either has recorded one, unless they take turns."""
-    both = multiprocessing.get_context("fork").Barrier(2)
-    url = f"sqlite:///{tmp_path}/study.db"
-
-    def work(n_workers: int) -> None:
-        objective = small(study_file, tmp_path / "out", url, n_trials=40)
-        options = objective.config.study.model_copy(update={"n_workers": n_workers})
-        objective.config = objective.config.model_copy(update={"study": options})
-        sampler = objective.sampler
-
-        def at_the_same_time(population: int | None = None) -> optuna.samplers.BaseSampler:
-            with contextlib.suppress(threading.BrokenBarrierError):
-                both.wait(3)
-            made = sampler(population)
-            (tmp_path / f"of_{n_workers}").write_text(str(made.population_size))
-            return made
-
-        objective.sampler = at_the_same_time
-        run_study(objective.config, objective)
-
-    with processes.forked(partial(work, 4), partial(work, 5)) as workers:
-        for worker in workers:
-            worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    recorded = str(open_study(url, "tiny").user_attrs[attributes.POPULATION])
-    assert recorded in ("12", "16")
-    assert {(tmp_path / f"of_{n}").read_text() for n in (4, 5)} == {recorded}
-
-
-def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callable[..., Path], tmp_path: Path) -> None:
-    """With the real command line and the real engine, killed by SIGKILL."""
-    file = study_file(study={"name": "tiny", "n_trials": 40, "seed": 3, "n_chunks": 10}, n_documents=200)
-    through = subprocess.run(
-        [*RUN, "run-study", str(file), "--storage-path", str(tmp_path / "through")], capture_output=True, check=False
-    )
-    assert through.returncode == 0, through.stderr.decode()
-    killed = tmp_path / "killed"
-    for kill in range(3):
-        process = subprocess.Popen(
-            [*RUN, "run-study", str(file), "--storage-path", str(killed)], stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 600
-        while _n_rows(killed / "study.db") < 40 * (kill + 1) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    last = subprocess.run(
-        [*RUN, "run-study", str(file), "--storage-path", str(killed)], capture_output=True, check=False
-    )
-    assert last.returncode == 0, last.stderr.decode()
-    assert table(f"sqlite:///{killed}/study.db") == table(f"sqlite:///{tmp_path}/through/study.db")
-
-
-def _n_rows(database: Path) -> int:
-    """Number of reported chunks, read without disturbing the writer."""
-    if not database.exists():
-        return 0
-    try:
-        with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=1) as connection:
-            return connection.execute("SELECT count(*) FROM trial_intermediate_values").fetchone()[0]
-    except sqlite3.OperationalError:
-        return 0
