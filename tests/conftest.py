@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,9 +59,15 @@ def write_task(folder: Path, name: str, n: int = 40, gold: str = "i % 4") -> Non
     (folder / f"{name}.yaml").write_text(TASK.format(name=name))
 
 
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector all that importing has made; it would look through it at the end of each study."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which tests a plain run leaves out; those that are skipped name what they need in their reasons above."""
-    if terminalreporter.stats.get("deselected"):
+    if "not vllm" in terminalreporter.config.option.markexpr:
         terminalreporter.write_line(
             "deselected: the tests of the vLLM engine; make test-vllm installs vLLM and runs them"
         )

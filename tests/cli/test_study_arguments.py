@@ -107,6 +107,17 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def parsed(file: Path, *line: str) -> StudyArguments:
+    """What ``run-study`` reads from its command line."""
+    given = get_command(app).commands["run-study"].make_context("run-study", [str(file), *line]).params
+    del given["as_worker"]
+    return StudyArguments(**given)
+
+
+def with_value(spelling: str) -> list[str]:
+    return [spelling, VALUES[spelling]] if spelling in VALUES else [spelling]
+
+
 def errors_of(result: Result) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
@@ -116,31 +127,45 @@ def test_the_list_is_mergekit_evolves() -> None:
     assert {spelling for spelling, option in SPELLINGS if not option.is_flag} == set(VALUES)
 
 
-@pytest.mark.parametrize(("spelling", "option"), SPELLINGS, ids=[spelling for spelling, _ in SPELLINGS])
-def test_run_study_takes_each_option_of_mergekit_evolve(
-    spelling: str,
-    option: click.Option,
-    study_file: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("spelling", REFUSED)
+def test_what_this_machine_lacks_is_refused(spelling: str, study_file: Callable[..., Path]) -> None:
+    run = invoke("run-study", study_file(), *with_value(spelling))
+    [error] = errors_of(run)
+    assert run.exit_code == 1
+    assert REFUSED[spelling] in error
+    assert "; " in error, "it says what to do instead"
+
+
+@pytest.mark.parametrize("spelling", [spelling for spelling, _ in SPELLINGS if spelling not in REFUSED])
+def test_run_study_takes_each_option_of_mergekit_evolve_alone(
+    spelling: str, study_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    given = parsed(study_file(), *with_value(spelling))
+    given.load()
+    assert [line[: len(NEEDLESS.get(spelling, ""))] for line in given.needless()] == [
+        line for needless, line in NEEDLESS.items() if needless == spelling
+    ]
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["first spellings", "last spellings"])
+def test_a_study_runs_with_all_options_of_mergekit_evolve(
+    which: int, study_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option has more than two spellings, so both lines together have all."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    file = study_file(n_documents=8, study={"name": "tiny", "n_trials": 1, "n_chunks": 1}, holdout=None)
-    run = invoke("run-study", file, spelling, *([] if option.is_flag else [VALUES[spelling]]))
-    if spelling in REFUSED:
-        [error] = errors_of(run)
-        assert run.exit_code == 1
-        assert REFUSED[spelling] in error
-        assert "; " in error, "it says what to do instead"
-        return
+    spellings = [[spelling for spelling, its in SPELLINGS if its is option] for option in THEIRS]
+    assert max(map(len, spellings)) == 2
+    accepted = [[spelling for spelling in each if spelling not in REFUSED] for each in spellings]
+    line = [each[which] for each in accepted if each]
+    file = study_file(n_documents=8, study={"name": "tiny", "n_chunks": 1}, holdout=None)
+    run = invoke("run-study", file, *[word for spelling in line for word in with_value(spelling)])
     assert run.exit_code == 0, run.output
-    effects = [line for line in run.stderr.splitlines() if "has no effect" in line]
-    if spelling in NEEDLESS:
-        [line] = effects
-        assert line.startswith(NEEDLESS[spelling])
-    else:
-        assert effects == []
+    effects = [text for text in run.stderr.splitlines() if "has no effect" in text]
+    expected = sorted(NEEDLESS[spelling] for spelling in line if spelling in NEEDLESS)
+    assert [text[: len(start)] for text, start in zip(sorted(effects), expected, strict=True)] == expected
+    assert (tmp_path / "elsewhere" / "best_config.yaml").exists()
 
 
 def test_the_page_says_what_each_option_of_mergekit_evolve_does() -> None:
@@ -156,11 +181,8 @@ def test_the_page_says_what_each_option_of_mergekit_evolve_does() -> None:
 
 class TestWhatAnOptionDoes:
     def overrides(self, line: str, study_file: Callable[..., Path], **changes: Any) -> dict[str, Any]:
-        """What an option replaces in a study file, as ``run-study`` reads it."""
-        command = get_command(app).commands["run-study"]
-        parsed = command.make_context("run-study", [str(study_file(**changes)), *shlex.split(line)]).params
-        del parsed["as_worker"]
-        return StudyArguments(**parsed).overrides()
+        """What an option replaces in a study file."""
+        return parsed(study_file(**changes), *shlex.split(line)).overrides()
 
     @pytest.mark.parametrize(
         ("line", "overrides"),
