@@ -66,10 +66,16 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
         (["--device", "cpu", "--part", "speed"], "invalid choice: 'speed'"),
     ],
 )
-def test_a_wrong_command_line_is_refused(arguments: list[str], message: str) -> None:
-    result = start(*arguments, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 2
-    assert message in " ".join(result.stderr.split())
+def test_a_wrong_command_line_is_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["cuda_suite.py", *arguments])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as ended:
+        suite.main()
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_entry_does_not_hide_nvidias_package() -> None:

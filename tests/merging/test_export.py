@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -155,32 +153,10 @@ def test_nothing_is_left_when_the_disk_is_full(
 
 
 def test_a_file_size_limit_is_one_line(references: tuple[str, ...], tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import resource, signal, sys
-        from pathlib import Path
-        from optuna_merge.errors import ExportError
-        from optuna_merge.merging.export import export
-        from optuna_merge.merging.merger import Merger
-        from optuna_merge.recipe import Recipe
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        recipe = Recipe.from_json(sys.argv[1])
-        merger = Merger.open(recipe.references)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        try:
-            export(recipe, Path(sys.argv[2]), merger=merger)
-        except ExportError as error:
-            print(error)
-        """
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, recipe_of(references).to_json(), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.count("\n") == 1
-    assert "must be writable, got:" in done.stdout
+    merger = Merger.open(references)
+    with processes.files_up_to(10_000), pytest.raises(ExportError, match="must be writable, got:") as caught:
+        export(recipe_of(references), tmp_path / "out", merger=merger)
+    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,20 +189,13 @@ def test_an_interrupted_export_leaves_nothing(
 
 
 def test_a_killed_export_leaves_nothing_that_looks_whole(references: tuple[str, ...], tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        from pathlib import Path
-        from optuna_merge.merging import export, whole_folder
-        from optuna_merge.merging.merger import Merger
-        from optuna_merge.recipe import Recipe
-        recipe = Recipe.from_json(sys.argv[1])
+    def die() -> None:
         whole_folder._flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)
-        export.export(recipe, Path(sys.argv[2]), merger=Merger.open(recipe.references))
-        """
-    )
-    done = subprocess.run([sys.executable, "-c", script, recipe_of(references).to_json(), str(tmp_path / "out")])
-    assert done.returncode == -signal.SIGKILL
+        export(recipe_of(references), tmp_path / "out", merger=Merger.open(references))
+
+    with processes.forked(die) as [process]:
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("out.")
     assert left.name.endswith(".partial")
