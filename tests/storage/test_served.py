@@ -34,7 +34,7 @@ from tests.study.killing import Logged, refuse_what_was_done_twice, small
 pytest.importorskip("grpc")
 
 
-def waits_for(wanted: Callable[[], object], deadline_s: float = 60.0) -> None:
+def waits_for(wanted: Callable[[], object], deadline_s: float = 600.0) -> None:
     deadline = time.monotonic() + deadline_s
     while not wanted():
         assert time.monotonic() < deadline
@@ -119,7 +119,7 @@ def test_a_server_takes_the_lock_of_its_database_server(tmp_path: Path) -> None:
             time.sleep(1.0)
             order.append("direct")
         for thread in threads:
-            thread.join(60)
+            thread.join(600)
     assert order == ["direct"] + ["remote"] * 20
 
 
@@ -198,8 +198,8 @@ def test_a_direct_worker_that_starts_leaves_the_trial_of_a_remote_one_alone(
                 waits_for(others_are_done)
                 server.start()
                 (tmp_path / "go").touch()
-                near.join(60)
-                far.join(60)
+                near.join(600)
+                far.join(600)
     assert [near.exitcode, far.exitcode] == [0, 0]
     refuse_what_was_done_twice(log)
     events = [line.split() for line in log.read_text().splitlines()]

@@ -107,5 +107,5 @@ def test_many_processes_may_create_the_schema(server: databases.Postgres) -> Non
     url = with_database(server, "fresh")
     started = [processes.start(partial(create_study, url, "mine")) for _ in range(5)]
     for process in started:
-        process.join(60)
+        process.join(600)
     assert [process.exitcode for process in started] == [0] * 5
