@@ -208,14 +208,14 @@ def test_a_command_imports_heavy_modules_late() -> None:
 
 
 def test_one_door_between_trials_and_tensors() -> None:
-    """The objective, and through it the holdout, alone know both Optuna and what handles tensors."""
+    """The objective with its ascent, and through it the holdout, alone know both Optuna and what handles tensors."""
     tensors = ("checkpoints.", "evaluation.", "merging.export", "merging.merger", "methods.")
     both = {
         module
         for module in importers("optuna")
         if not module.startswith("internals.") and any(name.startswith(tensors) for name in ours(module))
     }
-    assert both == {"study.objective", "study.holdout"}
+    assert both == {"study.objective", "study.ascent", "study.holdout"}
 
 
 def test_evaluation_knows_nothing_of_optuna() -> None:
