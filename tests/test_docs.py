@@ -68,7 +68,7 @@ def test_there_are_command_lines_to_check() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", re.findall(r"(?:^|`)make ([a-z-]+)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    "target", re.findall(r"(?:^|`)make ([a-z0-9-]+)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
 )
 def test_a_shown_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

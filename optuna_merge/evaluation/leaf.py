@@ -194,7 +194,7 @@ class Leaf:
     def _process(self, doc_ids: Sequence[int], responses: Iterator[Response], filter_name: str) -> list[dict[str, Any]]:
         instances = [instance for doc_id in doc_ids for instance in self.instances[doc_id]]
         for instance in instances:
-            instance.resps = [next(responses) for _ in range(instance.repeats or 1)]
+            instance.resps = [_plain(next(responses)) for _ in range(instance.repeats or 1)]
             instance.filtered_resps = {}
         try:
             apply_filters(self.task, instances)
@@ -222,3 +222,8 @@ def _code_text(thing: Any) -> str:
         except (OSError, TypeError):
             return getattr(thing, "__qualname__", type(thing).__qualname__)
     return repr(thing)
+
+
+def _plain(response: Response) -> Response:
+    """A response as tasks and lm-eval expect it: they make more of a text's type, with nothing but a text."""
+    return str(response) if isinstance(response, str) else response

@@ -224,7 +224,8 @@ class EngineConformance:
             engine.load_weights(weights.items())
             responses.append(engine.respond(prepared))
         assert responses[0] == responses[2] != responses[1]
-        assert [type(response) for response in responses[0]] == [tuple, tuple, tuple, str, float]
+        kinds = [tuple, tuple, tuple, str, float]
+        assert all(isinstance(response, kind) for response, kind in zip(responses[0], kinds, strict=True))
         assert prepared.n_requests == len(self.requests)
 
     def test_the_order_of_tensors_and_their_dtype_do_not_matter(self, tmp_path: Path) -> None:
