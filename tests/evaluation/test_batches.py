@@ -57,7 +57,7 @@ def test_every_item_reads_its_own_tokens_in_any_layout() -> None:
 
 
 def chains(*lengths: int) -> list[Row]:
-    return [Row([0] * n, list(range(n)), [n] * n, [(i, [n - 1])]) for i, n in enumerate(lengths)]
+    return [Row.of_prompt(i, [0] * n) for i, n in enumerate(lengths)]
 
 
 def lengths(batches: list[list[Row]]) -> list[list[int]]:

@@ -15,6 +15,7 @@ PLAN: dict[str, Any] = {
     "settings": {},
     "decodes": True,
     "beginnings": NO_BEGINNINGS,
+    "longest_continued": None,
     "batch_tokens": 60,
     "step_tokens": 10.0,
     "n_most_rows": 1000,

@@ -257,8 +257,8 @@ def scarce(monkeypatch: pytest.MonkeyPatch, method: str, n_most: int) -> list[in
     original = getattr(Forward, method)
 
     def run(self: Forward, tokens: Any, *inputs: Any) -> Any:
-        seen.append(tokens.numel())
-        if tokens.numel() > n_most:
+        seen.append(len(tokens) * max(map(len, tokens)))
+        if seen[-1] > n_most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, tokens, *inputs)
 

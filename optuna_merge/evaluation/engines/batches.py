@@ -60,6 +60,20 @@ class Row:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @classmethod
+    def of_prompt(cls, item: int, tokens: Sequence[int], beginning: int | None = None, n_before: int = 0) -> Row:
+        """One sequence of which the last token is scored.
+
+        Args:
+            item: Index of the item that it stands for.
+            tokens: All of them.
+            beginning: Number of the beginning that it continues; None for none.
+            n_before: Tokens of that beginning, fewer than ``tokens``.
+        """
+        n = len(tokens) - n_before
+        positions = list(range(n_before, len(tokens)))
+        return cls(list(tokens[n_before:]), positions, [n] * n, [(item, [n - 1])], beginning, n_before)
+
     @property
     def is_chain(self) -> bool:
         """Whether every token attends to all before it."""

@@ -73,7 +73,7 @@ class Decoder:
                 piece = pieces.pop(0)
                 n_waiting -= len(piece)
                 before = self._prefixes.before([plan.beginnings[number] for number in piece], plan.batch_tokens)
-                logits, layers = self._prefill([plan.rest(number) for number in piece], before)
+                logits, layers = self._forward.prefill([plan.rest(number) for number in piece], before)
                 made |= {number: [] for number in piece}
                 has_ended = self._extend(piece, plan, logits, made, texts)
                 _enter(batch, plan, piece, layers, before, has_ended, n_waiting)
@@ -96,21 +96,15 @@ class Decoder:
         long = tuple((list(tokens) * 2 * _PROBED)[: 2 * _PROBED + 2])
         batch = RowCache(n_most_rows=2, n_most_cached=4 * len(long), device=self._device)
         try:
-            _, layers = self._prefill([long[:-2], long[_PROBED:-2]])
+            _, layers = self._forward.prefill([long[:-2], long[_PROBED:-2]])
             batch.enter([(0, 2 * _PROBED, 2), (1, _PROBED, 2)], layers, 0)
             decoded = [self._step(batch, [long[-2]] * 2)]
             batch.leave([True, False])
             decoded.append(self._step(batch, [long[-1]]))
-            whole = [self._prefill([part])[0] for part in (long[:-1], long[_PROBED:-1], long[_PROBED:])]
+            whole = [self._forward.prefill([part])[0] for part in (long[:-1], long[_PROBED:-1], long[_PROBED:])]
         except (TypeError, ValueError, NotImplementedError, AttributeError, LookupError):
             return False
         return self._forward.agree(torch.cat(decoded), torch.cat(whole))
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], before: Before | None = None) -> tuple[Tensor, KeysAndValues]:
-        length = max(map(len, prompts))
-        tokens = torch.tensor([[*prompt, *[0] * (length - len(prompt))] for prompt in prompts], device=self._device)
-        lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
-        return self._forward.prefill(tokens, lasts, before)
 
     def _step(self, batch: RowCache, tokens: Sequence[int]) -> Tensor:
         positions, mask = batch.inputs()

@@ -181,18 +181,21 @@ class Forward:
         """
         return batch.read(self.logits(batch, before))
 
-    def prefill(self, tokens: Tensor, lasts: Tensor, before: Before | None = None) -> tuple[Tensor, KeysAndValues]:
+    def prefill(self, prompts: Sequence[Sequence[int]], before: Before | None = None) -> tuple[Tensor, KeysAndValues]:
         """Compute prompts.
 
         Args:
-            tokens: Rows, padded at the end; ``[n, length]``.
-            lasts: Column of each row's last token; ``[n]``.
+            prompts: Tokens of each; not empty. They are padded at the end.
             before: What they continue.
 
         Returns:
             Float32 logits of the tokens that follow, ``[n, vocabulary]``, and the keys and values of all tokens: first
-            the columns of ``before``, then those of ``tokens``.
+            the columns of ``before``, then those of the prompts.
         """
+        length = max(map(len, prompts))
+        device = self._model.device
+        tokens = torch.tensor([[*prompt, *[0] * (length - len(prompt))] for prompt in prompts], device=device)
+        lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         cache = DynamicCache()
         inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
         if before is not None:

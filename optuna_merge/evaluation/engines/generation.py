@@ -124,6 +124,7 @@ def plan_generation(
     settings: Mapping[str, Any],
     decodes: bool,
     beginnings: Beginnings,
+    longest_continued: int | None,
     batch_tokens: int,
     step_tokens: float,
     n_most_rows: int,
@@ -138,6 +139,7 @@ def plan_generation(
         settings: What ``generation_config.json`` of the model sets.
         decodes: Whether our own loop can decode for this model; if not, lm-eval answers all requests.
         beginnings: What prompts may continue instead of being computed whole.
+        longest_continued: Tokens of a prompt that may do so, at most; None: any number.
         batch_tokens: Tokens that fill a pass.
         step_tokens: Fixed cost of a step, in tokens of a full pass.
         n_most_rows: Rows that a step may have at most.
@@ -158,7 +160,7 @@ def plan_generation(
     n_rows = max(1, min(batch_tokens // ROW_TOKENS, n_most_rows))
     n_at_once = max(1, min(n_rows, n_most_cached // max(1, span)))
     batch_size = max(1, min(n_at_once, LM_EVAL_BATCHES * batch_tokens // max(1, longest)))
-    rows = _rows(ours, beginnings)
+    rows = [_row(number, prompt, beginnings, longest_continued) for number, prompt in enumerate(ours)]
     batches = make_batches(rows, batch_tokens=batch_tokens, batch_scored=n_at_once)
     pieces = [[number for row in batch for number, _ in row.scored] for batch in batches]
     passes = [len(batch) * max(map(len, batch)) for batch in batches]
@@ -233,23 +235,10 @@ def _longest_first(prompt: Prompt) -> tuple[Any, ...]:
     return -len(prompt.tokens), -prompt.n_most, prompt.tokens, prompt.until, prompt.penalty
 
 
-def _rows(prompts: Sequence[Prompt], beginnings: Beginnings) -> list[Row]:
-    rows = []
-    for number, prompt in enumerate(prompts):
-        beginning = beginnings.of(prompt.tokens, prompt.n_most)
-        n_before = beginnings.length(beginning)
-        n = len(prompt.tokens) - n_before
-        rows.append(
-            Row(
-                list(prompt.tokens[n_before:]),
-                list(range(n_before, len(prompt.tokens))),
-                [n] * n,
-                [(number, [n - 1])],
-                beginning,
-                n_before,
-            )
-        )
-    return rows
+def _row(number: int, prompt: Prompt, beginnings: Beginnings, longest: int | None) -> Row:
+    # the text itself is decoded from a cache that follows the model's window
+    beginning = beginnings.of(prompt.tokens, 0, longest)
+    return Row.of_prompt(number, prompt.tokens, beginning, beginnings.length(beginning))
 
 
 def _n_steps(prompts: Sequence[Prompt], n_at_once: int) -> int:

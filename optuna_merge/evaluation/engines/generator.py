@@ -52,6 +52,7 @@ class Generator:
             n_most_rows: Rows in a batch at most.
             n_most_cached: Tokens whose keys and values there is room for.
         """
+        self._forward = forward
         self._prefixes = prefixes
         self._language = language
         self._device = device
@@ -79,6 +80,7 @@ class Generator:
                 settings=self._decoder.settings,
                 decodes=self._decodes is not False,
                 beginnings=self._prefixes.beginnings,
+                longest_continued=self._forward.window,
                 batch_tokens=batch_tokens,
                 step_tokens=self._step_tokens,
                 n_most_rows=self.n_most_rows,

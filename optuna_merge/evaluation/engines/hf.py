@@ -3,8 +3,8 @@
 Text is turned into tokens and cut by lm-eval's own code, so that responses are lm-eval's. Log-likelihoods are computed
 here: what many contexts begin with once for each load of weights (``beginnings.py``), each context once for all its
 continuations (``batches.py``), logits only where something is scored (``forward.py``), and one transfer from the device
-for each batch. So is greedy text (``generator.py``); lm-eval
-generates where a task samples or searches beams, and for models that our decoder cannot run.
+for each batch. So is greedy text (``generator.py``); lm-eval generates where a task samples or searches beams, and for
+models that our decoder cannot run.
 """
 
 from __future__ import annotations

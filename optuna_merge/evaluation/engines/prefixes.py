@@ -67,29 +67,22 @@ class Prefixes:
         """
         tokens = (self.beginnings.tokens[0] * 2)[: 2 * _PROBED]
         try:
-            _, layers = self._forward.prefill(self._tensor([tokens[:_PROBED]]), self._tensor([_PROBED - 1]))
+            _, layers = self._forward.prefill([tokens[:_PROBED]])
             # a second row that starts from nothing
             both = [(torch.cat([k, k.flip(-1)]), torch.cat([v, v.flip(-1)])) for k, v in layers]
             before = Before(both, self._tensor([_PROBED, 0]))
-            rest, last = self._tensor([tokens[_PROBED:]] * 2), self._tensor([_PROBED - 1] * 2)
-            ours, _ = self._forward.prefill(rest, last, before)
-            whole, _ = self._forward.prefill(self._tensor([tokens]), self._tensor([2 * _PROBED - 1]))
-            apart, _ = self._forward.prefill(rest[:1], last[:1])
+            ours, _ = self._forward.prefill([tokens[_PROBED:]] * 2, before)
+            whole, _ = self._forward.prefill([tokens])
+            apart, _ = self._forward.prefill([tokens[_PROBED:]])
         except (TypeError, ValueError, NotImplementedError, AttributeError, LookupError):
             return False
         return self._forward.agree(ours, torch.cat([whole, apart]))
 
     def _compute(self, numbers: Sequence[int], batch_tokens: int) -> None:
-        rows = []
-        for number in numbers:
-            tokens = self.beginnings.tokens[number]
-            n = len(tokens)
-            rows.append(Row(list(tokens), list(range(n)), [n] * n, [(number, [n - 1])]))
+        rows = [Row.of_prompt(number, self.beginnings.tokens[number]) for number in numbers]
         rows.sort(key=len, reverse=True)
         for batch in make_batches(rows, batch_tokens=batch_tokens, batch_scored=len(rows)):
-            length = max(map(len, batch))
-            inputs = self._tensor([[*row.tokens, *[0] * (length - len(row))] for row in batch])
-            _, layers = self._forward.prefill(inputs, self._tensor([len(row) - 1 for row in batch]))
+            _, layers = self._forward.prefill([row.tokens for row in batch])
             for index, row in enumerate(batch):
                 [(number, _)] = row.scored
                 own = slice(index, index + 1), slice(None), slice(len(row))
