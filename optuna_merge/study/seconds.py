@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.engines.speed import measure_speed
 from optuna_merge.merging.merger import Merger
+from optuna_merge.recipe import ParameterSet, Recipe
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.study.models import StudyModels
 
@@ -34,11 +35,6 @@ class TrialSeconds:
     merging: float
     choices: float
     texts: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.merging + self.choices + self.texts
 
 
 def estimate_trial(
@@ -78,16 +74,25 @@ def estimate_trial(
     if speed is None:
         return None
     return TrialSeconds(
-        merging=_merging(models, space, merge_device),
+        merging=_merging(models, _typical_recipe(config, space), merge_device),
         choices=tasks.choice_cost * speed.token + tasks.n_places * speed.place,
         texts=tasks.text_cost * speed.token,
     )
 
 
-def _merging(models: StudyModels, space: SearchSpace, device: torch.device) -> float:
+def _typical_recipe(config: StudyConfig, space: SearchSpace) -> Recipe:
+    recipe = space.decode(space.uniform())
+    if config.method.keeps == "nothing":
+        return recipe
+    # a trial adds the kept matrices as this one adds task vectors; making them can take hours
+    equal = ParameterSet(shared={"lambda": 1.0}, per_model={"weight": (1.0,) * len(recipe.models)})
+    groups = tuple(replace(group, parameter_sets=(equal,)) for group in recipe.groups)
+    return replace(recipe, method="task_arithmetic", groups=groups, options={})
+
+
+def _merging(models: StudyModels, recipe: Recipe, device: torch.device) -> float:
     """Merge the first tensors twice; the second time they have been read and have a place."""
     merger = Merger(models.views, device=device, tokenizer_source=models.refs.tokenizer_source, is_compiled=False)
-    recipe = space.decode(space.uniform())
     merged: dict[str, torch.Tensor] = {}
     n_merged = 0
     for name, tensor in merger.merge(recipe):

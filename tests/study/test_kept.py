@@ -58,6 +58,17 @@ def test_a_study_makes_its_matrices_once(
         assert not torch.equal(load_file(first / "model.safetensors")[name], base[name]), name
 
 
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+def test_check_makes_no_matrices(
+    method: str, study_file: Callable[..., Path], tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KeptTensors, "get", lambda *_: pytest.fail("made a matrix"))
+    config = load_study(study_file(genome=genome_of(method, tiny_models)))
+    found = check_study(config).trial_seconds
+    assert found is not None
+    assert found["merging"] > 0
+
+
 def test_what_most_methods_keep_costs_nothing(study_file: Callable[..., Path]) -> None:
     assert plan_kept(load_study(study_file()), [(4, 4)]) is None
 
