@@ -47,7 +47,6 @@ from optuna_merge.study.objective import MergeObjective
 
 ROOT = Path(__file__).resolve().parents[1]
 N_MODELS = 3
-TARGET_SHARE = 1 / 8
 PEER = "pycma"
 DEFAULT = "cmaes, wilcoxon"
 

@@ -48,7 +48,6 @@ class Description:
         n_places: Of one full evaluation; see ``Prepared``.
         choice_cost, text_cost: What one full evaluation costs, in tokens: scoring continuations, with the beginnings
             that are computed once, and generating texts; see ``Prepared``.
-        without_gradient: Names of the tasks whose metric has no differentiable stand-in, judged by some documents.
         chat_template: Whether prompts go through the tokenizer's chat template.
         chat_template_reason: Why, in words.
     """
@@ -65,6 +64,5 @@ class Description:
     n_places: int
     choice_cost: float
     text_cost: float
-    without_gradient: tuple[str, ...]
     chat_template: bool
     chat_template_reason: str

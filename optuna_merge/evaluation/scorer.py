@@ -285,12 +285,15 @@ class Scorer:
             n_places=sum(p.n_places for p in prepared),
             choice_cost=self._beginnings_cost + sum(p.cost - p.text_cost for p in prepared),
             text_cost=sum(p.text_cost for p in prepared),
-            without_gradient=self._without_gradient(),
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,
         )
 
-    def _without_gradient(self) -> tuple[str, ...]:
+    def without_gradient(self) -> tuple[str, ...]:
+        """Names of the tasks whose metric has no differentiable stand-in, judged by some documents.
+
+        Runs the tasks' own code on made-up answers.
+        """
         with quietly():
             found = {t.key: has_stand_in(t, self._engine.eot_text, self._chat_template) for t in self._terms}
         return tuple(name for name, is_there in found.items() if not is_there)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -129,8 +129,3 @@ def _to_text(array: Array) -> str:
 
 def _from_text(text: str) -> Array:
     return np.frombuffer(base64.b64decode(text), dtype="<f8").astype(np.float64)
-
-
-def best_start(starts: Sequence[Array], values: Sequence[float]) -> Array:
-    """The start with the highest expected score; of equal ones the first."""
-    return starts[int(np.argmax(values))]

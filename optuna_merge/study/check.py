@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -95,7 +96,8 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     """
     models = StudyModels.open(config)
     engine = make_describing_engine(config, models, card)
-    tasks = build_scorer(config, engine).describe()
+    scorer = build_scorer(config, engine)
+    tasks = scorer.describe()
     space = SearchSpace(config, models.refs)
     counts = _describe_space(config, models, space, tasks.n_chunks)
     memory = plan_memory(config, models, engine, card, tasks)
@@ -127,7 +129,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
         n_parameters=sum(map(math.prod, shapes)),
         n_trials=config.study.n_trials,
         space=counts,
-        tasks=_describe_tasks(tasks),
+        tasks=_describe_tasks(tasks, scorer.without_gradient()),
         n_documents=tasks.n_documents,
         n_chunks=tasks.n_chunks,
         n_requests=tasks.n_requests,
@@ -158,7 +160,7 @@ def _describe_space(config: StudyConfig, models: StudyModels, space: SearchSpace
     }
 
 
-def _describe_tasks(tasks: Description) -> list[dict[str, Any]]:
+def _describe_tasks(tasks: Description, without_gradient: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             "name": task.name,
@@ -167,7 +169,7 @@ def _describe_tasks(tasks: Description) -> list[dict[str, Any]]:
             "metrics": list(task.metrics),
             "n_searched": task.n_searched,
             "n_holdout": task.n_holdout,
-            "has_gradient": task.name not in tasks.without_gradient if task.n_searched else None,
+            "has_gradient": task.name not in without_gradient if task.n_searched else None,
         }
         for task in tasks.tasks
     ]

@@ -272,6 +272,8 @@ class MergeObjective:
         known = known_state(trial).user_attrs
         if attributes.BASELINE in known:
             return self._baseline_recipe(trial, known[attributes.BASELINE])
+        if self.config.search.start == "uniform":
+            return self.space.suggest(trial)
         if attributes.ASCENT in known:
             self._climb(trial, on_step)
             trials = [known_state(trial)]

@@ -211,7 +211,7 @@ def test_a_metric_without_a_stand_in_is_left_out(model: Model, tasks: Path) -> N
             EvalTask("both"),
             EvalTask("telling", metric="exact_match,first"),
         )
-        assert both.describe().without_gradient == (name,)
+        assert both.without_gradient() == (name,)
 
 
 def test_a_target_that_raises_and_an_engine_that_cannot_differentiate_are_errors(model: Model, tasks: Path) -> None:
