@@ -30,6 +30,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "eval_tasks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -174,3 +176,38 @@ def test_the_summary_of_the_benchmarks_repeats_figures_of_the_details() -> None:
     for what, figure, _, _, date in rows:
         assert set(re.findall(r"\d[\d,.]*\d|\d", figure)) <= known, what
         assert not date.strip() or date.strip() in details, what
+
+
+def test_pre_commit_has_the_tested_versions() -> None:
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    names = [repo["repo"].rpartition("/")[2].removesuffix("-pre-commit") for repo in repos]
+    assert names == ["ruff", "codespell"]
+    assert [repo["rev"] for repo in repos] == [f"v{pinned[name]}" for name in names]
+
+
+def test_the_workflow_runs_what_a_clean_checkout_must_pass() -> None:
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["make"]
+    assert job["steps"][-1]["run"] == "make ${{ matrix.line }}"
+    lines = re.findall(r"^make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    # "make check test" is two jobs there
+    wanted = [part for line in lines for part in ([line] if "=" in line else line.split())]
+    assert sorted(job["strategy"]["matrix"]["line"]) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda form: form.stem
+)
+def test_an_issue_form_has_what_github_requires(form: Path) -> None:
+    data = yaml.safe_load(form.read_text())
+    assert {"name", "description", "body"} <= data.keys()
+    ids = [item["id"] for item in data["body"]]
+    assert len(set(ids)) == len(ids)
+    assert all(item["type"] == "textarea" and item["attributes"]["label"] for item in data["body"])
+
+
+def test_the_citation_names_the_license_of_the_project() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert f'license = "{citation["license"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert citation["authors"][0]["name"] in (ROOT / "LICENSE").read_text()
