@@ -54,7 +54,9 @@ def run_study(
         print_summary(summary)
         if summary.best_trial is not None:
             typer.echo(f"recipe: {_best_config(config)}")
-            typer.echo(f"model:  {given.export_line()}")
+            typer.echo(f"model:  {given.next_line('export', 'OUT')}")
+            typer.echo(f"page:   {given.next_line('report', '--html', 'report.html')}")
+            typer.echo(f"more:   the same line with --n-trials {2 * config.study.n_trials}")
     if given.save_final_model and summary.best_trial is not None and not interrupted:
         _save_final_model(config)
     if fault is not None:
