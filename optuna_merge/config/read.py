@@ -6,6 +6,7 @@ Knows in which order a file is checked; the rules are in the sections and in ``c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +35,58 @@ def load_study(path: Path | str, overrides: Mapping[str, Any] | None = None) -> 
     path = Path(path)
     data, lines, problems = parse_yaml(path)
     for key, value in (overrides or {}).items():
-        problems += _override(data, key.split("."), value)
+        problems += replace_key(data, key, value)
         lines[key] = 0  # no line of the file says it
+    return _read(data, path, lines, problems)
+
+
+def read_keys(data: Mapping[str, Any], path: Path) -> StudyConfig:
+    """Check the keys of a study file that has not been written yet.
+
+    Args:
+        data: What the file will say; left unmodified.
+        path: The file; relative paths are relative to its folder.
+
+    Raises:
+        ConfigError: With one line for each problem.
+    """
+    return _read(deepcopy(dict(data)), path, {}, [])
+
+
+def replace_key(data: dict[str, Any], key: str, value: Any) -> list[Problem]:
+    """Put a value in its place, in place of what a study file says there.
+
+    Args:
+        data: What the file says; modified.
+        key: Dotted key, such as ``study.n_trials``; missing sections are added.
+        value: The value.
+
+    Returns:
+        The problem, if the file has something else than a section on the way.
+    """
+    *outer, last = key.split(".")
+    for depth, name in enumerate(outer, start=1):
+        inner = data.get(name)
+        if inner is None:
+            inner = {}
+        elif isinstance(inner, str) and name in ("sampler", "pruner", "prior"):  # their short form
+            inner = {"name": inner}
+        elif not isinstance(inner, dict):
+            return [no_section(".".join(outer[:depth]), inner)]
+        data[name] = inner
+        data = inner
+    data[last] = value
+    return []
+
+
+def _read(data: dict[str, Any], path: Path, lines: Mapping[str, int], problems: list[Problem]) -> StudyConfig:
     config, wrong = _validate(data, path)
-    problems += wrong
+    problems = problems + wrong
     if config is not None:
         problems += contradictions(config)
     if problems or config is None:
         raise ConfigError([problem.located(path, lines) for problem in dict.fromkeys(problems)])
     return config
-
-
-def _override(data: dict[str, Any], keys: list[str], value: Any) -> list[Problem]:
-    """Put an override in its place; return the problem if the file has something else than a section there."""
-    for depth, key in enumerate(keys[:-1], start=1):
-        inner = data.get(key)
-        if inner is None:
-            inner = {}
-        elif isinstance(inner, str) and key in ("sampler", "pruner", "prior"):  # their short form
-            inner = {"name": inner}
-        elif not isinstance(inner, dict):
-            return [no_section(".".join(keys[:depth]), inner)]
-        data[key] = inner
-        data = inner
-    data[keys[-1]] = value
-    return []
 
 
 def _validate(data: dict[str, Any], path: Path) -> tuple[StudyConfig | None, list[Problem]]:

@@ -18,6 +18,7 @@ class TaskDescription:
         weight: What the metric is multiplied by.
         is_mean: Whether the metric is a mean over documents. If not, a partial score is the metric of the
             documents scored so far.
+        more_is_better: Whether the task says that the metric grows with quality; a perplexity does not.
         n_searched: Documents that the search sees.
         n_holdout: Documents that are held out.
     """
@@ -29,6 +30,7 @@ class TaskDescription:
     metrics: tuple[str, ...]
     weight: float
     is_mean: bool
+    more_is_better: bool
     n_searched: int
     n_holdout: int
 

