@@ -13,6 +13,9 @@
     ├── StudyError           a study or its storage
     │   ├── StudyMismatchError     the storage holds a study with other inputs
     │   └── TrialTakenError        another process has taken over a trial
+    ├── JudgeError           the judge of a study cannot be used; ends this run of the study
+    │   ├── JudgementError         it gives no score to an answer; fails only that trial
+    │   └── JudgeBudgetError       its budget is used up
     ├── WorkerError          worker processes
     ├── ExportError          writing a merged model or a recipe
     └── DataError            preparing the documents of an eval task
@@ -92,6 +95,18 @@ class StudyMismatchError(StudyError):
 
 class TrialTakenError(StudyError):
     """Another process has taken over a trial that this one was running."""
+
+
+class JudgeError(OptunaMergeError):
+    """The judge of a study cannot be used; the trial is put back, and the study can go on later."""
+
+
+class JudgementError(JudgeError):
+    """The judge gives no score to an answer; the trial fails, the study continues."""
+
+
+class JudgeBudgetError(JudgeError):
+    """The judge has been asked as often as the study allows."""
 
 
 class WorkerError(OptunaMergeError):

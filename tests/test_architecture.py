@@ -30,9 +30,10 @@ ARROWS: dict[str, set[str]] = {
     "data": set(),
     "duals": set(),
     "errors": set(),
-    "evaluation": {"internals"},
+    "evaluation": {"internals", "judging"},
     "evaluation.engines": {"evaluation", "internals"},
     "internals": set(),
+    "judging": set(),
     "merging": {"checkpoints", "duals", "methods", "recipe"},
     "methods": {"duals"},
     "recipe": set(),
@@ -45,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
         "evaluation",
         "evaluation.engines",
         "internals",
+        "judging",
         "merging",
         "recipe",
         "search",
@@ -77,6 +79,7 @@ PUBLIC = {
         load_study run_study
     """.split(),
     "optuna_merge.data": ["read_sample"],
+    "optuna_merge.judging": ["Rubric"],
     "optuna_merge.methods": ["METHODS", "MergeMethod", "find_method"],
     "optuna_merge.testing": [
         "EngineConformance",
@@ -221,7 +224,7 @@ def test_one_door_between_trials_and_tensors() -> None:
 def test_evaluation_knows_nothing_of_optuna() -> None:
     for module in FILES:
         if module.startswith("evaluation"):
-            assert all(name.startswith(("evaluation.", "internals.")) for name in ours(module)), module
+            assert all(name.startswith(("evaluation.", "internals.", "judging.")) for name in ours(module)), module
             assert "internals.optuna" not in ours(module), module
             assert not any(name.split(".")[0] in ("optuna", "cmaes") for name in imports(module)), module
 

@@ -18,6 +18,7 @@ from typer.main import get_command
 from optuna_merge.cli.app import app
 from optuna_merge.config.engine import EngineConfig, VLLMConfig
 from optuna_merge.config.genome import GenomeConfig
+from optuna_merge.config.judge import JudgeConfig
 from optuna_merge.config.pruner import WilcoxonConfig
 from optuna_merge.config.read import load_study
 from optuna_merge.config.sampler import CmaEsConfig
@@ -97,7 +98,16 @@ def test_a_study_of_the_project_loads_and_asks_a_question(file: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "study-file.md").read_text()
-    sections = [StudyConfig, GenomeConfig, TaskConfig, StudyOptions, EngineConfig, VLLMConfig, SearchConfig]
+    sections = [
+        StudyConfig,
+        GenomeConfig,
+        TaskConfig,
+        StudyOptions,
+        EngineConfig,
+        VLLMConfig,
+        SearchConfig,
+        JudgeConfig,
+    ]
     for section in sections:
         for key in section.known_keys():
             if key != "ranges":

@@ -41,7 +41,8 @@ def check(
     """Validate the study file and show the plan, in seconds, without loading weights.
 
     It checks the study file; the number of dimensions and the population; that names, shapes and vocabularies of the
-    models agree; eval tasks, metrics and numbers of documents; and that the memory of device and host suffices.
+    models agree; eval tasks, metrics and numbers of documents; that the judge answers and has its model; and that the
+    memory of device and host suffices.
 
     Example: optuna-merge check studies/quickstart.yaml --card 24GB
     """
@@ -82,9 +83,15 @@ def _lines(result: Check) -> list[str]:
         f"host       {gib(memory['source_files'])} of model files; {gib(memory['host_free'])} free",
         _sources_line(result.sources),
         *_kept_lines(result.kept),
+        *([] if result.judge is None else [_judge_line(**result.judge)]),
         *([] if result.trial_seconds is None else [_seconds_line(**result.trial_seconds)]),
     ]
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
+
+
+def _judge_line(model: str, url: str, budget: int | None, most: int) -> str:
+    allowed = "" if budget is None else f"; judge.budget allows {budget:,}"
+    return f"judge      {model} at {url}: at most {most:,} questions in the whole study{allowed}"
 
 
 def _seconds_line(merging: float, choices: float, texts: float) -> str:

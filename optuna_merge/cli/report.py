@@ -98,6 +98,8 @@ def print_summary(summary: Summary) -> None:
     )
     if line := ascent_line(summary):
         typer.echo(line)
+    if summary.judge_line:
+        typer.echo(summary.judge_line)
     if not summary.rows:
         typer.echo("no trial is complete yet")
         return

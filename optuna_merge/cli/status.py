@@ -97,6 +97,8 @@ def _print(summary: Summary) -> None:
         typer.echo(f"to beat: {leader.name} {leader.value:.4f}")
     if summary.best_trial is not None:
         typer.echo(f"best merge: trial {summary.best_trial} {summary.best_value:.4f}")
+    if summary.judge_line:
+        typer.echo(summary.judge_line)
     for number, reason in summary.failures.items():
         typer.echo(f"trial {number} failed: {reason}")
 

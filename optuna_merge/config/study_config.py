@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from optuna_merge.config.engine import EngineConfig
 from optuna_merge.config.genome import GenomeConfig
+from optuna_merge.config.judge import JudgeConfig
 from optuna_merge.config.paths import FilePath, study_file
 from optuna_merge.config.search import SearchConfig
 from optuna_merge.config.section import YAML_LIST, Section
@@ -46,6 +47,7 @@ class StudyConfig(Section):
         storage_path: Folder for everything that the study writes; by default the study's name with ``_study``.
         task_search_path: Folders with eval tasks of your own.
         holdout: What only the final report scores; None: nothing is held out.
+        judge: The model that judges the answers of judged tasks; None: there is none.
         allow_benchmark_tasks: Let a known benchmark's own task be searched.
         allow_unsafe_code: Let tasks run code that the model generates.
     """
@@ -65,6 +67,7 @@ class StudyConfig(Section):
     storage_path: FilePath
     task_search_path: Annotated[tuple[FilePath, ...], YAML_LIST, BeforeValidator(_one_or_more)] = ()
     holdout: HoldoutConfig | None = None
+    judge: JudgeConfig | None = None
     allow_benchmark_tasks: bool = False
     allow_unsafe_code: bool = False
 

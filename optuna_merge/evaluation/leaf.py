@@ -28,11 +28,13 @@ from optuna_merge.internals.lm_eval import (
     DEFAULT_OTHER_SEED,
     apply_filters,
     filter_fallbacks,
+    filter_functions,
     filter_names,
     mean_stderr,
     runs_generated_code,
     stderr_for_metric,
 )
+from optuna_merge.judging.rubric import Rubric
 
 FEWSHOT_SEED: int = DEFAULT_OTHER_SEED
 """Seeds the draw of few-shot examples: lm-eval's own default, so that its command line reproduces our prompts."""
@@ -86,6 +88,20 @@ class Leaf:
         self.selected = self.searched = selected
         self.instances = render(self.name, self.task, selected, **rendering)
 
+    @property
+    def rubrics(self) -> list[Rubric]:
+        """By what a judge rates the task's answers; empty if none does."""
+        return [function for function in filter_functions(self.task) if isinstance(function, Rubric)]
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Whether made-up answers must not be processed: a judge would be asked, or code be run."""
+        return runs_generated_code(self.task) or bool(self.rubrics)
+
+    def n_answers(self, doc_ids: Sequence[int]) -> int:
+        """Answers to some documents, repeated ones included."""
+        return sum(i.repeats or 1 for doc_id in doc_ids for i in self.instances[doc_id])
+
     def metrics(self) -> tuple[str, ...]:
         """Metrics as lm-eval would report them, ``metric,filter``, and ``n_tokens,none`` if the task generates.
 
@@ -96,7 +112,7 @@ class Leaf:
         instances = self.instances[self.selected[0]]
         generates = any(instance.request_type == "generate_until" for instance in instances)
         names: Sequence[str] = list(self.task.aggregation())
-        if not generates or not runs_generated_code(self.task):
+        if not generates or not self.runs_elsewhere:
             responses = [_MADE_UP[i.request_type] for i in instances for _ in range(i.repeats or 1)]
             try:
                 [values] = self._process([self.selected[0]], iter(responses), filters[0])
@@ -178,7 +194,8 @@ class Leaf:
         config = self.task.config
         parts = [_code_text(getattr(config, name, None)) for name in ("process_results", "filter_list", "metric_list")]
         aggregations = {metric: _code_text(self.aggregation(metric)) for metric, _ in self.wanted}
-        return [self.task.OUTPUT_TYPE, self.wanted, parts, aggregations]
+        rubrics = [repr(rubric) for rubric in self.rubrics]
+        return [self.task.OUTPUT_TYPE, self.wanted, parts, aggregations, *([rubrics] if rubrics else [])]
 
     def _filters(self) -> list[str]:
         names = filter_names(self.task)

@@ -30,12 +30,14 @@ from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.difference import Difference, compare
 from optuna_merge.evaluation.engine import DifferentiableEngine, Engine, Sink
 from optuna_merge.evaluation.expected import ExpectedChunk, has_stand_in
+from optuna_merge.evaluation.leaf import Leaf
 from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
 from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation, Score, join
 from optuna_merge.evaluation.selection import hold_out, select
 from optuna_merge.evaluation.term import EvalTask, Term, leaves_of, name_apart
 from optuna_merge.internals.lm_eval import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from optuna_merge.judging.judge import Judge
 
 
 class Scorer:
@@ -90,6 +92,7 @@ class Scorer:
         n_chunks: int | None = None,
         min_chunk_requests: int = MIN_CHUNK_REQUESTS,
         allow_unsafe_code: bool = False,
+        judge: Judge | None = None,
     ) -> Scorer:
         """Load tasks, render and tokenize every request, cut the documents into chunks.
 
@@ -109,6 +112,7 @@ class Scorer:
                 most a tenth more than all documents at once; at most 50.
             min_chunk_requests: Requests that a chunk should have at least.
             allow_unsafe_code: Run tasks that execute what the model generates.
+            judge: Scores the answers of tasks that have a rubric.
 
         Raises:
             TaskError: If a task, metric or document cannot be used; one line that names it.
@@ -124,6 +128,7 @@ class Scorer:
             holdout_terms = name_apart([loader.load(task) for task in others])
             for leaf in leaves_of([*terms, *holdout_terms]):
                 leaf.set_fewshot(num_fewshot)
+                _connect(leaf, judge)
                 leaf.build(select(leaf.name, leaf.task, limit, shuffle=shuffle, seed=seed), **rendering)
             for term in [*terms, *holdout_terms]:
                 term.resolve_metric()
@@ -285,6 +290,10 @@ class Scorer:
             n_places=sum(p.n_places for p in prepared),
             choice_cost=self._beginnings_cost + sum(p.cost - p.text_cost for p in prepared),
             text_cost=sum(p.text_cost for p in prepared),
+            n_judged=sum(leaf.n_answers(leaf.searched) for leaf in leaves_of(self._terms) if leaf.rubrics),
+            n_judged_holdout=sum(
+                leaf.n_answers(leaf.holdout) for leaf in leaves_of(self._holdout_terms) if leaf.rubrics
+            ),
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,
         )
@@ -341,6 +350,13 @@ def _choose_chat_template(engine: Engine, wanted: bool | None) -> tuple[bool, st
     if engine.has_chat_template:
         return True, "applied: the tokenizer has one"
     return False, "not applied: the tokenizer has none"
+
+
+def _connect(leaf: Leaf, judge: Judge | None) -> None:
+    for rubric in leaf.rubrics:
+        if judge is None:
+            raise TaskError(f"task '{leaf.name}' is judged: the study must name a judge; add the section judge to it")
+        rubric.ask = judge.ask
 
 
 def _rendering_options(engine: Engine, uses_template: bool, fewshot_as_multiturn: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from optuna_merge.evaluation.engine import Request, Response
 from optuna_merge.evaluation.faults import fault
 from optuna_merge.evaluation.leaf import Leaf
 from optuna_merge.evaluation.stand_ins import Choice, Likelihood, MeanChoice, MeanText, StandIn, Text
-from optuna_merge.internals.lm_eval import handle_stop_sequences, runs_generated_code
+from optuna_merge.internals.lm_eval import handle_stop_sequences
 
 TARGET_KEY = "gradient_target"
 """Key of a task's ``metadata`` with what a document should be answered, in any form that ``doc_to_target`` may have."""
@@ -158,7 +158,7 @@ class _Asked:
 
     def value(self, doc_id: int, responses: Sequence[Response]) -> Any:
         """The metric of a document whose requests are answered so; None if the task's code cannot say or must not."""
-        if runs_generated_code(self.leaf.task):
+        if self.leaf.runs_elsewhere:
             return None
         instances = self.leaf.instances[doc_id]
         repeated = [r for i, r in zip(instances, responses, strict=True) for _ in range(i.repeats or 1)]

@@ -36,6 +36,7 @@ __all__ = [
     "apply_filters",
     "encode_pair",
     "filter_fallbacks",
+    "filter_functions",
     "filter_names",
     "get_rolling_token_windows",
     "get_sample_size",
@@ -196,6 +197,12 @@ def filter_fallbacks(task: Task, name: str) -> list[Any]:
             fallback = getattr(make_step(), "fallback", [])
             fallbacks += fallback if isinstance(fallback, list) else [fallback]
     return fallbacks
+
+
+def filter_functions(task: Task) -> list[Any]:
+    """The functions of a task's ``custom`` filters."""
+    steps = [make_step() for ensemble in task._filters for make_step in ensemble.filters]
+    return [step.filter_fn for step in steps if hasattr(step, "filter_fn")]
 
 
 def is_multimodal(task: Task) -> bool:

@@ -20,6 +20,7 @@ from optuna_merge.storage import attributes
 from optuna_merge.storage.ascent import AscentStep, ascent_trial, steps_of
 from optuna_merge.storage.trials import FINISHED, best_merges, front_of, score_of
 from optuna_merge.study.holdout_file import Answers, HoldoutRow, read_holdout
+from optuna_merge.study.judges import JudgeCost, judge_cost
 
 Kind = Literal["source", "base", "uniform", "runner-up", "best"]
 
@@ -90,6 +91,7 @@ class Summary:
         seconds: Time spent on the ascent, and on merging and scoring in all trials.
         ascent: The steps of the ascent, if the study begins with it.
         front: With ``goal: pareto`` the front, from the best in the first objective on; else empty.
+        judge: What the judge was asked; None if it was asked nothing.
     """
 
     study: str
@@ -103,6 +105,7 @@ class Summary:
     seconds: float
     ascent: list[AscentStep]
     front: list[Point]
+    judge: JudgeCost | None = None
 
     @property
     def n_finished(self) -> int:
@@ -118,6 +121,14 @@ class Summary:
     def state_counts(self) -> str:
         """The states in words, such as ``5 complete, 2 pruned``."""
         return ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
+
+    @property
+    def judge_line(self) -> str:
+        """What the judge was asked, in words; empty if it was asked nothing."""
+        if self.judge is None:
+            return ""
+        cost = self.judge
+        return f"judge: {cost.n_replies:,} replies, {cost.n_in:,} tokens in questions, {cost.n_out:,} in replies"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -155,6 +166,7 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
         ),
         ascent=steps_of(first) if (first := ascent_trial(trials)) else [],
         front=_front(study, config),
+        judge=judge_cost(config),
     )
 
 

@@ -22,6 +22,7 @@ from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import find_warm_start
 from optuna_merge.study.description import describe_ascent
 from optuna_merge.study.engines import build_scorer, make_describing_engine, merge_device, plan_memory
+from optuna_merge.study.judges import check_study_judge, most_questions
 from optuna_merge.study.kept import KeptPlan, plan_kept
 from optuna_merge.study.memory import MemoryPlan, gib
 from optuna_merge.study.models import StudyModels
@@ -54,6 +55,7 @@ class Check:
         memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, and how many are ``left`` of the ``card``;
             ``source_files`` and ``host_free`` on the host.
         memory_line: The same in words.
+        judge: ``model``, ``url``, ``budget`` and the ``most`` questions that the study can ask; None without a judge.
         trial_seconds: Expected seconds of a trial on all documents: ``merging``, ``choices`` and ``texts``, from
             samples that are run here; None with vLLM and for a device that is not here.
         warnings: What is allowed, but probably not meant.
@@ -76,6 +78,7 @@ class Check:
     kept: dict[str, Any] | None
     memory: dict[str, int]
     memory_line: str
+    judge: dict[str, Any] | None
     trial_seconds: dict[str, float] | None
     warnings: list[str]
 
@@ -94,6 +97,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     Raises:
         OptunaMergeError: If anything that the file names cannot be used, or does not fit into the GPU's memory.
     """
+    check_study_judge(config)
     models = StudyModels.open(config)
     engine = make_describing_engine(config, models, card)
     scorer = build_scorer(config, engine)
@@ -140,6 +144,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
         kept=None if kept is None else asdict(kept),
         memory=_describe_memory(memory, models),
         memory_line=memory.describe(),
+        judge=_describe_judge(config, tasks, counts["n_baselines"]),
         trial_seconds=None if seconds is None else asdict(seconds),
         warnings=[*_warnings(config, space, tasks.n_chunks), *_kept_warnings(kept)],
     )
@@ -173,6 +178,14 @@ def _describe_tasks(tasks: Description, without_gradient: Sequence[str]) -> list
         }
         for task in tasks.tasks
     ]
+
+
+def _describe_judge(config: StudyConfig, tasks: Description, n_baselines: int) -> dict[str, Any] | None:
+    judge = config.judge
+    if judge is None:
+        return None
+    most = most_questions(config, tasks, n_baselines)
+    return {"model": judge.model, "url": judge.url, "budget": judge.budget, "most": most}
 
 
 def _describe_placement(plan: PlacementPlan, models: StudyModels, device: torch.device) -> dict[str, Any]:

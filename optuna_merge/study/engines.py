@@ -20,6 +20,7 @@ from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.evaluation.term import EvalTask
 from optuna_merge.merging.merger import Merger
 from optuna_merge.merging.worker import FACTORY, describe_merger
+from optuna_merge.study.judges import make_judge
 from optuna_merge.study.kept import matrices_folder
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader, WorkerLoader
 from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
@@ -160,6 +161,7 @@ def build_scorer(config: StudyConfig, engine: Engine, *, with_usual_metrics: boo
         seed=config.study.seed,
         n_chunks=config.study.n_chunks,
         allow_unsafe_code=config.allow_unsafe_code,
+        judge=make_judge(config),
     )
 
 

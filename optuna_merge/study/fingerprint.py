@@ -13,6 +13,7 @@ from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
+from optuna_merge.study.judges import make_judge
 from optuna_merge.study.models import StudyModels
 
 
@@ -34,6 +35,7 @@ def study_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpa
         "engine.backend": config.engine.backend,
         attributes.CHUNKS: scorer.n_chunks,
         attributes.REQUESTS: scorer.fingerprint()[:16],
+        **({} if (judge := make_judge(config)) is None else {"judge": judge.identity}),
         **({"engine.vllm": config.engine.vllm.deciding} if config.engine.backend == "vllm" else {}),
     }
 

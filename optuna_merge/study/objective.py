@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial
 
 from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
-from optuna_merge.errors import EngineDiedError, NonFiniteMergeError, StudyError, TaskError
+from optuna_merge.errors import EngineDiedError, JudgementError, NonFiniteMergeError, StudyError, TaskError
 from optuna_merge.evaluation.results import ChunkResult, Score
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.internals.optuna import known_state, known_trials, trial_id
@@ -42,6 +42,7 @@ from optuna_merge.study.description import describe_study
 from optuna_merge.study.engines import make_loader
 from optuna_merge.study.fingerprint import study_fingerprint
 from optuna_merge.study.folder import claim_folder, documents_folder
+from optuna_merge.study.judges import check_study_judge
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.replay import recorded_recipe, shared_profile
@@ -103,6 +104,7 @@ class MergeObjective:
         Raises:
             OptunaMergeError: If anything that the file names cannot be used.
         """
+        check_study_judge(config)
         models = StudyModels.open(config)
         make_sampler(config, SearchSpace(config, models.refs))  # reports a bad sampler before the slow steps
         loader, scorer = make_loader(config, models)
@@ -255,6 +257,8 @@ class MergeObjective:
             score = self._score(trial, digest, on_chunk, is_prunable=is_prunable)
         except (NonFiniteMergeError, EngineDiedError) as exc:
             self._loaded = None
+            return self._fail(trial, str(exc))
+        except JudgementError as exc:
             return self._fail(trial, str(exc))
         for name, task in score.tasks.items():
             trial.set_user_attr(f"{attributes.SCORE} {name}", task.value)

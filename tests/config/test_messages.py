@@ -173,13 +173,13 @@ ADDED = {
     "genomes: 3": ":7: genomes must be a known key, got 'genomes'; did you mean 'genome'?",
     "path: x": (
         ":7: path must be a known key, got 'path'; known keys: allow_benchmark_tasks, allow_unsafe_code,"
-        " apply_chat_template, engine, fewshot_as_multiturn, genome, holdout, limit, num_fewshot, random_init, search,"
-        " shuffle, storage_path, study, task_search_path, tasks"
+        " apply_chat_template, engine, fewshot_as_multiturn, genome, holdout, judge, limit, num_fewshot, random_init,"
+        " search, shuffle, storage_path, study, task_search_path, tasks"
     ),
     "path:": (
         ":7: path must be a known key, got 'path'; known keys: allow_benchmark_tasks, allow_unsafe_code,"
-        " apply_chat_template, engine, fewshot_as_multiturn, genome, holdout, limit, num_fewshot, random_init, search,"
-        " shuffle, storage_path, study, task_search_path, tasks"
+        " apply_chat_template, engine, fewshot_as_multiturn, genome, holdout, judge, limit, num_fewshot, random_init,"
+        " search, shuffle, storage_path, study, task_search_path, tasks"
     ),
     "engin:": ":7: engin must be a known key, got 'engin'; did you mean 'engine'?",
     "engine:\n  3: x": (

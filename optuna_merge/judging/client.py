@@ -1,0 +1,266 @@
+"""The judge's server, asked over the OpenAI-compatible interface: it is waited for while it is away, and never rushed.
+
+Knows HTTP and what its errors mean. It does not know rubrics nor scores. The key goes into one request header and
+nowhere else: it is taken out of whatever a server sends back before anybody sees it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import tenacity
+
+from optuna_merge.errors import JudgeError, JudgementError
+from optuna_merge.judging.rubric import Message
+
+_TRANSIENT = frozenset({408, 409, 425, 429})
+"""Statuses below 500 after which the same request may succeed."""
+
+_LONGEST_PAUSE_S = 30.0
+_SHOWN = 200
+"""Characters of a server's message that an error shows."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Where the judge is and how it is asked.
+
+    Attributes:
+        url: Of the interface, such as ``http://127.0.0.1:8000/v1``.
+        model: As the server names it.
+        key_variable: Environment variable that holds the key; empty: no key is sent.
+        concurrency: Questions that are open at the same time.
+        requests_per_minute: Requests that are begun in a minute at most; None: as many as ``concurrency`` allows.
+        timeout_s: Seconds after which an unanswered request counts as lost.
+        patience_s: Seconds for which a judge that is away is waited for.
+        max_tokens: Tokens of a reply at most.
+        temperature: Of the judge's replies.
+        n_judgements: How often each answer is judged; its score is the mean.
+        budget: Replies that the study may take in all; None: any number.
+    """
+
+    url: str
+    model: str
+    key_variable: str = ""
+    concurrency: int = 8
+    requests_per_minute: float | None = None
+    timeout_s: float = 60.0
+    patience_s: float = 1800.0
+    max_tokens: int = 512
+    temperature: float = 0.0
+    n_judgements: int = 1
+    budget: int | None = None
+
+    def key(self) -> str:
+        """The key; empty if none is sent.
+
+        Raises:
+            JudgeError: If its environment variable is not set.
+        """
+        key = os.environ.get(self.key_variable, "") if self.key_variable else ""
+        if self.key_variable and not key:
+            raise JudgeError(
+                f"judge.key_variable must name an environment variable that is set, got {self.key_variable}, which is"
+                " not set; export it, or leave key_variable out if the judge takes no key"
+            )
+        return key
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge replied.
+
+    Attributes:
+        text: What it said.
+        n_in, n_out: Tokens of question and reply; 0 if the server does not count them.
+    """
+
+    text: str
+    n_in: int
+    n_out: int
+
+
+class Pace:
+    """Lets requests begin at a bounded rate.
+
+    Args:
+        per_minute: Requests a minute at most; None: no bound.
+    """
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._interval = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self, stopped: threading.Event) -> None:
+        """Wait for the next turn, or until ``stopped`` is set."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._interval
+        if turn > now:
+            stopped.wait(turn - now)
+
+
+class JudgeClient:
+    """A connection to the judge, for several threads.
+
+    Attributes:
+        stopped: Ends all waiting once it is set.
+    """
+
+    def __init__(self, http: httpx2.Client, options: JudgeOptions, key: str, pace: Pace) -> None:
+        self._http = http
+        self._options = options
+        self._key = key
+        self._pace = pace
+        self.stopped = threading.Event()
+
+    def reply(self, messages: Sequence[Message], seed: int) -> Reply:
+        """Ask for the next message of a chat, and wait while the judge is away.
+
+        Args:
+            messages: The chat.
+            seed: Tells judgements of one question apart, for a temperature above 0.
+
+        Raises:
+            JudgeError: If the judge stays away, or refuses the key or the model.
+            JudgementError: If it refuses this chat.
+        """
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_AwayError),
+            wait=_pause_s,
+            stop=tenacity.stop_after_delay(self._options.patience_s) | tenacity.stop_when_event_set(self.stopped),
+            sleep=tenacity.sleep_using_event(self.stopped),
+            reraise=True,
+        )
+        options = self._options
+        body = {
+            "model": options.model,
+            "messages": [{"role": role, "content": content} for role, content in messages],
+            "max_tokens": options.max_tokens,
+            "temperature": options.temperature,
+            "seed": seed,
+        }
+        try:
+            return retrying(self._complete, body)
+        except _AwayError as exc:
+            raise JudgeError(
+                f"judge.url must be where a judge answers, got {options.url}: {exc} for {options.patience_s:g} s;"
+                " start it and run the study again: it goes on where it is"
+            ) from exc
+
+    def models(self) -> list[str]:
+        """Names of the models that the server has.
+
+        Raises:
+            JudgeError: If it cannot be reached, refuses the key, or is no such server.
+        """
+        url = self._options.url
+        try:
+            response = self._send("GET", "/models")
+            return [str(model["id"]) for model in response.json()["data"]]
+        except _AwayError as exc:
+            fault: Exception = exc
+        except JudgementError as exc:
+            fault = exc
+        except (ValueError, KeyError, TypeError) as exc:
+            fault = ValueError(f"no list of models at {url}/models")
+            fault.__cause__ = exc
+        raise JudgeError(
+            f"judge.url must be where a judge answers, got {url}: {fault}; start the server or correct the URL, which"
+            " usually ends with /v1"
+        ) from fault
+
+    def _send(self, method: str, path: str, **content: Any) -> httpx2.Response:
+        self._pace.wait(self.stopped)
+        try:
+            response = self._http.request(method, f"{self._options.url}{path}", **content)
+        except (httpx2.TransportError, httpx2.DecodingError) as exc:
+            raise _AwayError(self._shown(str(exc) or type(exc).__name__)) from exc
+        status = response.status_code
+        said = self._shown(f"{status} {response.reason_phrase} {response.text}")
+        if status >= 500 or status in _TRANSIENT:
+            raise _AwayError(said, _seconds(response.headers.get("retry-after")))
+        if status in (401, 403):
+            how = f"the key in {self._options.key_variable}" if self._key else "no key; set judge.key_variable"
+            raise JudgeError(f"judge.url {self._options.url} must accept the key, got '{said}' for {how}")
+        if not response.is_success:
+            raise JudgementError(f"judge {self._options.model}: must accept the request, got '{said}'")
+        return response
+
+    def _complete(self, body: dict[str, Any]) -> Reply:
+        response = self._send("POST", "/chat/completions", json=body)
+        try:
+            data = response.json()
+            text = str(data["choices"][0]["message"]["content"] or "")
+        except (ValueError, LookupError, TypeError) as exc:
+            raise _AwayError(self._shown(f"no whole reply, but '{response.text}'")) from exc
+        usage = data.get("usage") or {}
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        n_in, n_out = (count if isinstance(count, int) else 0 for count in counts)
+        return Reply(self._without_key(text), n_in, n_out)
+
+    def _shown(self, text: str) -> str:
+        return " ".join(self._without_key(text).split())[:_SHOWN]
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+class _AwayError(Exception):
+    """The judge does not answer now, but may later; ``after_s`` is when it says so itself."""
+
+    def __init__(self, reason: str, after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
+@contextmanager
+def connected(options: JudgeOptions, pace: Pace) -> Iterator[JudgeClient]:
+    """Open connections to the judge; they are closed at the end.
+
+    Raises:
+        JudgeError: If the key is missing.
+    """
+    key = options.key()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx2.Client(headers=headers, timeout=options.timeout_s) as http:
+        yield JudgeClient(http, options, key, pace)
+
+
+def check_judge(options: JudgeOptions) -> None:
+    """Ask the server for its models, so that a wrong set-up is seen before the first merge.
+
+    Raises:
+        JudgeError: If the key is missing or refused, there is no such server, or it lacks the model.
+    """
+    with connected(options, Pace(None)) as client:
+        models = client.models()
+    if options.model not in models:
+        raise JudgeError(
+            f"judge.model must be one that {options.url} has ({', '.join(models) or 'none'}), got '{options.model}';"
+            " correct it"
+        )
+
+
+def _pause_s(state: tenacity.RetryCallState) -> float:
+    exc = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(exc, _AwayError) and exc.after_s is not None:
+        return exc.after_s
+    return tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S)(state)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """What ``Retry-After`` says, if it says a number; dates are left to the usual pauses."""
+    try:
+        return max(0.0, float(retry_after or ""))
+    except ValueError:
+        return None

@@ -1,0 +1,139 @@
+"""A judge: questions in, scores out. Each is asked once, several at a time, and never beyond the budget.
+
+Knows the store and the client; does not know tasks nor trials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from statistics import fmean
+
+from optuna_merge.errors import JudgeBudgetError, JudgementError
+from optuna_merge.judging.client import JudgeClient, JudgeOptions, Pace, Reply, connected
+from optuna_merge.judging.rubric import Message, Question
+from optuna_merge.judging.store import Judgements
+
+_TRIES = 3
+"""How often a judge is asked for one judgement before its replies count as nonsense."""
+
+_Place = tuple[str, int]
+"""Digest of a question, and number of the judgement."""
+
+
+class Judge:
+    """A judge with the scores that it has given.
+
+    Args:
+        options: Where it is and how it is asked.
+        store: Its replies.
+    """
+
+    def __init__(self, options: JudgeOptions, store: Judgements) -> None:
+        self.options = options
+        self._store = store
+        self._pace = Pace(options.requests_per_minute)
+        self._lock = threading.Lock()
+        self._n_open = 0
+
+    @property
+    def identity(self) -> str:
+        """What decides a score besides the question, in words."""
+        options = self.options
+        return (
+            f"{options.model}, temperature {options.temperature:g}, {options.max_tokens} tokens,"
+            f" {options.n_judgements} judgements"
+        )
+
+    def ask(self, questions: Sequence[Question]) -> list[float]:
+        """Scores of questions, in their order; only those that no reply is kept for are asked.
+
+        Raises:
+            JudgeError: If the judge stays away or cannot be used; what it has replied is kept.
+            JudgementError: If it gives no score to a question.
+            JudgeBudgetError: If the budget is used up.
+        """
+        keys = [self._key(question) for question in questions]
+        numbers = range(self.options.n_judgements)
+        wanted = {(key, n): question for key, question in zip(keys, questions, strict=True) for n in numbers}
+        scores = self._store.scores(set(keys))
+        missing = {place: question for place, question in wanted.items() if place not in scores}
+        if missing:
+            scores |= self._ask_all(missing)
+        return [fmean(scores[key, n] for n in numbers) for key in keys]
+
+    def _ask_all(self, missing: Mapping[_Place, Question]) -> dict[_Place, float]:
+        found: dict[_Place, float] = {}
+        with (
+            connected(self.options, self._pace) as client,
+            ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge") as pool,
+        ):
+            futures = {pool.submit(self._ask, client, place, missing[place]): place for place in missing}
+            try:
+                for future in as_completed(futures):
+                    found[futures[future]] = future.result()
+            except BaseException:
+                # questions that are open are waited for, so that no reply that costs something is lost
+                client.stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return found
+
+    def _ask(self, client: JudgeClient, place: _Place, question: Question) -> float:
+        key, number = place
+        messages: tuple[Message, ...] = question.messages
+        fault = ""
+        for _ in range(_TRIES):
+            self._open_question()
+            try:
+                reply = client.reply(messages, number)
+            except BaseException:
+                with self._lock:
+                    self._n_open -= 1
+                raise
+            score, fault = _read(question, reply)
+            with self._lock:  # a question is either open or has a reply, for those who count both
+                self._n_open -= 1
+                self._store.add(key, number, score, n_in=reply.n_in, n_out=reply.n_out, reply=reply.text)
+            if score is not None:
+                return score
+            messages = (*question.messages, ("assistant", reply.text), ("user", f"Reply again: {fault}."))
+        raise JudgementError(
+            f"judge {self.options.model}: must give a score, but {_TRIES} times {fault}; correct the rubric or choose"
+            " another judge"
+        )
+
+    def _open_question(self) -> None:
+        """Count a question as open.
+
+        Raises:
+            JudgeBudgetError: If its reply could exceed the budget.
+        """
+        budget = self.options.budget
+        with self._lock:
+            if budget is not None:
+                cost = self._store.cost()
+                n_replies = 0 if cost is None else cost.n_replies
+                if n_replies + self._n_open >= budget:
+                    raise JudgeBudgetError(
+                        f"judge.budget must leave questions to ask, got {budget}, of which {n_replies} are used; raise"
+                        " it to go on: the study keeps what was judged"
+                    )
+            self._n_open += 1
+
+    def _key(self, question: Question) -> str:
+        options = self.options
+        content = [options.model, options.temperature, options.max_tokens, question.messages]
+        content += [question.lowest, question.highest]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read(question: Question, reply: Reply) -> tuple[float | None, str]:
+    """The score of a reply, or None and what is wrong with it."""
+    try:
+        return question.read(reply.text), ""
+    except ValueError as exc:
+        return None, str(exc)

@@ -1,0 +1,82 @@
+"""The judge of a study: made from its study file, checked before the first merge, and what it may be asked at most.
+
+Knows the study file; ``judging/`` knows how a judge is asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.evaluation.description import Description
+from optuna_merge.judging.client import JudgeOptions, check_judge
+from optuna_merge.judging.judge import Judge
+from optuna_merge.judging.store import JUDGEMENTS_FILE, JudgeCost, Judgements
+from optuna_merge.study.holdout_file import N_BEST
+
+__all__ = ["JudgeCost", "check_study_judge", "judge_cost", "make_judge", "most_questions"]
+
+
+def make_judge(config: StudyConfig) -> Judge | None:
+    """The judge that the study file names, with what it has replied; None if it names none. Connects to nothing."""
+    if config.judge is None:
+        return None
+    return Judge(_options(config), Judgements(_file(config)))
+
+
+def check_study_judge(config: StudyConfig) -> None:
+    """Ask the judge for its models, if the study file names a judge.
+
+    Raises:
+        JudgeError: If the key is missing or refused, there is no such server, or it lacks the model.
+    """
+    if config.judge is not None:
+        check_judge(_options(config))
+
+
+def judge_cost(config: StudyConfig) -> JudgeCost | None:
+    """What the study has asked its judge; None if it asked nothing.
+
+    Raises:
+        StudyError: If the file of judgements cannot be read.
+    """
+    return None if config.judge is None else Judgements(_file(config)).cost()
+
+
+def most_questions(config: StudyConfig, tasks: Description, n_baselines: int) -> int:
+    """The most questions that a study can ask, if no two answers are equal and no reply is nonsense.
+
+    Args:
+        config: The study file.
+        tasks: What is scored.
+        n_baselines: Baselines that are scored first.
+    """
+    if config.judge is None:
+        return 0
+    n_trials = config.study.n_trials
+    n_held = min(n_trials, N_BEST + n_baselines)
+    return config.judge.n_judgements * (n_trials * tasks.n_judged + n_held * tasks.n_judged_holdout)
+
+
+def _file(config: StudyConfig) -> Path:
+    return config.storage_path / JUDGEMENTS_FILE
+
+
+def _options(config: StudyConfig) -> JudgeOptions:
+    """The options of one of the study's workers, which share what the file allows."""
+    judge, n_workers = config.judge, config.study.n_workers
+    assert judge is not None
+    rate = judge.requests_per_minute
+    return JudgeOptions(
+        url=judge.url,
+        model=judge.model,
+        key_variable=judge.key_variable,
+        concurrency=max(1, judge.concurrency // n_workers),
+        requests_per_minute=None if rate is None else rate / n_workers,
+        timeout_s=judge.timeout,
+        patience_s=judge.patience,
+        max_tokens=judge.max_tokens,
+        temperature=judge.temperature,
+        n_judgements=judge.n_judgements,
+        budget=judge.budget,
+    )

@@ -1,0 +1,149 @@
+"""A judge that is a process of its own, over HTTP, with faults."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optuna_merge.errors import JudgeBudgetError, JudgeError, JudgementError, TaskError
+from optuna_merge.judging import Rubric
+from optuna_merge.judging.client import JudgeOptions, check_judge
+from optuna_merge.judging.judge import Judge
+from optuna_merge.judging.rubric import Question
+from optuna_merge.judging.store import JudgeCost, Judgements
+from tests.judging.judge_server import KEY, MODEL, score
+from tests.judging.servers import JudgeServer, judge
+
+FAULTS = ["429", "500", "silence", "half", "outside", "death", "429", "outside", "half", "500", "death", "silence"]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+
+def options(server: JudgeServer, **changes: Any) -> JudgeOptions:
+    given = JudgeOptions(server.url, MODEL, "JUDGE_KEY", concurrency=4, timeout_s=1.0, patience_s=60)
+    return replace(given, **changes)
+
+
+def questions(n: int) -> list[Question]:
+    rubric = Rubric("Rate it.")
+    return [rubric.about({"question": f"What is {i}?", "reference": str(i)}, f"It is {i}.") for i in range(n)]
+
+
+def expected(asked: Sequence[Question]) -> list[float]:
+    return [float(score(question.messages[0][1])) for question in asked]
+
+
+def test_every_question_is_answered_once_whatever_happens_to_the_server(tmp_path: Path) -> None:
+    asked = questions(30)
+    store = Judgements(tmp_path / "judgements.sqlite")
+    with judge(tmp_path / "server", *FAULTS) as server:
+        assert Judge(options(server), store).ask([*asked, *asked]) == expected([*asked, *asked])
+        assert [line["fault"] for line in server.log()][: len(FAULTS)] == FAULTS
+        assert server.n_starts == 3
+        assert server.answered() == {question.messages[0][1]: 1 for question in asked}
+        # a later run, or another merge with equal answers, asks nothing
+        n_asked = len(server.log())
+        assert Judge(options(server), store).ask(asked[::-1]) == expected(asked[::-1])
+        assert len(server.log()) == n_asked
+    # a reply costs something, also one without a score
+    assert store.cost() == JudgeCost(30 + 2, 100 * 32, 10 * 32)
+    assert KEY.encode() not in (tmp_path / "judgements.sqlite").read_bytes()
+
+
+def test_a_judge_that_talks_nonsense_gives_no_score(tmp_path: Path) -> None:
+    store = Judgements(tmp_path / "judgements.sqlite")
+    reason = "must give a score, but 3 times the last line must be 'Score: <number>', got 'I would rather not say.'"
+    with judge(tmp_path / "server", "nonsense") as server:
+        with pytest.raises(JudgementError, match=reason):
+            Judge(options(server), store).ask(questions(1))
+        assert len(server.log()) == 3
+    assert store.scores(["any"]) == {}
+
+
+def test_the_budget_ends_it_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    asked = questions(12)
+    store = Judgements(tmp_path / "judgements.sqlite")
+    with judge(tmp_path / "server") as server:
+        with pytest.raises(JudgeBudgetError, match=r"judge\.budget must leave questions to ask, got 7, of which"):
+            Judge(options(server, budget=7), store).ask(asked)
+        cost = store.cost()
+        assert cost is not None
+        assert cost.n_replies == len(server.log()) == 7
+        assert Judge(options(server, budget=12), store).ask(asked) == expected(asked)
+        assert len(server.log()) == 12
+
+
+def test_several_judgements_of_one_answer_are_asked_apart_and_at_a_bounded_rate(tmp_path: Path) -> None:
+    asked = questions(2)
+    store = Judgements(tmp_path / "judgements.sqlite")
+    with judge(tmp_path / "server") as server:
+        several = options(server, n_judgements=3, requests_per_minute=60 / 0.2)
+        start = time.monotonic()
+        assert Judge(several, store).ask(asked) == expected(asked)
+        assert time.monotonic() - start >= 5 * 0.2
+        assert set(server.answered().values()) == {3}
+
+
+def test_wrong_set_ups_are_seen_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with judge(tmp_path / "server") as server:
+        right = options(server)
+        check_judge(right)
+        wrong = {
+            "judge.model must be one that .* has \\(judge-7b\\), got 'other'; correct it": replace(
+                right, model="other"
+            ),
+            "judge.url must be where a judge answers, got .*/v2: .*404": replace(right, url=server.url[:-1] + "2"),
+            "judge.url must be where a judge answers, got http://127.0.0.1:9/v1: .*refused": replace(
+                right, url="http://127.0.0.1:9/v1"
+            ),
+            "must accept the key, got '401 .* for no key; set judge.key_variable": replace(right, key_variable=""),
+            "environment variable that is set, got NO_KEY, which is not set": replace(right, key_variable="NO_KEY"),
+        }
+        for message, given in wrong.items():
+            with pytest.raises(JudgeError, match=message) as caught:
+                check_judge(given)
+            assert "\n" not in str(caught.value)
+        monkeypatch.setenv("JUDGE_KEY", f"{KEY}-old")
+        with pytest.raises(JudgeError, match=r"must accept the key, got '401 .*for the key in JUDGE_KEY") as caught:
+            check_judge(right)
+        assert f"{KEY}-old" not in str(caught.value)  # although the server sent it back
+        assert not server.log()
+
+
+@pytest.mark.parametrize(
+    ("reply", "score_or_fault"),
+    [
+        ("Good.\nScore: 4", 4.0),
+        ("Score: 1.5\n\n", 1.5),
+        ("Score: 4 out of 5", "the last line must be"),
+        ("**Score: 4**", "the last line must be"),
+        ("Score: 4\nI hope this helps.", "the last line must be"),
+        ("", "the last line must be"),
+        ("Score: 0", "the score must be from 1 to 5, got 0"),
+        ("Score: 55", "the score must be from 1 to 5, got 55"),
+    ],
+)
+def test_scores_are_read_strictly(reply: str, score_or_fault: float | str) -> None:
+    [question] = questions(1)
+    if isinstance(score_or_fault, float):
+        assert question.read(reply) == score_or_fault
+    else:
+        with pytest.raises(ValueError, match=score_or_fault):
+            question.read(reply)
+
+
+def test_a_rubric_that_cannot_be_used() -> None:
+    with pytest.raises(TaskError, match="lowest must be below highest, got 5 and 5"):
+        Rubric("Rate it.", 5, 5)
+    with pytest.raises(TaskError, match=r"question must name a field of the documents \(prompt\), got 'question'"):
+        Rubric("Rate it.").about({"prompt": "?"}, "an answer")
+    with pytest.raises(TaskError, match="a study that names a judge"):
+        Rubric("Rate it.")([["an answer"]], [{"question": "?"}])
