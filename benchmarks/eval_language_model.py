@@ -5,7 +5,8 @@
 Three tasks through the model's chat template: questions with eight choices, questions with five fixed examples and four
 choices, and answers of up to ten generated tokens. Each is timed as a study runs it, in chunks; at once; by
 ``lm_eval.simple_evaluate`` at its best batch size, on the same live model; and against the bound: forward passes of
-exactly the tokens that must be computed, without padding, without attention to what is cached, and in the best batch.
+exactly the tokens that must be computed, without padding, without attention to what is cached, and in the best batch;
+the output layer where something is scored or chosen.
 One thread; seconds of CPU time. The candidates take turns, and the best round counts. Scores are compared first.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -98,7 +100,6 @@ class Bench:
         manager = TaskManager(include_path=str(self.folder), include_defaults=False)
 
         def ours(scorer: Scorer) -> float:
-            self.load()  # what is kept between chunks is not kept between merges
             return scorer.score_all().value
 
         def theirs(batch_size: int, limit: int | None = None) -> float:
@@ -118,7 +119,7 @@ class Bench:
         batch_size = min(
             LM_EVAL_BATCHES, key=lambda size: seconds(lambda: theirs(size, limit=N_DOCUMENTS[task] // 4))[0]
         )
-        pass_tokens = min(PASS_TOKENS, key=lambda n: seconds(lambda: self._bare(n, 2048, []))[0])
+        pass_tokens = min(PASS_TOKENS, key=lambda n: seconds(lambda: self._bare(n, 2048, 0, []))[0])
         times: dict[str, float] = {}
         for _ in range(n_rounds):
             values = set()
@@ -127,6 +128,7 @@ class Bench:
                 "once": lambda: ours(at_once),
                 "lm_eval": lambda: theirs(batch_size),
             }.items():
+                self.load()  # what is kept between chunks is not kept between merges
                 took, value = seconds(function)
                 times[name] = min(took, times.get(name, took))
                 values.add(value)
@@ -137,7 +139,8 @@ class Bench:
             "n_documents": N_DOCUMENTS[task],
             "n_chunks": chunked.n_chunks,
             "n_tokens": passes[0],
-            "n_generated": sum(passes[1]),
+            "n_scored": passes[1],
+            "n_generated": sum(passes[2]),
             "lm_eval_batch": batch_size,
             "seconds": times,
             "over_lm_eval": times["chunks"] / times["lm_eval"],
@@ -145,8 +148,8 @@ class Bench:
             "over_once": times["chunks"] / times["once"],
         }
 
-    def _passes(self, scorer: Scorer) -> tuple[int, list[int]]:
-        """Tokens that one evaluation computes, without padding, and the rows of each decoding step."""
+    def _passes(self, scorer: Scorer) -> tuple[int, int, list[int]]:
+        """Tokens that one evaluation computes, without padding; how many are scored; the rows of each decoding step."""
         steps: list[int] = []
         step = Forward.step
 
@@ -160,15 +163,19 @@ class Bench:
         scorer.score_all()
         Forward.step = step  # type: ignore[method-assign]
         beginnings = sum(map(len, self.engine._prefixes.beginnings.tokens))
-        return scorer.describe().n_tokens + beginnings, steps
+        found = scorer.describe()
+        return found.n_tokens + beginnings, found.n_places, steps
 
-    def _bare(self, pass_tokens: int, n_tokens: int, steps: list[int]) -> None:
-        """Run the decoder on that many tokens without its output layer, and with it on the rows of each step."""
+    def _bare(self, pass_tokens: int, n_tokens: int, n_scored: int, steps: list[int]) -> None:
+        """Run the decoder on that many tokens, and the output layer on the scored ones and on the rows of each step."""
         decoder, head = self.live.model, self.live.lm_head
         with torch.inference_mode():
             for at in range(0, n_tokens, pass_tokens):
                 n = min(pass_tokens, n_tokens - at)
-                decoder(torch.zeros((max(1, n // 64), min(n, 64)), dtype=torch.long), use_cache=False)
+                n_rows = max(1, n // 64)
+                tokens = torch.zeros((n_rows, math.ceil(n / n_rows)), dtype=torch.long)
+                hidden = decoder(tokens, use_cache=False).last_hidden_state
+                head(hidden.flatten(0, 1)[: n_scored * n // n_tokens])
             for n in steps:
                 head(decoder(torch.zeros((n, 1), dtype=torch.long), use_cache=False).last_hidden_state)
 
@@ -182,8 +189,8 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
 def describe(task: str, row: dict[str, Any]) -> str:
     times = row["seconds"]
     return (
-        f"{task}: {row['n_documents']} documents in {row['n_chunks']} chunks, {row['n_tokens']} tokens computed and"
-        f" {row['n_generated']} generated\n"
+        f"{task}: {row['n_documents']} documents in {row['n_chunks']} chunks, {row['n_tokens']} tokens computed,"
+        f" {row['n_scored']} scored and {row['n_generated']} generated\n"
         f"  {times['chunks']:.1f} s in chunks, {times['once']:.1f} s at once ({row['over_once']:.2f})\n"
         f"  lm-eval, batches of {row['lm_eval_batch']}: {times['lm_eval']:.1f} s ({row['over_lm_eval']:.2f})\n"
         f"  bare forward passes: {times['bound']:.1f} s ({row['over_bound']:.2f})"
