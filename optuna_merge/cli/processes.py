@@ -112,13 +112,13 @@ def run_as_worker(file: Path, number: int, overrides: dict[str, Any], gpu: str |
     """
     from optuna_merge.config.read import load_study
     from optuna_merge.study.objective import MergeObjective
-    from optuna_merge.study.run import keep_n_chunks
+    from optuna_merge.study.run import as_started
     from optuna_merge.study.workers import CRASHED, stop_with_parent
 
     stop_with_parent()
     _see_only(gpu)
     try:
-        config = keep_n_chunks(load_study(file, overrides))
+        config = as_started(load_study(file, overrides))
         with closing(MergeObjective.from_config(config)) as objective:
             for line in objective.describe() if number == 1 else ():
                 output.note(line)

@@ -65,9 +65,9 @@ def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int) -> Non
     from optuna_merge.storage.fingerprint import check_fingerprint
     from optuna_merge.study.holdout import score_holdout
     from optuna_merge.study.objective import MergeObjective
-    from optuna_merge.study.run import keep_n_chunks
+    from optuna_merge.study.run import as_started
 
-    with closing(MergeObjective.from_config(keep_n_chunks(config))) as objective:
+    with closing(MergeObjective.from_config(as_started(config))) as objective:
         check_fingerprint(study, objective.fingerprint())
         score_holdout(study, objective, output.note, n_best)
 

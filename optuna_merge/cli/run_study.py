@@ -86,12 +86,12 @@ def _run(
     from optuna_merge.cli.processes import run_here, run_in_workers
     from optuna_merge.report.summary import summarize
     from optuna_merge.study.holdout_file import N_BEST
-    from optuna_merge.study.run import keep_n_chunks
+    from optuna_merge.study.run import as_started
 
     fault = None
     if len(devices) == 1:
         with closing(_objective(given.file, config)) as objective:
-            interrupted = run_here(keep_n_chunks(config), objective, trackers)
+            interrupted = run_here(as_started(config), objective, trackers)
             if not interrupted:
                 fault = _score_holdout(config, objective)
     else:
@@ -129,10 +129,10 @@ def _save_final_model(config: StudyConfig) -> None:
 
 def _objective(file: Path, config: StudyConfig) -> MergeObjective:
     from optuna_merge.study.objective import MergeObjective
-    from optuna_merge.study.run import keep_n_chunks
+    from optuna_merge.study.run import as_started
 
     output.note(f"reading models and eval tasks of {file}")
-    objective = MergeObjective.from_config(keep_n_chunks(config))
+    objective = MergeObjective.from_config(as_started(config))
     for line in objective.describe():
         output.note(line)
     return objective

@@ -28,7 +28,6 @@ def contradictions(config: StudyConfig) -> Iterator[Problem]:
     yield from _one_score(config) if config.study.goal == "sum" else _several_objectives(config)
     yield from _sampler(config)
     yield from _warm_start(config)
-    yield from _ascent(config)
     try:
         method = config.method
     except MethodError as exc:
@@ -41,7 +40,8 @@ def contradictions(config: StudyConfig) -> Iterator[Problem]:
     yield from _number_of_models(config, method)
     yield from _switches(config, method)
     yield from _ranges(config, method)
-    yield from _smooth(config, method)
+    if config.search.start == "ascent":
+        yield from ascent_problems(config)
 
 
 def _repeated(config: StudyConfig) -> Iterator[Problem]:
@@ -154,9 +154,8 @@ def _warm_start(config: StudyConfig) -> Iterator[Problem]:
         yield Problem(key, "be absent for random_init", got, "remove one of the two")
 
 
-def _ascent(config: StudyConfig) -> Iterator[Problem]:
-    if config.search.start != "ascent":
-        return
+def ascent_problems(config: StudyConfig) -> Iterator[Problem]:
+    """Everything that keeps a study with a known merge method from beginning with an ascent."""
     sampler, key, rule = config.study.sampler.name, "search.start", "be uniform for"
     if config.study.goal != "sum":
         yield Problem(key, f"{rule} several objectives", "ascent", "the gradient is that of one score: remove it")
@@ -166,18 +165,17 @@ def _ascent(config: StudyConfig) -> Iterator[Problem]:
         yield Problem(key, f"{rule} {config.engine.backend}", "ascent", "it has no gradients: use engine.backend: hf")
     if config.random_init:
         yield Problem(key, f"{rule} random_init", "ascent", "remove one of the two")
+    if not any(
+        _is_followed(config, each) for each in config.method.parameters_for(config.genome.base_model is not None)
+    ):
+        fix = "no parameter that is searched has a derivative: remove it, or see optuna-merge methods"
+        yield Problem(key, f"{rule} {config.method.name}", "ascent", fix)
 
 
-def _smooth(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
-    if config.search.start != "ascent":
-        return
-    for parameter in method.parameters_for(config.genome.base_model is not None):
-        given = config.search.ranges.get(parameter.name)
-        is_searched = parameter.search is not None if given is None else not given.is_constant
-        if parameter.is_smooth and is_searched:
-            return
-    fix = "no parameter that is searched has a derivative: remove it, or see optuna-merge methods"
-    yield Problem("search.start", f"be uniform for {method.name}", "ascent", fix)
+def _is_followed(config: StudyConfig, parameter: MethodParameter) -> bool:
+    given = config.search.ranges.get(parameter.name)
+    is_searched = parameter.search is not None if given is None else not given.is_constant
+    return parameter.is_smooth and is_searched
 
 
 def _base_model(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:

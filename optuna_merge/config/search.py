@@ -128,7 +128,8 @@ class SearchConfig(Section):
         prior: How far the first weights of CMA-ES spread.
         warm_start: Another study, at whose best trials the search starts; None: start at the best uniform merge.
         start: ``uniform``: the first trials are drawn around that point; ``ascent``: the search first follows the
-            gradient of the expected score from there.
+            gradient of the expected score from there; ``auto``: the ascent where it can run and pays, which is decided
+            when the study is created (``study/start.py``).
         profile: What the ascent finds: ``tensor``: a weight for each tensor and model, of which the trials then vary
             the means over layer groups; ``group``: those means alone.
     """
@@ -137,7 +138,7 @@ class SearchConfig(Section):
     embed_group: Literal["shared", "own"] = "shared"
     prior: PriorConfig = StructuredPrior()
     warm_start: WarmStartConfig | None = None
-    start: Literal["uniform", "ascent"] = "uniform"
+    start: Literal["auto", "uniform", "ascent"] = "auto"
     profile: Literal["tensor", "group"] = "tensor"
 
     @classmethod

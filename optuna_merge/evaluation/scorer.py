@@ -192,7 +192,7 @@ class Scorer:
             TaskError, EngineError: As :meth:`score_chunk`, and if the engine cannot differentiate.
         """
         if chunk not in self._expected:
-            if not hasattr(self._engine, "respond_with_gradient"):
+            if not self._differentiates:
                 raise EngineError("engine: must differentiate, but this one does not; use engine.backend: transformers")
             self._expected[chunk] = ExpectedChunk(
                 cast("DifferentiableEngine", self._engine),
@@ -298,10 +298,25 @@ class Scorer:
             chat_template_reason=self._chat_template_reason,
         )
 
+    def has_gradient(self) -> bool:
+        """Whether the expected score can be differentiated: the engine can, and some metric has a stand-in.
+
+        Raises:
+            TaskError: As :meth:`without_gradient`.
+        """
+        return self._differentiates and len(self.without_gradient()) < len({term.key for term in self._terms})
+
+    @property
+    def _differentiates(self) -> bool:
+        return hasattr(self._engine, "respond_with_gradient")
+
     def without_gradient(self) -> tuple[str, ...]:
         """Names of the tasks whose metric has no differentiable stand-in, judged by some documents.
 
         Runs the tasks' own code on made-up answers.
+
+        Raises:
+            TaskError: If the code of a task's ``gradient_target`` raises.
         """
         with quietly():
             found = {t.key: has_stand_in(t, self._engine.eot_text, self._chat_template) for t in self._terms}

@@ -27,6 +27,7 @@ from optuna_merge.study.kept import KeptPlan, plan_kept
 from optuna_merge.study.memory import MemoryPlan, gib
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.seconds import estimate_trial
+from optuna_merge.study.start import settle_start
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,10 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     models = StudyModels.open(config)
     engine = make_describing_engine(config, models, card)
     scorer = build_scorer(config, engine)
+    config, why_uniform = settle_start(config, scorer)
     tasks = scorer.describe()
     space = SearchSpace(config, models.refs)
-    counts = _describe_space(config, models, space, tasks.n_chunks)
+    counts = {**_describe_space(config, models, space, tasks.n_chunks), "why_uniform": why_uniform or None}
     memory = plan_memory(config, models, engine, card, tasks)
     memory.check(tasks.longest + 1)
     device = config.engine.device

@@ -76,7 +76,7 @@ def _first_generation(config: StudyConfig) -> dict[str, Any]:
         "study.sampler.sigma0": cmaes.sigma0,
         "search.prior": prior.name if is_isotropic else prior.model_dump(mode="json", exclude={"name"}),
         "search starts": starts,
-        "search.start": None if config.search.start == "uniform" else config.search.start,
+        attributes.SEARCH_START: None if config.search.start == "uniform" else config.search.start,
         "search.profile": None if config.search.start == "uniform" else config.search.profile,
         "search.warm_start": warm_start and {"study": warm_start.label, "n_best": warm_start.n_best},
         "random_init": config.random_init,

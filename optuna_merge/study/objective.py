@@ -46,6 +46,7 @@ from optuna_merge.study.judges import check_study_judge
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.replay import recorded_recipe, shared_profile
+from optuna_merge.study.start import settle_start
 
 _ANOTHER_FOLDER = (
     'choose another storage_path, such as MergeObjective.from_file(path, {"storage_path": "another_study"})'
@@ -63,7 +64,7 @@ class MergeObjective:
     There is one resident model, so with ``n_jobs`` above 1 the trials wait for each other.
 
     Attributes:
-        config: The study file.
+        config: The study file, with ``search.start`` settled.
         models: The checkpoints that are merged.
         space: The search space; ``space.distributions`` are the trial parameters.
         loader: Merges a recipe into the resident model.
@@ -72,7 +73,7 @@ class MergeObjective:
     """
 
     def __init__(self, config: StudyConfig, models: StudyModels, loader: RecipeLoader, scorer: Scorer) -> None:
-        self.config = config
+        self.config, self._why_uniform = settle_start(config, scorer)
         self.models = models
         self.space = SearchSpace(config, models.refs)
         self.loader = loader
@@ -236,7 +237,8 @@ class MergeObjective:
 
     def describe(self) -> list[str]:
         """What is about to be searched and scored, in a few lines."""
-        return describe_study(self.config, self.models, self.space, self.scorer, self.loader.device)
+        lines = describe_study(self.config, self.models, self.space, self.scorer, self.loader.device)
+        return [*lines, f"search: begins at a uniform merge; {self._why_uniform}"] if self._why_uniform else lines
 
     def close(self) -> None:
         """Free the device's memory."""

@@ -54,21 +54,25 @@ class Outcome:
     timed_out: bool = False
 
 
-def keep_n_chunks(config: StudyConfig) -> StudyConfig:
-    """The study file, with the number of chunks that the study was started with.
+def as_started(config: StudyConfig) -> StudyConfig:
+    """The study file, with what the study was started with where the file leaves it open.
 
-    If the file leaves ``study.n_chunks`` out, it follows from the device's batch size. A study that resumes on
-    another device must keep the number it has.
+    Without ``study.n_chunks``, the number of chunks follows from the device's batch size: a study that resumes on
+    another device must keep the number it has. A study that has begun does not change how it began, either.
 
     Raises:
         StudyError: If the storage cannot be opened.
     """
     url = storage_url(config.storage_path, config.study.storage)
     recorded = recorded_fingerprint(url, config.study.name)
-    if config.study.n_chunks is not None or attributes.CHUNKS not in recorded:
-        return config
-    options = config.study.model_copy(update={"n_chunks": recorded[attributes.CHUNKS]})
-    return config.model_copy(update={"study": options})
+    if config.study.n_chunks is None and attributes.CHUNKS in recorded:
+        options = config.study.model_copy(update={"n_chunks": recorded[attributes.CHUNKS]})
+        config = config.model_copy(update={"study": options})
+    if config.search.start == "auto" and recorded:
+        # studies from before there were ascents have no record of it
+        search = config.search.model_copy(update={"start": recorded.get(attributes.SEARCH_START) or "uniform"})
+        config = config.model_copy(update={"search": search})
+    return config
 
 
 def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher | None = None) -> Outcome:

@@ -1,0 +1,48 @@
+"""How a study begins where its file leaves that open: with the ascent, or at a uniform merge.
+
+Knows the rules of ``search.start: auto``; what an ascent is stands in ``study/ascent.py``.
+"""
+
+from __future__ import annotations
+
+from optuna_merge.config.contradictions import ascent_problems
+from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.evaluation.scorer import Scorer
+
+LEAST_DOCUMENTS = 150
+"""Searched documents with which the ascent was measured to help held-out scores (docs/log.md)."""
+
+LEAST_TRIALS = 30
+"""Trials of which the ascent, at the price of some ten full evaluations, does not take the larger part."""
+
+
+def settle_start(config: StudyConfig, scorer: Scorer) -> tuple[StudyConfig, str]:
+    """Decide how a study begins if ``search.start`` is ``auto``.
+
+    Args:
+        config: The study file.
+        scorer: Its eval tasks.
+
+    Returns:
+        The study file with the decision in place of ``auto``, and, if ``auto`` is ``uniform``, the reason.
+
+    Raises:
+        TaskError: If the code of a task's ``gradient_target`` raises.
+    """
+    if config.search.start != "auto":
+        return config, ""
+    reason = _why_uniform(config, scorer)
+    search = config.search.model_copy(update={"start": "uniform" if reason else "ascent"})
+    return config.model_copy(update={"search": search}), reason
+
+
+def _why_uniform(config: StudyConfig, scorer: Scorer) -> str:
+    for problem in ascent_problems(config):
+        return f"an ascent must {problem.rule.replace('be uniform for', 'not be used with')}"
+    if config.study.n_trials < LEAST_TRIALS:
+        return f"an ascent pays from {LEAST_TRIALS} trials on, here are {config.study.n_trials}"
+    if scorer.n_documents < LEAST_DOCUMENTS:
+        return f"an ascent needs {LEAST_DOCUMENTS} searched documents, here are {scorer.n_documents}"
+    if not scorer.has_gradient():
+        return "no metric here has a gradient"
+    return ""

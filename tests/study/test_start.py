@@ -1,0 +1,82 @@
+"""``search.start: auto``: decided when a study is created, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optuna_merge.cli.options import open_started
+from optuna_merge.config.read import load_study
+from optuna_merge.errors import StudyMismatchError
+from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import ascent_trial
+from optuna_merge.study import start
+from optuna_merge.study.check import check_study
+from optuna_merge.study.objective import MergeObjective
+from optuna_merge.study.run import as_started, run_study
+
+STUDY = {"name": "tiny", "n_trials": 30, "seed": 3, "n_chunks": 2}
+N_ENOUGH = 100  # documents of each of two tasks, of which three quarters are searched
+
+
+def begin(file: Path, n_trials: int | None = None) -> MergeObjective:
+    config = as_started(load_study(file, {"study.n_trials": n_trials} if n_trials else None))
+    return MergeObjective.from_config(config)
+
+
+def test_it_is_the_ascent_where_that_can_run_and_pays(study_file: Callable[..., Path]) -> None:
+    objective = MergeObjective.from_file(study_file(n_documents=N_ENOUGH, study=STUDY))
+    assert objective.config.search.start == "ascent"
+    assert any(line.startswith("search: begins with an ascent") for line in objective.describe())
+    assert check_study(load_study(objective.config.path)).space["ascent"].startswith("with an ascent")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n_documents": N_ENOUGH - 4}, "an ascent needs 150 searched documents, here are 144"),
+        ({"study": {**STUDY, "n_trials": 29}}, "an ascent pays from 30 trials on, here are 29"),
+        ({"study": {**STUDY, "sampler": "tpe"}}, "an ascent must not be used with tpe"),
+        ({"search": {"weight": 0.5}}, "an ascent must not be used with task_arithmetic"),
+        ({"random_init": True}, "an ascent must not be used with random_init"),
+    ],
+)
+def test_it_is_a_uniform_merge_elsewhere(study_file: Callable[..., Path], changes: dict[str, Any], reason: str) -> None:
+    objective = MergeObjective.from_file(study_file(**{"n_documents": N_ENOUGH, "study": STUDY, **changes}))
+    assert objective.config.search.start == "uniform"
+    assert objective.describe()[-1] == f"search: begins at a uniform merge; {reason}"
+    assert check_study(load_study(objective.config.path)).space["why_uniform"] == reason
+
+
+def test_tasks_without_right_answers_have_no_gradient(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    file = study_file(n_documents=N_ENOUGH, study=STUDY)
+    for name in ("one", "two"):
+        path = tmp_path / "tasks" / f"{name}.yaml"
+        path.write_text(path.read_text() + "\nprocess_results: !function broken.score\n")
+    (tmp_path / "tasks" / "broken.py").write_text("def score(doc, results):\n    return {'acc': float('nan')}\n")
+    objective = MergeObjective.from_file(file)
+    assert objective.describe()[-1].endswith("no metric here has a gradient")
+
+
+def test_a_study_keeps_how_it_began(study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = study_file(n_documents=16, study={**STUDY, "n_trials": 7})
+    run_study((objective := begin(file)).config, objective)
+    study = open_started(objective.config)
+    assert ascent_trial(study.trials) is None
+    monkeypatch.setattr(start, "LEAST_DOCUMENTS", 16)
+    monkeypatch.setattr(start, "LEAST_TRIALS", 8)
+    assert MergeObjective.from_file(file, {"study.n_trials": 8}).config.search.start == "ascent"
+    # as does a study from before there were ascents
+    new = ("search.start", "search.profile")
+    fingerprint = {k: v for k, v in study.user_attrs[attributes.FINGERPRINT].items() if k not in new}
+    study.set_user_attr(attributes.FINGERPRINT, fingerprint)
+    run_study((objective := begin(file, 8)).config, objective)
+    assert ascent_trial(study.trials) is None
+    assert len(study.trials) == 8
+    # unless the file asks for another start
+    other = MergeObjective.from_file(file, {"study.n_trials": 9, "search.start": "ascent"})
+    with pytest.raises(StudyMismatchError, match=r"created with search\.start=null, now it is \"ascent\""):
+        run_study(other.config, other)
