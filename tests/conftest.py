@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,9 @@ import pytest
 import yaml
 
 from optuna_merge.testing.models import write_tiny_models
+
+# a shell's background process ignores it, and so would the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TASK_HELPER = """
 import datasets

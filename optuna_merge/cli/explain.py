@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def explain(given: options.StudyArguments, html: options.Html = None) -> None:
     """Show which layer groups and models matter, that is, where the best tenth of the merges differs from the rest.
 
-    Loads no model. A share tells how much, not in which direction.
+    Loads no model. A share tells how much, not in which direction. If the study began with an ascent, the slopes of the
+    expected score follow: how much it rises per unit of a weight.
 
     Example: optuna-merge explain studies/quickstart.yaml --html explain.html
     """
@@ -45,3 +46,9 @@ def _print(importances: Importances) -> None:
         typer.echo(f"\n{title}")
         for name, share in shares.items():
             typer.echo(f"  {name:<{width}}  {share:.3f}  {'█' * round(40 * share)}")
+    if importances.slopes:
+        slopes = dict(list(importances.slopes.items())[:10])
+        width = max(map(len, slopes))
+        typer.echo("\nlargest slopes of the expected score, where the ascent begins and where it ends")
+        for name, (first, last) in slopes.items():
+            typer.echo(f"  {name:<{width}}  {first:+.3f}  {last:+.3f}")

@@ -13,8 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.errors import StudyError
 from optuna_merge.report.pictures import Bars, HeatMap, Picture
+from optuna_merge.search.ascent import N_PASSES
 from optuna_merge.search.space import split_parameter
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import ascent_trial, steps_of
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 from optuna_merge.storage.trials import score_of
 
@@ -31,6 +33,8 @@ class Importances:
         parameters: Parameter to its share, largest first.
         groups: Layer group to the sum of its parameters' shares, from the first layer on.
         models: Model (or method parameter that belongs to no model) to the sum of its shares, largest first.
+        slopes: Parameter to the derivative of the expected score by it, on the documents of the ascent's first step and
+            over its last pass, the largest first; empty without an ascent.
     """
 
     study: str
@@ -38,6 +42,7 @@ class Importances:
     parameters: dict[str, float]
     groups: dict[str, float]
     models: dict[str, float]
+    slopes: dict[str, tuple[float, float]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -80,6 +85,7 @@ def explain(study: optuna.Study) -> Importances:
         _largest_first(shares),
         dict(groups),
         _largest_first(models),
+        _slopes(study),
     )
 
 
@@ -114,6 +120,19 @@ def pictures_of(importances: Importances) -> list[Picture]:
             [(name, "best", share, None) for name, share in importances.models.items()],
         ),
     ]
+
+
+def _slopes(study: optuna.Study) -> dict[str, tuple[float, float]]:
+    trial = ascent_trial(study.get_trials(deepcopy=False))
+    steps = steps_of(trial) if trial is not None else []
+    if not steps:
+        return {}
+    last = steps[-max(1, len(steps) // N_PASSES) :]
+    slopes = {
+        name: (value, math.fsum(step.slope[name] for step in last) / len(last))
+        for name, value in steps[0].slope.items()
+    }
+    return dict(sorted(slopes.items(), key=lambda item: (-abs(item[1][0]), item[0])))
 
 
 def _shares(name: str, trials: list[FrozenTrial]) -> dict[str, float]:

@@ -17,8 +17,10 @@ from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report.pictures import Bars, Chart, HeatMap, Picture, Role, Series
 from optuna_merge.report.summary import Row, SearchedTask, Summary
 from optuna_merge.search.ascent import N_PASSES
+from optuna_merge.search.profile import Profile, TensorPlace
 from optuna_merge.search.space import split_parameter
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import end_of_ascent
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 from optuna_merge.storage.trials import FINISHED, best_merge, documents_spent, generation, score_of
 from optuna_merge.study.holdout_file import TaskFigure
@@ -49,6 +51,7 @@ def pictures_of_study(study: optuna.Study, summary: Summary, config: StudyConfig
         _expected_by_step(summary),
         _score_by_model(summary, config),
         None if best is None else _weights_of(best, labels, trials),
+        *_profile(trials, labels),
         _weights_by_generation(trials, labels),
         *_task_by_task(trials, summary),
     ]
@@ -146,6 +149,45 @@ def _weights_of(trial: FrozenTrial, labels: Sequence[str], trials: Sequence[Froz
         low,
         high,
     )
+
+
+def _profile(trials: Sequence[FrozenTrial], labels: Sequence[str]) -> list[HeatMap]:
+    """How far each tensor's weight is from its layer group's: a map for each model, layers by kinds of tensors."""
+    end = end_of_ascent(trials)
+    if end is None or not end.profile:
+        return []
+    found: dict[str, dict[tuple[str, str], list[float]]] = {label: defaultdict(list) for label in labels}
+    for place, by_parameter in Profile.from_json(end.profile).deviations.items():
+        column = str(place.layer) if place.role == "layer" else place.role
+        for label, deviation in zip(labels, by_parameter.get("weight", ()), strict=False):
+            found[label][_kind(place), column].append(deviation)
+    cells = {label: {key: math.fsum(own) / len(own) for key, own in by.items()} for label, by in found.items() if by}
+    keys = list(dict.fromkeys(key for by in cells.values() for key in by))
+    layers = sorted({column for _, column in keys if column.isdigit()}, key=int)
+    columns = [role for role in ("embedding", *layers, "head") if any(column == role for _, column in keys)]
+    rows = list(dict.fromkeys(kind for kind, _ in keys))
+    most = max((abs(value) for by in cells.values() for value in by.values()), default=0.0)
+    return [
+        HeatMap(
+            f"profile-{number}",
+            f"Weights of {label}'s tensors, relative to their layer group's",
+            "layer",
+            columns,
+            rows,
+            [[by.get((kind, column)) for column in columns] for kind in rows],
+            -most,
+            most,
+        )
+        for number, (label, by) in enumerate(cells.items(), start=1)
+    ]
+
+
+def _kind(place: TensorPlace) -> str:
+    """The part of a tensor's name that is the same in all layers; experts share one."""
+    parts = place.name.removesuffix(".weight").split(".")
+    if place.role == "layer":
+        parts = parts[parts.index(str(place.layer)) + 1 :] if str(place.layer) in parts else parts
+    return ".".join("*" if part.isdigit() else part for part in parts)
 
 
 def _weights_by_generation(trials: Sequence[FrozenTrial], labels: Sequence[str]) -> HeatMap | None:

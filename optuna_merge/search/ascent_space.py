@@ -80,6 +80,15 @@ class AscentSpace:
         found = self._space.pull_back(numbers)
         return np.array([found.get(name, 0.0) for name in self._names])  # a filter may select no tensor of a group
 
+    def slope(self, gradient: Array) -> dict[str, float]:
+        """Derivatives by the trial parameters that move.
+
+        Args:
+            gradient: Derivatives by the coordinates, ``[n]``.
+        """
+        by_parameter = self._matrix.T @ gradient if self._has_profile else gradient
+        return dict(zip(self._names, by_parameter.tolist(), strict=True))
+
     def split(self, point: Array, others: Mapping[str, float]) -> tuple[dict[str, float], Profile | None]:
         """Trial parameters and profile that stand for a point.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import optuna
@@ -37,12 +37,15 @@ class AscentStep:
         n_documents: Documents that were differentiated.
         seconds: Time that it took.
         params: Trial parameters of the point that it leads to, rounded.
+        slope: Derivative of the expected score by each trial parameter that moves, where the step begins; empty in
+            studies from before it was recorded.
     """
 
     expected: float
     n_documents: int
     seconds: float
     params: Mapping[str, float]
+    slope: Mapping[str, float] = field(default_factory=dict)
 
 
 def ascent_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:

@@ -130,6 +130,7 @@ class Climber:
                 n_documents=sum(found.n_documents for found in [*spent, slope]),
                 seconds=round(math.fsum(found.seconds for found in [*spent, slope]), _DIGITS),
                 params={name: round(value, _DIGITS) for name, value in params.items()},
+                slope={name: round(value, _DIGITS) for name, value in own.slope(slope.gradient).items()},
             )
             steps.append(step)
             end = AscentEnd(params, profile.to_json() if profile else "") if ascent.is_done else None
