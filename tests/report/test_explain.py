@@ -11,6 +11,7 @@ from optuna.trial import TrialState, create_trial
 from optuna_merge.errors import StudyError
 from optuna_merge.report.explain import explain, pictures_of
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import AscentStep, record_step
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 
 
@@ -76,3 +77,20 @@ def test_a_large_study() -> None:
     print(f"500 trials x 100 dimensions: {time.perf_counter() - start:.2f} s")
     assert len(found.parameters) == 100
     assert next(iter(found.parameters)) == "layers_00_00.b.weight"
+
+
+def test_the_slopes_are_those_of_the_first_step_and_of_the_last_pass() -> None:
+    study = make(12, 1)
+    assert explain(study).slopes == {}
+    trial = study.ask()
+    trial.set_user_attr(attributes.ASCENT, True)
+    names = ["layers_00_00.a.weight", "layers_00_00.b.weight"]
+    steps: list[AscentStep] = []
+    for number in range(6):
+        slope = dict(zip(names, (0.1 - number, -0.5 + number), strict=True))
+        steps.append(AscentStep(0.5, 10, 1.0, {}, slope))
+        record_step(trial, steps, {}, None)
+    found = explain(study).slopes
+    assert list(found) == names[::-1]  # the steepest first
+    assert found[names[0]] == pytest.approx((0.1, 0.1 - 4.5))  # a third of the steps is a pass
+    assert found[names[1]] == pytest.approx((-0.5, 4.0))

@@ -16,6 +16,9 @@ from optuna.trial import TrialState
 
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import StudyError, StudyMismatchError
+from optuna_merge.report.pictures import HeatMap
+from optuna_merge.report.study_pictures import pictures_of_study
+from optuna_merge.report.summary import summarize
 from optuna_merge.search.profile import Profile
 from optuna_merge.search.space import AFTER_ASCENT_SIGMA
 from optuna_merge.storage import attributes
@@ -59,6 +62,7 @@ def test_a_study_begins_with_the_ascent_and_goes_on_from_its_end(objective: Merg
     assert end is not None
     assert end.params == first.params
     assert steps[-1].params == pytest.approx(first.params, abs=1e-4)
+    assert all(step.slope.keys() == first.params.keys() for step in steps)
     # three passes, and on the first documents two more starts
     half = objective.scorer.n_documents // 2
     assert first.user_attrs[attributes.ASCENT_DOCUMENTS] == (N_STEPS + 2) * half
@@ -67,6 +71,17 @@ def test_a_study_begins_with_the_ascent_and_goes_on_from_its_end(objective: Merg
     profile = Profile.from_json(end.profile)
     best_uniform = max(expected(objective, objective.space.uniform(total)) for total in (1, 1.5, 2))
     assert expected(objective, first.params, profile) > best_uniform
+    # the report shows the profile: a map for each model
+    pictures = pictures_of_study(study, summarize(study, objective.config), objective.config)
+    maps = [picture for picture in pictures if isinstance(picture, HeatMap) and picture.key.startswith("profile")]
+    assert [heat.key for heat in maps] == ["profile-1", "profile-2"]
+    for model, heat in enumerate(maps):
+        assert heat.columns == ["embedding", "0", "1", "head"]
+        for place, numbers in profile.deviations.items():
+            if place.name == "model.layers.1.mlp.up_proj.weight":
+                row = heat.values[list(heat.rows).index("mlp.up_proj")]
+                assert row[2] == numbers["weight"][model]
+                assert row[0] is row[3] is None
     # CMA-ES begins near the end, with the profile
     for trial in others[6:]:
         assert trial.user_attrs[attributes.PROFILE] == first.user_attrs[attributes.PROFILE] == profile.digest
