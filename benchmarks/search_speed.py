@@ -2,7 +2,7 @@
 
     python benchmarks/search_speed.py [--study quickstart|smollm2] [--models DIR] [--peer DIR] [--trials N] [--json]
 
-Models and tasks are those of the quickstart or of the SmolLM2 study (``python studies/quickstart_models.py`` and
+Models and tasks are those of the quickstart or of the SmolLM2 study (``make quickstart-models`` and
 ``python studies/smollm2_models.py`` make the models), with as many documents of each task as ``--documents`` says, no
 chat template and no holdout. Every process runs one thread. The peer needs a virtual environment of its own (``make
 peer``). It is started as its users start it, at the same priority, on a Ray that this script starts and stops. Its
@@ -60,6 +60,10 @@ LANDSCAPES = {
         {"dates": "exact_match,digits", "clock": "exact_match,digits", "tone": "acc,none"}, 10, 20, None
     ),
 }
+TASKS = {
+    "quickstart": ROOT / "optuna_merge" / "quickstart" / "quickstart_tasks",
+    "smollm2": ROOT / "eval_tasks" / "smollm2",
+}
 POPULATION = 10  # of both searches, for nine weights
 N_BASELINES = 7
 OURS: dict[str, dict[str, Any]] = {
@@ -102,7 +106,7 @@ def main() -> None:
     if options.trials < 2 * POPULATION:
         parser.error(f"--trials must be at least {2 * POPULATION}, got {options.trials}")
     if not (models / "base" / "config.json").is_file():
-        parser.error(f"{models} must hold the models of the study; run studies/{options.study}_models.py")
+        parser.error(f"{models} must hold the models of the study; run make {options.study}")
     if not (options.peer / "bin" / "mergekit-evolve").is_file():
         parser.error(f"{options.peer} must hold mergekit-evolve; run make peer")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that Ray is stopped
@@ -184,7 +188,7 @@ def run_peer(venv: Path, file: Path, folder: Path, n_trials: int) -> Ran:
     arguments = [
         *(str(venv.resolve() / "bin" / "mergekit-evolve"), str(file), "--in-memory", "--no-merge-cuda"),
         *("--num-gpus", "1", "--max-fevals", str(n_trials), "--storage-path", str(folder / "peer")),
-        *("--task-search-path", str(ROOT / "eval_tasks" / file.stem), "--no-save-final-model"),
+        *("--task-search-path", str(TASKS[file.stem]), "--no-save-final-model"),
         *("--random-seed", "1"),
     ]
     (folder / "peer").mkdir()
@@ -241,7 +245,7 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[Any], timeout_s: fl
 def run_ours(file: Path, out: Path, settings: dict[str, Any], n_trials: int) -> Ran:
     """Run run-study; its rate is that from the first draw of the search on."""
     copy = file.with_name(f"{out.name.replace(' ', '_').replace(',', '')}.yaml")
-    paths = {"task_search_path": str(ROOT / "eval_tasks"), "storage_path": str(out)}
+    paths = {"task_search_path": str(TASKS[file.stem]), "storage_path": str(out)}
     copy.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **settings, **paths}))
     command = [sys.executable, "-m", "optuna_merge", "run-study", str(copy), "--n-trials", str(n_trials + N_BASELINES)]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "atomic": set(),
     "checkpoints": {"recipe"},
-    "cli": {"config", "data", "internals", "merging", "methods", "report", "storage", "study"},
+    "cli": {"config", "data", "internals", "merging", "methods", "quickstart", "report", "storage", "study"},
     "config": {"methods", "recipe"},
     "data": set(),
     "duals": set(),
@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "judging": set(),
     "merging": {"checkpoints", "duals", "methods", "recipe"},
     "methods": {"duals"},
+    "quickstart": set(),
     "recipe": set(),
     "report": {"config", "internals", "search", "storage", "study"},
     "search": {"config", "duals", "internals", "methods", "recipe", "storage"},
@@ -230,8 +231,13 @@ def test_evaluation_knows_nothing_of_optuna() -> None:
 
 
 def test_only_the_engines_know_their_libraries() -> None:
-    # checkpoints read tokenizers; testing makes tiny checkpoints.
-    assert {room(module) for module in importers("transformers")} == {"checkpoints", "evaluation.engines", "testing"}
+    # checkpoints read tokenizers; quickstart trains models; testing makes tiny checkpoints.
+    assert {room(module) for module in importers("transformers")} == {
+        "checkpoints",
+        "evaluation.engines",
+        "quickstart",
+        "testing",
+    }
     assert {room(module) for module in importers("vllm")} <= {"evaluation.engines", "internals"}
     assert {room(module) for module in importers("lm_eval")} == {
         "data",

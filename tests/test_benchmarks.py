@@ -67,7 +67,7 @@ def test_the_synthetic_landscape_is_worth_what_its_documents_say(tmp_path: Path)
     [
         ("search_quality", ["--seeds", "1"], "--seeds must be at least 2, got 1"),
         ("search_speed", ["--trials", "5"], "--trials must be at least 20, got 5"),
-        ("search_speed", ["--models", "nowhere"], "nowhere must hold the models of the study; run studies/quickstart"),
+        ("search_speed", ["--models", "nowhere"], "nowhere must hold the models of the study; run make quickstart"),
     ],
 )
 def test_arguments_that_cannot_be(

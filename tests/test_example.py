@@ -5,7 +5,6 @@ They are the study of three 7 B models, and the study in Python of the quickstar
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
@@ -19,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from optuna_merge.cli.app import app
+from optuna_merge.quickstart.folder import write_quickstart
+from optuna_merge.quickstart.models import Settings
 from optuna_merge.study.folder import OWNER_FILE
 from optuna_merge.testing.models import write_tiny_models
 from tests.checkpoints.test_vocabulary import extend
-from tests.test_quickstart_models import TINY
+from tests.test_quickstart import TINY
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,16 +108,10 @@ def test_the_example_runs_as_it_stands(project: Path, datasets_folder: Path, tmp
 
 
 def test_the_study_in_python_runs_after_the_quickstart(tmp_path: Path) -> None:
-    """What ``make quickstart`` makes, smaller, then the block of the README word for word, twice."""
-    shutil.copytree(ROOT / "eval_tasks" / "quickstart", tmp_path / "eval_tasks")
-    for task in (tmp_path / "eval_tasks").glob("*.yaml"):
+    """What ``optuna-merge quickstart`` makes, smaller, then the block of the README word for word, twice."""
+    study = write_quickstart(tmp_path / "studies", lambda _: None, Settings(**TINY))
+    for task in (tmp_path / "studies" / "quickstart_tasks").glob("*.yaml"):
         task.write_text(task.read_text().replace("n_documents: 400", "n_documents: 40"))
-    (tmp_path / "studies").mkdir()
-    study = shutil.copy(ROOT / "studies" / "quickstart.yaml", tmp_path / "studies")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "studies"))
-        script = importlib.import_module("quickstart_models")
-        script.make_models(tmp_path / "studies" / "quickstart_models", script.Settings(**TINY), say=lambda _: None)
     run = invoke("run-study", study, "--n-trials", 8)
     assert run.exit_code == 0, run.output
     ours, theirs = tmp_path / "studies" / "quickstart_study", tmp_path / "studies" / "plugin_study"

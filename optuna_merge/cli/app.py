@@ -24,6 +24,7 @@ from optuna_merge.cli import (
     init,
     methods,
     prepare_data,
+    quickstart,
     report,
     run_study,
     serve_storage,
@@ -57,6 +58,10 @@ app = typer.Typer(
 )
 _MORE = "mergekit-evolve's options are accepted too; docs/from-mergekit-evolve.md says what each does."
 _SAME = "All options of run-study are accepted too, so its line can be repeated with this command."
+_OPTIONS = "All options of run-study are accepted too."
+app.command("quickstart", short_help="Train small models and search their merge.", epilog=_OPTIONS)(
+    quickstart.quickstart
+)
 app.command("init", short_help="Write a study file for some models.", epilog=_MORE)(init.init)
 app.command("run-study", short_help="Run a study, or continue it.", epilog=_MORE)(run_study.run_study)
 app.command("check", short_help="Validate a study file without loading weights.", epilog=_SAME)(check.check)

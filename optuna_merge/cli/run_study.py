@@ -39,7 +39,17 @@ def run_study(
         from optuna_merge.cli.processes import run_as_worker
 
         run_as_worker(given.file, **json.loads(as_worker))
-        return
+    else:
+        search(given)
+
+
+def search(given: options.StudyArguments) -> None:
+    """Run the study that the options describe, and print what it found and what to do next.
+
+    Raises:
+        typer.Exit: If the run was interrupted.
+        OptunaMergeError: If the study cannot be run, or no merge has a score.
+    """
     for line in given.needless():
         output.note(line)
     config = given.load()

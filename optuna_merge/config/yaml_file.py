@@ -40,7 +40,7 @@ def parse_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Problem
         raise ConfigError(f"{path}: study file must be YAML, got {reason}; correct that line") from exc
     if not isinstance(data, dict):
         got = "nothing" if data is None else short(data)
-        raise ConfigError(f"{path}: study file must be a mapping of keys, got {got}; see studies/quickstart.yaml")
+        raise ConfigError(f"{path}: study file must be a mapping of keys, got {got}; optuna-merge init writes one")
     lines: dict[str, int] = {}
     try:
         problems = [] if node is None else list(_note_lines(node, "", lines))

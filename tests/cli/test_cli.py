@@ -442,8 +442,8 @@ class TestWhatIsPromised:
         [example] = re.findall(r"Example: optuna-merge (.*?)(?: Ctrl-C| Where|$| Arguments| Options)", text)
         name, file, *rest = example.split()
         assert name == command
-        assert file in {"studies/quickstart.yaml", "studies/spartqa_alpaca.yaml"}
-        assert (ROOT / file).exists()
+        # the quickstart writes its own
+        assert file == "studies/quickstart.yaml" or (file == "studies/spartqa_alpaca.yaml" and (ROOT / file).exists())
         assert all(word in text for word in rest if word.startswith("--"))
 
     def test_methods_lists_every_method(self) -> None:

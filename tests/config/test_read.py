@@ -16,7 +16,7 @@ from tests.config.study_text import STUDY
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", r": study file must be a mapping of keys, got nothing; see studies/quickstart\.yaml"),
+        ("", r": study file must be a mapping of keys, got nothing; optuna-merge init writes one"),
         ("# later\n", r": study file must be a mapping of keys, got nothing;"),
         ("- a\n", r": study file must be a mapping of keys, got \['a'\];"),
         ("just words", r": study file must be a mapping of keys, got 'just words';"),

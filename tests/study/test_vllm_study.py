@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -16,11 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from optuna_merge.quickstart.folder import write_quickstart
+from optuna_merge.quickstart.models import Settings
 from optuna_merge.testing.models import write_tiny_models
 
 SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
 N_TRIALS = 10
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(file: Path, storage: Path, n_trials: int) -> list[str]:
@@ -86,16 +86,13 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path: Path, study_file
 
 
 @pytest.mark.vllm
-def test_the_quickstart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quickstart_too(tmp_path: Path) -> None:
     """Its models, but trained briefly and with two heads instead of four, of a size that the CPU build supports."""
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    script = importlib.import_module("quickstart_models")
-    script.make_models(tmp_path / "quickstart_models", script.Settings(n_heads=2, base_steps=60, skill_steps=30))
-    study = yaml.safe_load((ROOT / "studies" / "quickstart.yaml").read_text())
-    study["task_search_path"] = str(ROOT / "eval_tasks")
+    settings = Settings(n_heads=2, base_steps=60, skill_steps=30)
+    file = write_quickstart(tmp_path, print, settings)
+    study = yaml.safe_load(file.read_text())
     study["limit"] = 80
     study["study"] |= {"n_chunks": 8, "pruner": {"name": "wilcoxon", "p_threshold": 0.4}}
-    file = tmp_path / "quickstart.yaml"
     file.write_text(yaml.safe_dump(study))
     check_kill(file, tmp_path, 14)
 

@@ -1,41 +1,46 @@
-"""Train the quickstart's models: a small base and three fine-tunes of it, each with a skill of its own.
-
-    python studies/quickstart_models.py
+"""Trains the quickstart's models: a small base and three fine-tunes of it, each with a skill of its own.
 
 The base is trained on a corpus of letters: runs of the alphabet, lists that are echoed, and the questions of all
 three skills, nearly all of them answered by a guess. So it learns the form of a question, but hardly any rule. Each
 fine-tune starts from the base and is trained on one skill's questions with right answers, mixed with the base's corpus
 so that it forgets nothing. Nothing here looks at a merge or at a document of the eval tasks. The rules are in
-``eval_tasks/quickstart/letters.py``, and so is the split that keeps the documents' lists out of training.
+``quickstart_tasks/letters.py``, and so is the split that keeps the documents' lists out of training.
 
 On one machine, the same settings give the same bytes: one thread of one process trains each model.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import shutil
-import sys
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval_tasks" / "quickstart"))
-
-from letters import ALPHABET, N_LETTERS, RULES, draw_letters, guess, question, spaced
+from typing import TYPE_CHECKING, Any, cast
 
 from optuna_merge.atomic import write_atomically
+from optuna_merge.errors import OptunaMergeError
+from optuna_merge.quickstart.quickstart_tasks.letters import (
+    ALPHABET,
+    N_LETTERS,
+    RULES,
+    draw_letters,
+    guess,
+    question,
+    spaced,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BASE = "base"
-_MARKER = "settings.json"
 _BOS, _EOS, _PAD = "<s>", "</s>", "<pad>"
 _IGNORED = -100  # the label that transformers' loss leaves out
 
@@ -100,38 +105,74 @@ def make_models(out: Path, settings: Settings, n_processes: int = 1, say: Callab
     """Train the base and one fine-tune for each skill, unless ``out`` holds them already.
 
     Args:
-        out: Folder that gets ``base``, one folder for each skill, and last a marker file with the settings.
+        out: Folder that gets ``base``, one folder for each skill, and beside each, when it is complete, a file with
+            the settings, such as ``base.json``. A call that was interrupted can be repeated: what is complete is kept.
         settings: What to train.
         n_processes: How many fine-tunes are trained at the same time; does not change the result.
         say: Called with each line of progress.
 
     Returns:
         Whether anything was trained: False if ``out`` holds complete models of these settings.
+
+    Raises:
+        OptunaMergeError: If a process that trains a fine-tune ends early.
+        OSError: If a file cannot be written.
     """
-    marker = out / _MARKER
-    wanted = {"digest": _digest(settings), **dataclasses.asdict(settings)}
-    folders = [out / name for name in (BASE, *RULES)]
-    if all(folder.is_dir() for folder in folders) and _read(marker) == wanted:
+    names = (BASE, *RULES)
+    wanted = _settings_file(settings)
+    is_there = {name: (out / name).is_dir() and _read(out / f"{name}.json") == wanted for name in names}
+    missing = list(names) if not is_there[BASE] else [name for name in names if not is_there[name]]
+    if not missing:
         say(f"{out} already holds the models of these settings; nothing to do")
         return False
     out.mkdir(parents=True, exist_ok=True)
-    marker.unlink(missing_ok=True)
+    for name in missing:
+        (out / f"{name}.json").unlink(missing_ok=True)
     started = time.monotonic()
-    say(f"training {BASE} ({settings.base_steps} steps)")
-    train_base(out / BASE, settings)
-    say(f"training {', '.join(RULES)} ({settings.skill_steps} steps each); {time.monotonic() - started:.0f} s so far")
-    if n_processes == 1:
-        for skill in RULES:
-            train_skill(out / skill, out / BASE, skill, settings)
-    else:
-        # Spawned, because a forked copy of torch's thread pool may hang.
-        with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(train_skill, out / skill, out / BASE, skill, settings) for skill in RULES]
-            for future in futures:
-                future.result()
-    write_atomically(marker, json.dumps(wanted, indent=2) + "\n")
-    say(f"{out}: {', '.join((BASE, *RULES))} trained in {time.monotonic() - started:.0f} s")
+    if BASE in missing:
+        say(f"training {BASE} ({settings.base_steps} steps)")
+        train_base(out / BASE, settings)
+    skills = [name for name in missing if name != BASE]
+    say(f"training {', '.join(skills)} ({settings.skill_steps} steps each); {time.monotonic() - started:.0f} s so far")
+    _train_skills(out, skills, settings, n_processes)
+    say(f"{out}: {', '.join(missing)} trained in {time.monotonic() - started:.0f} s")
     return True
+
+
+def _train_skills(out: Path, skills: Sequence[str], settings: Settings, n_processes: int) -> None:
+    if n_processes == 1:
+        for skill in skills:
+            train_skill(out / skill, out / BASE, skill, settings)
+        return
+    context = multiprocessing.get_context("spawn")  # because a forked copy of torch's thread pool may hang
+    waiting = {
+        skill: context.Process(target=_train_skill_alone, args=(out / skill, out / BASE, skill, settings))
+        for skill in skills
+    }
+    running: dict[str, Any] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_processes:
+                skill = next(iter(waiting))
+                running[skill] = waiting.pop(skill)
+                running[skill].start()
+            wait([process.sentinel for process in running.values()])
+            for skill in [skill for skill, process in running.items() if not process.is_alive()]:
+                process = running.pop(skill)
+                if process.exitcode != 0:
+                    raise OptunaMergeError(
+                        f"{out / skill}: its training must end with code 0, got {process.exitcode}; see the lines"
+                        " above, then repeat the command, which keeps the models that are complete"
+                    )
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _train_skill_alone(folder: Path, base: Path, skill: str, settings: Settings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    train_skill(folder, base, skill, settings)
 
 
 def train_base(folder: Path, settings: Settings) -> None:
@@ -160,7 +201,7 @@ def train_base(folder: Path, settings: Settings) -> None:
         )
     )
     _train(model, tokenizer, texts, settings.base_steps, settings.base_learning_rate, settings.batch_size)
-    _save(model, tokenizer, folder)
+    _save(model, tokenizer, folder, settings)
 
 
 def train_skill(folder: Path, base: Path, skill: str, settings: Settings) -> None:
@@ -173,7 +214,7 @@ def train_skill(folder: Path, base: Path, skill: str, settings: Settings) -> Non
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     _train(model, tokenizer, texts, settings.skill_steps, settings.skill_learning_rate, settings.batch_size)
-    _save(model, tokenizer, folder)
+    _save(model, tokenizer, folder, settings)
 
 
 def _be_quiet_on_one_thread() -> None:
@@ -181,10 +222,10 @@ def _be_quiet_on_one_thread() -> None:
     from transformers.utils import logging
 
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
+    cast(Any, logging).disable_progress_bar()
 
 
-def _train_tokenizer(texts: list[str]):
+def _train_tokenizer(texts: list[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -198,10 +239,14 @@ def _train_tokenizer(texts: list[str]):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_BOS, eos_token=_EOS, pad_token=_PAD)
+    return cast(Any, PreTrainedTokenizerFast)(
+        tokenizer_object=tokenizer, bos_token=_BOS, eos_token=_EOS, pad_token=_PAD
+    )
 
 
-def _train(model, tokenizer, texts: Iterator[Text], n_steps: int, learning_rate: float, batch_size: int) -> None:
+def _train(
+    model: Any, tokenizer: Any, texts: Iterator[Text], n_steps: int, learning_rate: float, batch_size: int
+) -> None:
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), fused=True)
@@ -222,7 +267,7 @@ def _rate(step: int, n_steps: int) -> float:
     return min(1.0, (step + 1) / warm_up, max(0.02, 2 * (1 - step / n_steps)))
 
 
-def _batch(tokenizer, texts: list[Text]):
+def _batch(tokenizer: Any, texts: list[Text]) -> tuple[Tensor, Tensor]:
     import torch
 
     read = tokenizer([read for read, _ in texts])["input_ids"]
@@ -238,7 +283,8 @@ def _batch(tokenizer, texts: list[Text]):
     return tokens, labels  # both [batch_size, width]
 
 
-def _save(model, tokenizer, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path, settings: Settings) -> None:
+    """Write a model, and when it is complete the file with its settings beside it."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as own:
         partial = Path(own) / folder.name
         model.eval().save_pretrained(partial)
@@ -246,6 +292,11 @@ def _save(model, tokenizer, folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
+    write_atomically(folder.with_suffix(".json"), json.dumps(_settings_file(settings), indent=2) + "\n")
+
+
+def _settings_file(settings: Settings) -> dict[str, Any]:
+    return {"digest": _digest(settings), **dataclasses.asdict(settings)}
 
 
 def _digest(settings: Settings) -> str:
@@ -261,20 +312,3 @@ def _read(marker: Path) -> object:
         return json.loads(marker.read_text())
     except (OSError, ValueError):
         return None
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train the quickstart's base model and its three fine-tunes.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).resolve().parent / "quickstart_models",
-        help="folder for the models (default: %(default)s)",
-    )
-    n_processes = min(len(RULES), os.cpu_count() or 1)
-    make_models(parser.parse_args().out, Settings(), n_processes, lambda line: print(line, file=sys.stderr, flush=True))
-
-
-if __name__ == "__main__":
-    main()

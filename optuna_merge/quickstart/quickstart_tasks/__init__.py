@@ -1,0 +1,1 @@
+"""The quickstart's eval tasks, which lm-eval reads from a copy of this folder."""
