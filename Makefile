@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP_INSTALL) --editable '.[test,dev,bench]'
+	$(PIP_INSTALL) --editable '.[test,dev,bench,docs]'
 	touch $@
 
 quickstart: setup
@@ -58,7 +58,7 @@ test-wheel: setup-dev
 
 # The documentation as a site, in site/
 docs: setup-dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # vLLM's CPU build, in a virtual environment of its own: it needs other versions than we do. Its wheels for pictures,
 # sound and film come for another build of torch, and break it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import optuna_merge
 from optuna_merge.cli.app import app
 from optuna_merge.config.engine import EngineConfig, VLLMConfig
 from optuna_merge.config.genome import GenomeConfig
@@ -26,17 +28,19 @@ from optuna_merge.config.search import SearchConfig
 from optuna_merge.config.study import StudyOptions
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.config.tasks import TaskConfig
+from tests.test_architecture import PUBLIC
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
+    ROOT / "README.ja.md",
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
     ROOT / "eval_tasks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-FOLDERS = ("benchmarks", "docs", "eval_tasks", "optuna_merge", "studies", "tests")
+FOLDERS = ("benchmarks", "docs", "eval_tasks", "examples", "optuna_merge", "studies", "tests")
 PATHS = {f"/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*")}
 PATHS |= {f"/{folder}" for folder in FOLDERS}
 TREE_PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
@@ -53,21 +57,37 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def command_lines() -> list[str]:
-    shown = [line for _, block in blocks("sh") for line in block.splitlines()]
-    shown += [line for page in PAGES for line in re.findall(r"`(optuna-merge [^`]+)`", page.read_text())]
+    """The lines of blocks, to be typed as they stand."""
+    shown = [line.removeprefix("exec ") for _, block in blocks("sh") for line in block.splitlines()]
     return sorted({line.split("#")[0].strip() for line in shown if line.startswith("optuna-merge ")})
 
 
+def mentions() -> list[str]:
+    """What sentences say of a command; arguments may be left out."""
+    found = {line for page in PAGES for line in re.findall(r"`(optuna-merge [^`]+)`", page.read_text())}
+    return sorted(found - set(command_lines()))
+
+
 @pytest.mark.parametrize("line", command_lines())
-def test_a_shown_command_exists_with_its_options(line: str) -> None:
-    _, name, *words = line.split()
+def test_a_shown_command_line_parses(line: str) -> None:
+    _, name, *words = shlex.split(line)
     command = get_command(app).commands[name]
+    with command.make_context(name, words) as context:  # raises what the program would print
+        assert context.params
+
+
+@pytest.mark.parametrize("line", mentions())
+def test_a_mentioned_command_exists_with_its_options(line: str) -> None:
+    words = line.split()[1:]
+    group = get_command(app)
+    command = group if words[0].startswith("--") else group.commands[words[0]]
     options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words if word.startswith("--")} <= options
 
 
 def test_there_are_command_lines_to_check() -> None:
-    assert len(command_lines()) >= 8
+    assert len(command_lines()) >= 30
+    assert len(mentions()) >= 10
 
 
 @pytest.mark.parametrize(
@@ -77,7 +97,7 @@ def test_a_shown_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(("page", "block"), blocks("yaml"))
+@pytest.mark.parametrize(("page", "block"), [given for given in blocks("yaml") if "\ntask: " not in given[1]])
 def test_a_shown_study_file_is_one(page: str, block: str, tmp_path: Path) -> None:
     data = yaml.safe_load(block)
     assert "genome" in data, page
@@ -221,3 +241,31 @@ def test_the_citation_names_the_license_of_the_project() -> None:
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert f'license = "{citation["license"]}"' in (ROOT / "pyproject.toml").read_text()
     assert citation["authors"][0]["name"] in (ROOT / "LICENSE").read_text()
+
+
+def test_every_page_is_on_the_site_and_the_reference_names_what_is_public() -> None:
+    pytest.importorskip("mkdocs")
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        hooks = importlib.import_module("hooks")
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    nav = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert nav == {page.name for page in (ROOT / "docs").glob("*.md")} | {*hooks.PAGES.values(), "commands.md"}
+    commands = hooks.commands_page()
+    for name in get_command(app).commands:
+        assert f"\n## {name}\n" in commands
+    assert "| `--n-trials` `--max-fevals` N | Total number of trials, with baselines and earlier runs. |" in commands
+    page = (ROOT / "docs" / "python.md").read_text()
+    for module, names in PUBLIC.items():
+        for name in names:
+            home = f"optuna_merge.{optuna_merge._HOMES[name]}" if module == "optuna_merge" else module
+            assert f"::: {home}.{name}\n" in page
+
+
+def test_the_readmes_show_the_same_commands() -> None:
+    shown = {
+        page: {line.split("#")[0].strip() for of, block in blocks("sh") if of == page for line in block.splitlines()}
+        for page in ("README.md", "README.ja.md")
+    }
+    assert "optuna-merge quickstart" in shown["README.ja.md"] <= shown["README.md"]

@@ -127,3 +127,39 @@ def test_the_study_in_python_runs_after_the_quickstart(tmp_path: Path) -> None:
     assert owners[0]["study"] == "quickstart"
     assert owners[0]["id"] != owners[1]["id"]
     assert invoke("report", study, "--json").exit_code == 0
+
+
+def test_the_tutorial_from_its_first_line_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files and commands as they stand, with smaller models than the quickstart's and fewer trials."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name, content in re.findall(r"```(?:python|yaml)\n# (my_tasks/\S+)\n(.*?)```", text, re.DOTALL):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines = [line.removeprefix("optuna-merge ") for line in lines if not line.startswith("pip install")]
+    assert lines.pop(0) == "quickstart work --models-only"
+    write_quickstart(Path("work"), lambda _: None, Settings(**TINY))
+    for line in lines:
+        few = ("--n-trials", "8") if line.startswith("run-study") else ()
+        result = invoke(*line.split(), *few)
+        assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} >= {"study.yaml", "report.html", "merged_model"}
+    assert AutoModelForCausalLM.from_pretrained("merged_model").config.model_type == "llama"
+
+
+def test_the_example_of_another_study_runs(tmp_path: Path) -> None:
+    file = write_quickstart(tmp_path, lambda _: None, Settings(**TINY))
+    for task in (tmp_path / "quickstart_tasks").glob("*.yaml"):
+        task.write_text(task.read_text().replace("n_documents: 400", "n_documents: 20"))
+    script = ROOT / "examples" / "merge_in_your_study.py"
+    shown = subprocess.run(
+        [sys.executable, str(script), str(file), "--n-trials", "9"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^best: 0\.\d+, trial \d, accuracy 0\.\d+$", shown.stdout, re.MULTILINE)
+    assert "merge_method: task_arithmetic" in (tmp_path / "best_merge.yaml").read_text()

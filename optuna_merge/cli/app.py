@@ -52,7 +52,6 @@ app = typer.Typer(
     help="Search the weights of a model merge with Optuna.",
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

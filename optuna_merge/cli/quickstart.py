@@ -12,9 +12,7 @@ import typer
 from optuna_merge.cli import options, output, run_study
 
 _SHOWN = ("file", "n_trials", "workers", "device", "seed", "timeout", "as_json")
-_Folder = Annotated[
-    Path, typer.Argument(metavar="[FOLDER]", help="Folder that gets everything; made if it is missing.")
-]
+_Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that gets everything; made if it is missing.")]
 
 
 @options.takes_study(shown=_SHOWN, file=_Folder, default=Path("studies"))
