@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from optuna_merge.cli import (
+    answers,
     check,
     dashboard,
     explain,
@@ -66,6 +67,7 @@ app.command("run-study", short_help="Run a study, or continue it.", epilog=_MORE
 app.command("check", short_help="Validate a study file without loading weights.", epilog=_SAME)(check.check)
 app.command("status", short_help="Show the progress of a study.", epilog=_SAME)(status.status)
 app.command("report", short_help="Compare the best merges with the baselines.", epilog=_SAME)(report.report)
+app.command("answers", short_help="Show what the models answered.", epilog=_SAME)(answers.answers)
 app.command("dashboard", short_help="Show a study in the browser.", epilog=_SAME)(dashboard.dashboard)
 app.command("explain", short_help="Show which layer groups and models matter.", epilog=_SAME)(explain.explain)
 app.command("export", short_help="Write the merge of a trial as a model.", epilog=_SAME)(export.export)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     import optuna
 
     from optuna_merge.config.study_config import StudyConfig
+    from optuna_merge.report.answers import ShownDocument
     from optuna_merge.report.summary import Row, Summary
     from optuna_merge.study.holdout_file import HoldoutRow
 
+_N_EXAMPLES = 2
+"""Documents whose answers are printed; ``answers`` shows more."""
 
 _SHOWN = ("storage_path", "storage", "task_search_path", "device", "seed", "vllm", "trust_remote_code", "as_json")
 
@@ -36,6 +40,7 @@ def report(
 
     Where one of the best merges has no score on the holdout yet, this loads the models and scores it.
     """
+    from optuna_merge.report.answers import shown_documents
     from optuna_merge.report.summary import summarize
     from optuna_merge.report.tables import markdown_table
     from optuna_merge.study.holdout_file import N_BEST, needs_holdout
@@ -49,16 +54,29 @@ def report(
         except OptunaMergeError as exc:
             fault = exc  # raised when what the search found has been shown
     summary = summarize(study, config, best)
+    examples = shown_documents(study, summary, config)
     if html is not None:
-        output.write_page(html, _page(study, summary, config))
+        output.write_page(html, _page(study, summary, config, examples))
     if given.as_json:
         output.print_json(summary.as_dict())
     elif markdown:
         typer.echo(markdown_table(summary))
     else:
         print_summary(summary)
+        _print_examples(examples, given)
     if fault is not None:
         raise fault
+
+
+def _print_examples(examples: Sequence[ShownDocument], given: options.StudyArguments) -> None:
+    from optuna_merge.report.answers import brief_lines
+
+    shown = [document for document in examples if document.differs][:_N_EXAMPLES]
+    for document in shown:
+        for line in brief_lines(document):
+            typer.echo(line)
+    if shown:
+        typer.echo(f"More answers: {given.next_line('answers')}")
 
 
 def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int) -> None:
@@ -72,7 +90,7 @@ def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int) -> Non
         score_holdout(study, objective, output.note, n_best)
 
 
-def _page(study: optuna.Study, summary: Summary, config: StudyConfig) -> str:
+def _page(study: optuna.Study, summary: Summary, config: StudyConfig, examples: Sequence[ShownDocument]) -> str:
     from optuna_merge.errors import StudyError, first_line
     from optuna_merge.report.page import page
     from optuna_merge.report.study_pictures import pictures_of_study
@@ -83,7 +101,7 @@ def _page(study: optuna.Study, summary: Summary, config: StudyConfig) -> str:
         text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
     except OSError as exc:
         raise StudyError(f"{recipe}: best merge must be readable, got {first_line(exc)}") from exc
-    return page(summary, config, pictures_of_study(study, summary, config), text)
+    return page(summary, config, pictures_of_study(study, summary, config), text, examples)
 
 
 def print_summary(summary: Summary) -> None:

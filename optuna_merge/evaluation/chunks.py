@@ -40,12 +40,12 @@ class Chunk:
         self._counts = [sum(i.repeats or 1 for d in ids for i in leaf.instances[d]) for leaf, ids in self.parts]
         self.prepared: Prepared = engine.prepare(_requests(self.parts))
 
-    def score(self, engine: Engine) -> Documents:
-        """Document values for the weights that the engine holds."""
+    def score(self, engine: Engine, *, keep_answers: bool = False) -> Documents:
+        """Document values for the weights that the engine holds, with what was answered if that is to be kept."""
         responses = iter(engine.respond(self.prepared))
         with quietly():
             return {
-                leaf.name: leaf.score(doc_ids, iter([next(responses) for _ in range(count)]))
+                leaf.name: leaf.score(doc_ids, iter([next(responses) for _ in range(count)]), keep_answers=keep_answers)
                 for (leaf, doc_ids), count in zip(self.parts, self._counts, strict=True)
             }
 

@@ -23,6 +23,7 @@ from optuna_merge.evaluation.answers import N_TOKENS, measured, unread, unread_c
 from optuna_merge.evaluation.engine import Response
 from optuna_merge.evaluation.faults import fault
 from optuna_merge.evaluation.rendering import render
+from optuna_merge.evaluation.transcript import ANSWER, answers
 from optuna_merge.evaluation.values import from_plain, to_plain
 from optuna_merge.internals.lm_eval import (
     DEFAULT_OTHER_SEED,
@@ -125,11 +126,26 @@ class Leaf:
         self.counts_tokens = generates and ",".join(N_TOKENS) not in found
         return (*found, *([",".join(N_TOKENS)] if self.counts_tokens else []))
 
-    def score(self, doc_ids: Sequence[int], responses: Iterator[Response]) -> dict[str, list[Any]]:
-        """Values of some documents: ``doc_id``, each wanted ``metric,filter``, and the columns of ``answers.py``."""
+    def score(
+        self, doc_ids: Sequence[int], responses: Iterator[Response], *, keep_answers: bool = False
+    ) -> dict[str, list[Any]]:
+        """Values of some documents: ``doc_id``, each wanted ``metric,filter``, and the columns of ``answers.py``.
+
+        Args:
+            doc_ids: The documents.
+            responses: The responses to their requests.
+            keep_answers: Add a column with what was answered, see ``transcript.py``.
+        """
         columns: dict[str, list[Any]] = {"doc_id": list(doc_ids)}
         answered = list(responses)
-        columns |= measured(self._by_document(doc_ids, answered))
+        by_document = self._by_document(doc_ids, answered)
+        columns |= measured(by_document)
+        if keep_answers:
+            metric = self.wanted[0][0]
+            columns[ANSWER] = [
+                answers(self.task, self.instances[doc_id], own, metric)
+                for doc_id, own in zip(doc_ids, by_document, strict=True)
+            ]
         for metric, filter_name in self.wanted:
             if self.is_count(metric, filter_name):
                 columns[f"{metric},{filter_name}"] = columns.get(metric, [None] * len(doc_ids))

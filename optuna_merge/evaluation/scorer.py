@@ -36,6 +36,7 @@ from optuna_merge.evaluation.quiet import quietly
 from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation, Score, join
 from optuna_merge.evaluation.selection import hold_out, select
 from optuna_merge.evaluation.term import EvalTask, Term, leaves_of, name_apart
+from optuna_merge.evaluation.transcript import HeldDocument, question, right_answer
 from optuna_merge.internals.lm_eval import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from optuna_merge.judging.judge import Judge
 
@@ -235,6 +236,9 @@ class Scorer:
         Args:
             stderr: As in :meth:`total`.
 
+        Returns:
+            The score; its documents also have what was answered, in the column ``answer``.
+
         Raises:
             TaskError: If there is no holdout, or a task's own code raises.
             EngineError: If the engine holds no complete weights or cannot answer.
@@ -244,7 +248,23 @@ class Scorer:
         if self._holdout is None:
             parts = [(leaf, leaf.holdout) for leaf in leaves_of(self._holdout_terms)]
             self._holdout = Chunk(self._engine, parts)
-        return _aggregate(self._holdout_terms, self._holdout.score(self._engine), stderr=stderr)
+        documents = self._holdout.score(self._engine, keep_answers=True)
+        return _aggregate(self._holdout_terms, documents, stderr=stderr)
+
+    def held_out(self) -> list[HeldDocument]:
+        """The held-out documents, task by task, as a person reads them."""
+        with quietly():
+            return [
+                HeldDocument(
+                    leaf.name,
+                    doc_id,
+                    question(leaf.task, leaf.instances[doc_id]),
+                    right_answer(leaf.task, leaf.instances[doc_id][0].doc),
+                    {term.metric: term.weight for term in self._holdout_terms if any(leaf is x for x in term.leaves)},
+                )
+                for leaf in leaves_of(self._holdout_terms)
+                for doc_id in leaf.holdout
+            ]
 
     def paired_difference(self, score: Score, other: Score) -> Difference:
         """Difference of two values on the same documents, searched or holdout, paired by document.

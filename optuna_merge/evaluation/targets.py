@@ -16,6 +16,7 @@ from lm_eval.api.metrics import bits_per_byte, mean, perplexity, weighted_perple
 from lm_eval.api.task import ConfigurableTask
 
 from optuna_merge.errors import TaskError
+from optuna_merge.evaluation.choices import MUTUAL_INFORMATION, choices_of, lengths
 from optuna_merge.evaluation.engine import Request, Response
 from optuna_merge.evaluation.faults import fault
 from optuna_merge.evaluation.leaf import Leaf
@@ -32,7 +33,6 @@ _KINDS: dict[Any, Literal["mean", "perplexity", "bits"]] = {
     weighted_perplexity: "perplexity",
     bits_per_byte: "bits",
 }
-_MUTUAL_INFORMATION = "acc_mutual_info"
 _PAIRS = ("f1", "mcc")
 """Metrics over pairs of the right and the chosen number, which lm-eval aggregates over all documents."""
 
@@ -194,7 +194,7 @@ class _Asked:
 def _choice(asked: _Asked, doc_id: int, numbers: Sequence[int]) -> Choice | None:
     """The document's choices, if the metric depends on which of them is taken."""
     # lm-eval then asks for each choice without its context, too
-    has_priors = _MUTUAL_INFORMATION in asked.leaf.task.aggregation()
+    has_priors = MUTUAL_INFORMATION in asked.leaf.task.aggregation()
     n = len(numbers) // 2 if has_priors else len(numbers)
     if asked.own_target is not None:
         gains = _gains(asked, doc_id, n)
@@ -206,7 +206,7 @@ def _choice(asked: _Asked, doc_id: int, numbers: Sequence[int]) -> Choice | None
         return None
     if not all(map(_is_number, gains)) or len(set(gains)) == 1:
         return None
-    priors = tuple(numbers[n:]) if asked.metric == _MUTUAL_INFORMATION else ()
+    priors = tuple(numbers[n:]) if asked.metric == MUTUAL_INFORMATION else ()
     return Choice(tuple(numbers[:n]), tuple(map(float, gains)), _scales(asked, doc_id, n), priors)
 
 
@@ -221,17 +221,14 @@ def _gains(asked: _Asked, doc_id: int, n: int) -> list[float]:
 def _scales(asked: _Asked, doc_id: int, n: int) -> tuple[float, ...]:
     """One over the lengths that lm-eval divides by, times their mean: equal lengths give the same as ``acc``."""
     choices = _choices(asked, doc_id)
-    if asked.metric not in ("acc_norm", "acc_bytes") or len(choices) != n:
+    if len(choices) != n:
         return (1.0,) * n
-    lengths = [max(1, len(text if asked.metric == "acc_norm" else text.encode())) for text in choices]
-    return tuple(sum(lengths) / n / length for length in lengths)
+    divisors = lengths(choices, asked.metric)
+    return tuple(sum(divisors) / n / divisor for divisor in divisors)
 
 
 def _choices(asked: _Asked, doc_id: int) -> list[str]:
-    task = cast("ConfigurableTask", asked.leaf.task)
-    if getattr(task.config, "doc_to_choice", None) is None:
-        return []
-    return [str(choice) for choice in task.doc_to_choice(asked.leaf.instances[doc_id][0].doc)]
+    return choices_of(asked.leaf.task, asked.leaf.instances[doc_id][0].doc)
 
 
 def _greedy(asked: _Asked, doc_ids: Sequence[int], numbers: Mapping[int, list[int]]) -> StandIn | None:

@@ -13,13 +13,23 @@ from markupsafe import Markup
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report import palette, svg
+from optuna_merge.report.answers import ShownDocument
 from optuna_merge.report.lengths import answers_split, answers_table, length_warnings
 from optuna_merge.report.pictures import Picture
 from optuna_merge.report.summary import Summary, standing, verdict
 from optuna_merge.report.tables import Table, figure_text, front_table, held_rows, lead_text, searched_table
 
+_N_EXAMPLES = 8
+"""Documents whose answers are on the page."""
 
-def page(summary: Summary, config: StudyConfig, pictures: Sequence[Picture], recipe: str = "") -> str:
+
+def page(
+    summary: Summary,
+    config: StudyConfig,
+    pictures: Sequence[Picture],
+    recipe: str = "",
+    examples: Sequence[ShownDocument] = (),
+) -> str:
     """The report as a page.
 
     Args:
@@ -27,6 +37,7 @@ def page(summary: Summary, config: StudyConfig, pictures: Sequence[Picture], rec
         config: Its study file.
         pictures: Its pictures.
         recipe: The best merge as a mergekit file; empty to leave it out.
+        examples: Documents with the models' answers; the first of them are shown.
     """
     return _render(
         config.question or f"Study {summary.study}",
@@ -43,12 +54,13 @@ def page(summary: Summary, config: StudyConfig, pictures: Sequence[Picture], rec
         warnings=length_warnings(summary),
         front=front_table(summary, "trial of the front", "number") if summary.front else None,
         recipe=recipe,
+        examples=examples[:_N_EXAMPLES],
     )
 
 
 def pictures_page(title: str, pictures: Sequence[Picture]) -> str:
     """Pictures alone, as a page."""
-    return _render(title, pictures, summary=None, front=None, recipe="")
+    return _render(title, pictures, summary=None, front=None, recipe="", examples=())
 
 
 def _render(title: str, pictures: Sequence[Picture], **content: object) -> str:

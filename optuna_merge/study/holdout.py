@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,11 +19,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.results import Score
+from optuna_merge.evaluation.transcript import ANSWER
 from optuna_merge.internals.optuna import storage_of
 from optuna_merge.storage import attributes
 from optuna_merge.storage.lock import make_lock
 from optuna_merge.storage.open import local_file, storage_url
 from optuna_merge.storage.trials import best_merges
+from optuna_merge.study.answers_file import Answer, AnsweredDocument, write_answers
 from optuna_merge.study.folder import claim_folder
 from optuna_merge.study.holdout_file import N_BEST, HoldoutRow, TaskFigure, write_holdout, write_scores
 from optuna_merge.study.objective import MergeObjective
@@ -96,7 +98,34 @@ def _score_models(
     entries = [_Entry(trial, _score(trial, study, objective, note)) for trial in [best, *others, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]
     write_holdout(objective.config.storage_path, study, best, rows)
+    _write_answers(study, objective, entries)
     return rows
+
+
+def _write_answers(study: optuna.Study, objective: MergeObjective, entries: Sequence[_Entry]) -> None:
+    answers: dict[tuple[str, int], dict[int, Answer]] = {}
+    held_out = objective.scorer.held_out()
+    weights = {held.task: held.weights for held in held_out}
+    for entry in entries:
+        for task, columns in entry.score.documents.items():
+            counted = {metric: columns[metric] for metric in weights[task] if metric in columns}
+            for row, document in enumerate(columns["doc_id"]):
+                values = {metric: column[row] for metric, column in counted.items()}
+                scores = {metric: float(value) for metric, value in values.items() if isinstance(value, int | float)}
+                own = answers.setdefault((task, document), {})
+                own[entry.trial.number] = Answer(columns[ANSWER][row], scores)
+    documents = [
+        AnsweredDocument(
+            held.task,
+            held.document,
+            held.question,
+            held.right,
+            held.weights,
+            answers.get((held.task, held.document), {}),
+        )
+        for held in held_out
+    ]
+    write_answers(objective.config.storage_path, study, [entry.trial for entry in entries], documents)
 
 
 def _score(trial: FrozenTrial, study: optuna.Study, objective: MergeObjective, note: Callable[[str], None]) -> Score:
@@ -104,7 +133,9 @@ def _score(trial: FrozenTrial, study: optuna.Study, objective: MergeObjective, n
     key = objective.models.identify(recipe) + objective.scorer.fingerprint()
     cache = objective.config.storage_path / "holdout" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if cache.exists():
-        return Score.from_json(cache.read_text(encoding="utf-8"))
+        score = Score.from_json(cache.read_text(encoding="utf-8"))
+        if all(ANSWER in columns for columns in score.documents.values()):  # earlier versions kept no answers
+            return score
     label = trial.user_attrs.get(attributes.BASELINE, "one of the best merges")
     note(f"scoring trial {trial.number} ({label}) on the holdout")
     objective.load(recipe)

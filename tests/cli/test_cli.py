@@ -28,7 +28,7 @@ from optuna_merge.study.objective import MergeObjective
 from optuna_merge.testing.models import write_tiny_models
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run-study", "check", "status", "report", "export", "prepare-data")
+COMMANDS = ("run-study", "check", "status", "report", "answers", "export", "prepare-data")
 
 
 def invoke(*arguments: object) -> Result:
