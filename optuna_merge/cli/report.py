@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optuna_merge.cli import options, output
-from optuna_merge.errors import OptunaMergeError
+from optuna_merge.errors import OptunaMergeError, StudyError
 
 if TYPE_CHECKING:
     import optuna
@@ -32,6 +32,12 @@ def report(
         int | None, typer.Option(min=1, metavar="K", help="Number of best merges to show; default: 5.")
     ] = None,
     html: options.Html = None,
+    lengths: Annotated[
+        int | None,
+        typer.Option(
+            "--lengths", min=1, metavar="N", help="Score the holdout again with answers of up to N tokens; shows both."
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print markdown, for a model card.")] = False,
 ) -> None:
     """Compare the best merges with the sources, the base and uniform merges, on searched and held-out documents.
@@ -47,22 +53,29 @@ def report(
 
     best = best or N_BEST
     config, study = given.open()
+    if lengths is not None and config.holdout is None:
+        raise StudyError("--lengths must be for a study with a holdout, got one without; set holdout")
     fault = None
-    if config.holdout is not None and needs_holdout(study, config.storage_path, best):
-        try:
-            _score_holdout(study, config, best)
-        except OptunaMergeError as exc:
-            fault = exc  # raised when what the search found has been shown
+    limits = [None] if lengths is None else [None, lengths]
+    for limit in limits:
+        if fault is None and config.holdout is not None and needs_holdout(study, config.storage_path, best, limit):
+            try:
+                _score_holdout(study, config, best, limit)
+            except OptunaMergeError as exc:
+                fault = exc  # raised when what the search found has been shown
     summary = summarize(study, config, best)
+    longer = None if lengths is None else summarize(study, config, best, lengths)
     examples = shown_documents(study, summary, config)
     if html is not None:
-        output.write_page(html, _page(study, summary, config, examples))
+        output.write_page(html, _page(study, summary, config, examples, longer))
     if given.as_json:
-        output.print_json(summary.as_dict())
+        output.print_json(summary.as_dict() | ({} if longer is None else {"longer": longer.as_dict()}))
     elif markdown:
         typer.echo(markdown_table(summary))
     else:
         print_summary(summary)
+        if longer is not None:
+            _print_longer(longer)
         _print_examples(examples, given)
     if fault is not None:
         raise fault
@@ -79,7 +92,8 @@ def _print_examples(examples: Sequence[ShownDocument], given: options.StudyArgum
         typer.echo(f"More answers: {given.next_line('answers')}")
 
 
-def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int) -> None:
+def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int, max_gen_toks: int | None) -> None:
+    from optuna_merge.report.artifacts import upload_answers
     from optuna_merge.storage.fingerprint import check_fingerprint
     from optuna_merge.study.holdout import score_holdout
     from optuna_merge.study.objective import MergeObjective
@@ -87,11 +101,18 @@ def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int) -> Non
 
     with closing(MergeObjective.from_config(as_started(config))) as objective:
         check_fingerprint(study, objective.fingerprint())
-        score_holdout(study, objective, output.note, n_best)
+        score_holdout(study, objective, output.note, n_best, max_gen_toks)
+    upload_answers(study, config)
 
 
-def _page(study: optuna.Study, summary: Summary, config: StudyConfig, examples: Sequence[ShownDocument]) -> str:
-    from optuna_merge.errors import StudyError, first_line
+def _page(
+    study: optuna.Study,
+    summary: Summary,
+    config: StudyConfig,
+    examples: Sequence[ShownDocument],
+    longer: Summary | None,
+) -> str:
+    from optuna_merge.errors import first_line
     from optuna_merge.report.page import page
     from optuna_merge.report.study_pictures import pictures_of_study
     from optuna_merge.study.folder import BEST_CONFIG
@@ -101,7 +122,7 @@ def _page(study: optuna.Study, summary: Summary, config: StudyConfig, examples: 
         text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
     except OSError as exc:
         raise StudyError(f"{recipe}: best merge must be readable, got {first_line(exc)}") from exc
-    return page(summary, config, pictures_of_study(study, summary, config), text, examples)
+    return page(summary, config, pictures_of_study(study, summary, config), text, examples, longer)
 
 
 def print_summary(summary: Summary) -> None:
@@ -124,7 +145,7 @@ def print_summary(summary: Summary) -> None:
     searched = searched_table(summary, "searched documents")
     output.print_table(searched.header, searched.rows)
     if held := held_rows(summary):
-        _print_holdout(held)
+        _print_holdout(held, "holdout documents")
         typer.echo("± is one standard error; differences are paired by document.")
         typer.echo(verdict(summary))
     if answers := answers_table(summary, f"answers, {answers_split(summary)} documents"):
@@ -139,7 +160,23 @@ def print_summary(summary: Summary) -> None:
         typer.echo(f"trial {number} failed: {reason}")
 
 
-def _print_holdout(held: list[tuple[Row, HoldoutRow]]) -> None:
+def _print_longer(longer: Summary) -> None:
+    """Print the figures on the holdout for another limit of the answers' length."""
+    from optuna_merge.report.lengths import answers_table, length_warnings
+    from optuna_merge.report.summary import verdict
+    from optuna_merge.report.tables import held_rows
+
+    first = f"holdout, at most {longer.max_gen_toks} tokens"
+    if held := held_rows(longer):
+        _print_holdout(held, first)
+        typer.echo(verdict(longer))
+        if answers := answers_table(longer, f"answers, {first}"):
+            output.print_table(answers.header, answers.rows)
+        for warning in length_warnings(longer):
+            typer.echo(warning)
+
+
+def _print_holdout(held: list[tuple[Row, HoldoutRow]], first: str) -> None:
     from optuna_merge.report.tables import figure_text, lead_text
 
     tasks = list(held[0][1].tasks)
@@ -150,4 +187,4 @@ def _print_holdout(held: list[tuple[Row, HoldoutRow]]) -> None:
         if row.kind != "best" and 0 < figures.difference_stderr < float("inf"):
             lead += f" ({figures.difference / figures.difference_stderr:+.1f} SE)"
         rows.append([row.name, str(row.trial), f"{figures.value:.4f}", *metrics, lead])
-    output.print_table(["holdout documents", "trial", "score", *tasks, "best merge − this"], rows)
+    output.print_table([first, "trial", "score", *tasks, "best merge − this"], rows)

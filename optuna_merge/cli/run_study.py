@@ -115,10 +115,13 @@ def _run(
 
 def _score_holdout(config: StudyConfig, objective: MergeObjective) -> OptunaMergeError | None:
     """Score the holdout; returns what went wrong, to be raised when what the search found has been shown."""
+    from optuna_merge.report.artifacts import upload_answers
     from optuna_merge.study.holdout import score_holdout
 
     try:
-        score_holdout(options.open_started(config), objective, output.note)
+        study = options.open_started(config)
+        score_holdout(study, objective, output.note)
+        upload_answers(study, config)
     except OptunaMergeError as exc:
         return exc
     return None

@@ -42,6 +42,9 @@ FEWSHOT_SEED: int = DEFAULT_OTHER_SEED
 
 BOOTSTRAP_DRAWS = 100
 
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Options by which a task bounds the length of its answers; lm-eval takes the first that is given."""
+
 _MADE_UP: dict[str, Response] = {
     "loglikelihood": (-1.0, False),
     "loglikelihood_rolling": -1.0,
@@ -88,6 +91,19 @@ class Leaf:
         """Render the requests of the selected documents, which are all to be searched for now."""
         self.selected = self.searched = selected
         self.instances = render(self.name, self.task, selected, **rendering)
+
+    def lengthen(self, doc_ids: Sequence[int], max_gen_toks: int) -> int:
+        """Let the answers to some documents have up to this many tokens.
+
+        Returns:
+            Number of requests that are answered by a text.
+        """
+        texts = [i for doc_id in doc_ids for i in self.instances[doc_id] if i.request_type == "generate_until"]
+        for instance in texts:
+            context, options = instance.arguments
+            others = {key: value for key, value in options.items() if key not in _LIMITS}
+            instance.arguments = (context, {**others, _LIMITS[0]: max_gen_toks})
+        return len(texts)
 
     @property
     def rubrics(self) -> list[Rubric]:

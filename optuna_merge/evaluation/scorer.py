@@ -251,6 +251,18 @@ class Scorer:
         documents = self._holdout.score(self._engine, keep_answers=True)
         return _aggregate(self._holdout_terms, documents, stderr=stderr)
 
+    def lengthen_holdout(self, max_gen_toks: int) -> None:
+        """Let answers to held-out documents have up to this many tokens from now on; the fingerprint changes with it.
+
+        Raises:
+            TaskError: If no held-out document is answered by a text.
+        """
+        if not sum(leaf.lengthen(leaf.holdout, max_gen_toks) for leaf in leaves_of(self._holdout_terms)):
+            raise TaskError(
+                f"max_gen_toks must be for a task that generates, got {max_gen_toks} and none; leave it out"
+            )
+        self._holdout = None
+
     def held_out(self) -> list[HeldDocument]:
         """The held-out documents, task by task, as a person reads them."""
         with quietly():

@@ -1,10 +1,11 @@
-"""The artifacts that each trial has in the dashboard: its merge file and the scores of its documents."""
+"""What the dashboard offers as files: each trial's merge file and document scores, and a study's held-out answers."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +16,9 @@ from optuna.trial import FrozenTrial
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
-from optuna_merge.internals.optuna import storage_of
+from optuna_merge.internals.optuna import storage_of, study_id
+from optuna_merge.report.answers import shown_documents
+from optuna_merge.report.summary import summarize
 from optuna_merge.storage.outages import reason
 
 FOLDER = "artifacts"
@@ -68,6 +71,44 @@ def upload_missing(
         if scores.name not in uploaded:
             write_documents(documents, scores)
             _upload(study, trial, artifacts, scores, "text/csv")
+
+
+def upload_answers(study: optuna.Study, config: StudyConfig) -> None:
+    """Give a study the answers to all its held-out documents as an artifact, unless it has them already.
+
+    A finished trial takes no artifacts any more, so they are the study's; a line is a document, as ``answers --json``
+    shows it.
+
+    Args:
+        study: The study; nothing happens while its answers are not kept.
+        config: Its study file.
+
+    Raises:
+        StudyError: If a file cannot be read or written.
+    """
+    documents = shown_documents(study, summarize(study, config), config)
+    text = "".join(f"{json.dumps(asdict(document))}\n" for document in documents)
+    store = artifact_storage(config)
+    known = [
+        json.loads(value)["artifact_id"]
+        for key, value in storage_of(study).get_study_system_attrs(study_id(study)).items()
+        if key.startswith("artifacts:")
+    ]
+    try:
+        files = [config.storage_path / FOLDER / name for name in known]
+        if not text or text in [file.read_text(encoding="utf-8") for file in files if file.exists()]:
+            return
+        with TemporaryDirectory(prefix="optuna-merge-") as folder:
+            table = Path(folder, "answers.jsonl")
+            table.write_text(text, encoding="utf-8")
+            upload_artifact(
+                artifact_store=store,
+                file_path=str(table),
+                study_or_trial=study,
+                mimetype="application/jsonl",
+            )
+    except OSError as exc:
+        raise StudyError(f"{config.storage_path / FOLDER}: answers must be writable, got {reason(exc)}") from exc
 
 
 def write_documents(scores: Path, table: Path) -> None:

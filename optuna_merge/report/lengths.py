@@ -82,8 +82,8 @@ def length_warnings(summary: Summary) -> list[str]:
             if parts:
                 sentences.append(
                     f"{task}: the best merge is {ours.value - theirs.value:+.4f} from {row.name}, but"
-                    f" {', '.join(parts)}: the difference may come from that. Score them again with a larger"
-                    " max_gen_toks, or correct the filter."
+                    f" {', '.join(parts)}: the difference may come from that. Score them again with report"
+                    " --lengths N, or correct the filter."
                 )
     return sentences
 

@@ -29,6 +29,7 @@ def page(
     pictures: Sequence[Picture],
     recipe: str = "",
     examples: Sequence[ShownDocument] = (),
+    longer: Summary | None = None,
 ) -> str:
     """The report as a page.
 
@@ -38,6 +39,7 @@ def page(
         pictures: Its pictures.
         recipe: The best merge as a mergekit file; empty to leave it out.
         examples: Documents with the models' answers; the first of them are shown.
+        longer: The figures with another limit of the answers' length on the holdout.
     """
     return _render(
         config.question or f"Study {summary.study}",
@@ -55,6 +57,10 @@ def page(
         front=front_table(summary, "trial of the front", "number") if summary.front else None,
         recipe=recipe,
         examples=examples[:_N_EXAMPLES],
+        longer=None if longer is None or not held_rows(longer) else _holdout_table(longer),
+        longer_answers=None if longer is None else answers_table(longer, "task"),
+        longer_verdict="" if longer is None else verdict(longer),
+        max_gen_toks=None if longer is None else longer.max_gen_toks,
     )
 
 

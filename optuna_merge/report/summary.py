@@ -92,6 +92,7 @@ class Summary:
         ascent: The steps of the ascent, if the study begins with it.
         front: With ``goal: pareto`` the front, from the best in the first objective on; else empty.
         judge: What the judge was asked; None if it was asked nothing.
+        max_gen_toks: Tokens that answers could have at most when the holdout was scored; None: each task's own limit.
     """
 
     study: str
@@ -106,6 +107,7 @@ class Summary:
     ascent: list[AscentStep]
     front: list[Point]
     judge: JudgeCost | None = None
+    max_gen_toks: int | None = None
 
     @property
     def n_finished(self) -> int:
@@ -135,13 +137,15 @@ class Summary:
         return asdict(self)
 
 
-def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summary:
+def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1, max_gen_toks: int | None = None) -> Summary:
     """Read the figures of a study, running or not.
 
     Args:
         study: The study.
         config: Its study file, for the order of the tasks and the folder with the figures on the holdout.
         n_best: Maximum number of best merges that get a row.
+        max_gen_toks: Take the figures on the holdout that were scored with answers of up to so many tokens; None: those
+            of the tasks' own limits.
     """
     trials = study.get_trials(deepcopy=False)
     merges = best_merges(study, n_best)
@@ -150,7 +154,7 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
         study=study.study_name,
         n_trials=study.user_attrs.get(attributes.WANTED, config.study.n_trials),
         states=dict(Counter(trial.state.name.lower() for trial in trials)),
-        rows=_rows(trials, merges, read_holdout(config.storage_path, study, best), config),
+        rows=_rows(trials, merges, read_holdout(config.storage_path, study, best, max_gen_toks), config),
         best_trial=None if best is None else best.number,
         best_value=None if best is None else score_of(best),
         failures={
@@ -167,6 +171,7 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1) -> Summ
         ascent=steps_of(first) if (first := ascent_trial(trials)) else [],
         front=_front(study, config),
         judge=judge_cost(config),
+        max_gen_toks=max_gen_toks,
     )
 
 

@@ -45,6 +45,7 @@ def score_holdout(
     objective: MergeObjective,
     note: Callable[[str], None] = lambda _: None,
     n_best: int = N_BEST,
+    max_gen_toks: int | None = None,
 ) -> list[HoldoutRow]:
     """Score the best merges and every finished baseline on the holdout, and write the figures to ``holdout.json``.
 
@@ -56,18 +57,23 @@ def score_holdout(
         objective: Its objective; the resident model is overwritten.
         note: Called with a line about each model that is scored.
         n_best: How many of the best merges to score.
+        max_gen_toks: Let answers have up to this many tokens, and write a file of its own. The objective then scores no
+            other way any more. None: what each task allows; what was answered is written, too.
 
     Returns:
         The best merges first, then the baselines in their order; empty without a holdout or without a merge.
 
     Raises:
         StudyError: If the figures cannot be written, or the folder belongs to another study.
+        TaskError: If ``max_gen_toks`` is given and no task generates.
     """
     if not objective.scorer.has_holdout or not best_merges(study, n_best):
         return []
+    if max_gen_toks is not None:
+        objective.scorer.lengthen_holdout(max_gen_toks)
     claim_folder(study, objective.config.storage_path)
     with _alone(study, objective.config, note):
-        return _score_models(study, objective, note, n_best)
+        return _score_models(study, objective, note, n_best, max_gen_toks)
 
 
 @contextmanager
@@ -87,7 +93,11 @@ def _alone(study: optuna.Study, config: StudyConfig, note: Callable[[str], None]
 
 
 def _score_models(
-    study: optuna.Study, objective: MergeObjective, note: Callable[[str], None], n_best: int
+    study: optuna.Study,
+    objective: MergeObjective,
+    note: Callable[[str], None],
+    n_best: int,
+    max_gen_toks: int | None,
 ) -> list[HoldoutRow]:
     best, *others = best_merges(study, n_best)
     baselines = [
@@ -97,8 +107,9 @@ def _score_models(
     ]
     entries = [_Entry(trial, _score(trial, study, objective, note)) for trial in [best, *others, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]
-    write_holdout(objective.config.storage_path, study, best, rows)
-    _write_answers(study, objective, entries)
+    write_holdout(objective.config.storage_path, study, best, rows, max_gen_toks)
+    if max_gen_toks is None:
+        _write_answers(study, objective, entries)
     return rows
 
 

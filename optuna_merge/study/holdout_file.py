@@ -91,20 +91,28 @@ class _Holdout:
 _HOLDOUT = TypeAdapter(_Holdout)
 
 
-def needs_holdout(study: optuna.Study, storage_path: Path, n_best: int) -> bool:
-    """Whether one of the best merges has no row in the file yet."""
+def needs_holdout(study: optuna.Study, storage_path: Path, n_best: int, max_gen_toks: int | None = None) -> bool:
+    """Whether one of the best merges has no row in the file yet; see :func:`read_holdout`."""
     best = best_merges(study, n_best)
-    scored = read_holdout(storage_path, study, next(iter(best), None))
+    scored = read_holdout(storage_path, study, next(iter(best), None), max_gen_toks)
     return any(trial.number not in scored for trial in best)
 
 
-def read_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial | None) -> dict[int, HoldoutRow]:
+def read_holdout(
+    storage_path: Path, study: optuna.Study, best: FrozenTrial | None, max_gen_toks: int | None = None
+) -> dict[int, HoldoutRow]:
     """Trial number to its row; empty if there is no file, or if it was made for another best merge or by a z test.
+
+    Args:
+        storage_path: The study's folder.
+        study: The study.
+        best: Its best merge.
+        max_gen_toks: Tokens that answers could have at most; None: as many as each task allows.
 
     Raises:
         StudyError: If the file cannot be read.
     """
-    path = storage_path / HOLDOUT_FILE
+    path = _path(storage_path, max_gen_toks)
     if best is None or not path.exists():
         return {}
     try:
@@ -121,14 +129,20 @@ def read_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial | No
     return {row.trial: row for row in found.rows}
 
 
-def write_holdout(storage_path: Path, study: optuna.Study, best: FrozenTrial, rows: list[HoldoutRow]) -> None:
-    """Write the rows, whose differences are from ``best``.
+def write_holdout(
+    storage_path: Path,
+    study: optuna.Study,
+    best: FrozenTrial,
+    rows: list[HoldoutRow],
+    max_gen_toks: int | None = None,
+) -> None:
+    """Write the rows, whose differences are from ``best``; for ``max_gen_toks`` see :func:`read_holdout`.
 
     Raises:
         StudyError: If the file cannot be written.
     """
     content = _Holdout(study.study_name, best.number, best.user_attrs.get(attributes.RECIPE_DIGEST), rows, _TEST)
-    write_scores(storage_path / HOLDOUT_FILE, json.dumps(asdict(content), indent=1))
+    write_scores(_path(storage_path, max_gen_toks), json.dumps(asdict(content), indent=1))
 
 
 def write_scores(path: Path, text: str) -> None:
@@ -141,6 +155,11 @@ def write_scores(path: Path, text: str) -> None:
         write_atomically(path, text)
     except OSError as exc:
         raise StudyError(f"{path}: holdout scores must be writable, got {reason(exc)}; make room") from exc
+
+
+def _path(storage_path: Path, max_gen_toks: int | None) -> Path:
+    """The file; each other length of answers has one of its own."""
+    return storage_path / (HOLDOUT_FILE if max_gen_toks is None else f"holdout_{max_gen_toks}_tokens.json")
 
 
 def _unreadable(path: Path, found: str) -> StudyError:

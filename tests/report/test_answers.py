@@ -12,7 +12,9 @@ from typer.testing import CliRunner, Result
 from optuna_merge.cli.app import app
 from optuna_merge.cli.options import open_started
 from optuna_merge.evaluation.engine import Prepared, Response, Text
+from optuna_merge.internals.optuna import storage_of, study_id
 from optuna_merge.report.answers import printable
+from optuna_merge.report.artifacts import upload_answers
 from optuna_merge.storage.trials import best_merges
 from optuna_merge.study.answers_file import ANSWERS_FILE
 from optuna_merge.study.holdout import score_holdout
@@ -108,6 +110,13 @@ def test_answers_are_shown_side_by_side_where_models_differ(objective: MergeObje
     assert document["answers"][-1]["model"] != "best merge"
 
     report = invoke("report", path, "--html", tmp_path / "report.html").stdout
+    for _ in range(2):
+        upload_answers(study, objective.config)
+    attrs = storage_of(study).get_study_system_attrs(study_id(study))
+    [artifact] = [json.loads(value) for key, value in attrs.items() if key.startswith("artifacts:")]
+    assert artifact["filename"] == "answers.jsonl"
+    lines = (objective.config.storage_path / "artifacts" / artifact["artifact_id"]).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == shown
     assert "More answers: optuna-merge answers " in report
     assert "  best merge  right  [exact_match 1]\n" in report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def silence(folder: Path) -> None:
 
 
 def test_a_study_whose_models_answer_at_length_or_not_at_all(
-    study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path
+    study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = tmp_path / "models"
     shutil.copytree(tiny_models, models)
@@ -94,7 +95,7 @@ def test_a_study_whose_models_answer_at_length_or_not_at_all(
         "telling (exact_match): the best merge is +1.0000 from base, but 0.0% of its answers are cut by max_gen_toks"
         " and 100.0% of those of base, 100.0% of its answers are empty and 0.0% of those of base, 100.0% of its answers"
         " are not readable by the task's filter and 0.0% of those of base: the difference may come from that. Score"
-        " them again with a larger max_gen_toks, or correct the filter."
+        " them again with report --lengths N, or correct the filter."
     )
     assert length_warnings(summary) == [warning]  # the best source and the best uniform merge are silent, too
     shown = CliRunner().invoke(app, ["report", str(path), "--html", str(tmp_path / "report.html")])
@@ -106,6 +107,27 @@ def test_a_study_whose_models_answer_at_length_or_not_at_all(
     assert ["telling (exact_match)", row.name, str(row.trial), "4.0", "100.0%", "0.0%", "0.0%"] in table.rows
     assert "answers, holdout documents" in shown.output
     assert "On the holdout documents. Cut:" in (tmp_path / "report.html").read_text()
+
+    # with a longer limit the answers that were cut are longer; that is scored once
+    line = ["report", str(path), "--lengths", str(2 * N_MOST), "--html", str(tmp_path / "report.html")]
+    shown = CliRunner().invoke(app, line)
+    assert shown.exit_code == 0, shown.output
+    monkeypatch.setattr(MergeObjective, "from_config", None)
+    again = CliRunner().invoke(app, [*line, "--json"])
+    assert again.exit_code == 0, again.output
+    found = json.loads(again.stdout)
+    assert found["longer"]["max_gen_toks"] == 2 * N_MOST
+    for name, n_tokens in (("base", 2 * N_MOST), ("model_0", 2 * N_MOST), ("model_1", 1), ("best merge", 1)):
+        [(usual, longer)] = [
+            (row["holdout"]["tasks"], other["holdout"]["tasks"])
+            for row, other in zip(found["rows"], found["longer"]["rows"], strict=True)
+            if row["name"] == name
+        ]
+        assert longer["telling (n_tokens)"]["value"] == n_tokens
+        assert longer["telling (exact_match)"]["answers"]["cut"] == float(n_tokens > 1)
+        assert usual["telling (n_tokens)"]["value"] == min(n_tokens, N_MOST)
+    for text in (shown.output, (tmp_path / "report.html").read_text()):
+        assert f"of up to {2 * N_MOST} tokens" in text or f"holdout, at most {2 * N_MOST} tokens" in text
 
 
 def test_what_was_scored_before_lengths_were_kept_is_still_read() -> None:
