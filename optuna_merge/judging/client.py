@@ -6,6 +6,8 @@ nowhere else: it is taken out of whatever a server sends back before anybody see
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import threading
 import time
@@ -24,6 +26,13 @@ _TRANSIENT = frozenset({408, 409, 425, 429})
 """Statuses below 500 after which the same request may succeed."""
 
 _LONGEST_PAUSE_S = 30.0
+_SILENT_S = 5.0
+"""For how long a judge may be away before a line says so."""
+_NEXT_LINE_S = 60.0
+
+_LOG = logging.getLogger(__name__)
+"""Writes to stderr, unless the program that uses this package sets up logging otherwise."""
+
 _SHOWN = 200
 """Characters of a server's message that an error shows."""
 
@@ -121,6 +130,7 @@ class JudgeClient:
         self._options = options
         self._key = key
         self._pace = pace
+        self._said_at = -math.inf
         self.stopped = threading.Event()
 
     def reply(self, messages: Sequence[Message], seed: int) -> Reply:
@@ -139,6 +149,7 @@ class JudgeClient:
             wait=_pause_s,
             stop=tenacity.stop_after_delay(self._options.patience_s) | tenacity.stop_when_event_set(self.stopped),
             sleep=tenacity.sleep_using_event(self.stopped),
+            before_sleep=self._say_it_is_away,
             reraise=True,
         )
         options = self._options
@@ -155,6 +166,22 @@ class JudgeClient:
             raise JudgeError(
                 f"judge.url must be where a judge answers, got {options.url}: {exc} for {options.patience_s:g} s;"
                 " start it and run the study again: it goes on where it is"
+            ) from exc
+
+    def has_model(self) -> bool:
+        """Whether the server replies as the model that is asked for, which it need not list.
+
+        Raises:
+            JudgeError: If the server cannot be reached or refuses the key.
+        """
+        body = {"model": self._options.model, "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 1}
+        try:
+            return self._send("POST", "/chat/completions", json=body).is_success
+        except JudgementError:
+            return False
+        except _AwayError as exc:
+            raise JudgeError(
+                f"judge.url {self._options.url} must answer a question, got {exc}; see the server"
             ) from exc
 
     def models(self) -> list[str]:
@@ -195,6 +222,20 @@ class JudgeClient:
         if not response.is_success:
             raise JudgementError(f"judge {self._options.model}: must accept the request, got '{said}'")
         return response
+
+    def _say_it_is_away(self, state: tenacity.RetryCallState) -> None:
+        """Write a line on stderr about a judge that is waited for, unless it is back in a moment; one a minute."""
+        pause = 0.0 if state.next_action is None else state.next_action.sleep
+        exc = None if state.outcome is None else state.outcome.exception()
+        now = time.monotonic()
+        if (state.seconds_since_start or 0.0) + pause >= _SILENT_S and now >= self._said_at + _NEXT_LINE_S:
+            self._said_at = now
+            _LOG.warning(
+                "the judge at %s is away: %s; waiting for it, up to %g s",
+                self._options.url,
+                exc,
+                self._options.patience_s,
+            )
 
     def _complete(self, body: dict[str, Any]) -> Reply:
         response = self._send("POST", "/chat/completions", json=body)
@@ -239,12 +280,16 @@ def connected(options: JudgeOptions, pace: Pace) -> Iterator[JudgeClient]:
 def check_judge(options: JudgeOptions) -> None:
     """Ask the server for its models, so that a wrong set-up is seen before the first merge.
 
+    A server may have a model that it does not list, as transformers' own has one from a folder. Then it is asked for a
+    reply of one token, which counts for nothing.
+
     Raises:
         JudgeError: If the key is missing or refused, there is no such server, or it lacks the model.
     """
     with connected(options, Pace(None)) as client:
         models = client.models()
-    if options.model not in models:
+        has_model = options.model in models or client.has_model()
+    if not has_model:
         raise JudgeError(
             f"judge.model must be one that {options.url} has ({', '.join(models) or 'none'}), got '{options.model}';"
             " correct it"

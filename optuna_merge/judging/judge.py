@@ -71,7 +71,7 @@ class Judge:
             connected(self.options, self._pace) as client,
             ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge") as pool,
         ):
-            futures = {pool.submit(self._ask, client, place, missing[place]): place for place in missing}
+            futures = {pool.submit(self._ask_once, client, place, missing[place]): place for place in missing}
             try:
                 for future in as_completed(futures):
                     found[futures[future]] = future.result()
@@ -81,6 +81,12 @@ class Judge:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return found
+
+    def _ask_once(self, client: JudgeClient, place: _Place, question: Question) -> float:
+        """Ask, unless another process does so at this moment: then take the score that it gets."""
+        with self._store.alone(*place, client.stopped):
+            known = self._store.scores([place[0]])
+            return known[place] if place in known else self._ask(client, place, question)
 
     def _ask(self, client: JudgeClient, place: _Place, question: Question) -> float:
         key, number = place

@@ -5,18 +5,29 @@ Knows digests of questions, scores and tokens. It does not know what is asked no
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from optuna_merge.errors import StudyError
+from optuna_merge.errors import JudgeError, StudyError
 
 JUDGEMENTS_FILE = "judgements.sqlite"
 
+_LOCK_SUFFIX = ".lock"
+_N_PLACES = 2**62
+"""Bytes of the lock file that stand for questions; it stays empty, since what is not there can be locked, too."""
+
 _BUSY_S = 60
 """How long to wait for another process that writes."""
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+"""Between two looks at whether another process still asks a question."""
 
 _KEYS_AT_ONCE = 500
 """SQLite's older versions take at most 999 values in one statement."""
@@ -53,6 +64,8 @@ class Judgements:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._locks: int | None = None
+        self._opening = threading.Lock()
 
     def scores(self, keys: Iterable[str]) -> dict[tuple[str, int], float]:
         """The scores that are known: digest of a question and number of the judgement, to the first score for it.
@@ -95,6 +108,34 @@ class Judgements:
                 "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?)", (key, number, score, n_in, n_out, reply)
             )
 
+    @contextmanager
+    def alone(self, key: str, number: int, stopped: threading.Event) -> Iterator[None]:
+        """Wait until no other process asks a question, and keep all others from asking it.
+
+        The kernel ends this when the process dies. Threads of one process must not ask the same question.
+
+        Args:
+            key: Digest of the question.
+            number: Which of its judgements it is.
+            stopped: Ends the waiting once it is set.
+
+        Raises:
+            StudyError: If the file of locks cannot be used.
+            JudgeError: If the waiting is ended.
+        """
+        place = int.from_bytes(hashlib.sha256(f"{key} {number}".encode()).digest()[:8], "big") % _N_PLACES
+        pause = _FIRST_PAUSE_S
+        while not self._lock(place):
+            if stopped.wait(pause):
+                raise JudgeError(
+                    "judgements: another process must finish its question, got none finished; run it again"
+                )
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock_file(), fcntl.LOCK_UN, 1, place)
+
     def cost(self) -> JudgeCost | None:
         """What all replies cost; None before the first.
 
@@ -106,6 +147,23 @@ class Judgements:
         with self._opened() as connection:
             row = connection.execute("SELECT COUNT(*), SUM(n_in), SUM(n_out) FROM replies").fetchone()
         return JudgeCost(*(value or 0 for value in row))
+
+    def _lock(self, place: int) -> bool:
+        try:
+            fcntl.lockf(self._lock_file(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            raise StudyError(f"{self._path}{_LOCK_SUFFIX}: must be lockable, got {exc}; use another disk") from exc
+        return True
+
+    def _lock_file(self) -> int:
+        """Descriptor of the file of locks; it stays open, because closing it once would end all locks of this process."""
+        with self._opening:
+            if self._locks is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._locks = os.open(f"{self._path}{_LOCK_SUFFIX}", os.O_RDWR | os.O_CREAT, 0o666)
+            return self._locks
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:

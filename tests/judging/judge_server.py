@@ -1,8 +1,9 @@
 """A judge behind the OpenAI-compatible interface, as a process of its own: deterministic, with faults on demand.
 
 ``python judge_server.py PORT FOLDER`` answers until it is killed. ``FOLDER/faults.json`` lists what happens to the
-first chats, in order: ``429``, ``500``, ``silence``, ``half``, ``outside``, ``nonsense`` or ``death``; later ones are
-answered. Each chat adds a line to ``FOLDER/log.jsonl``, which also counts on when the server is started again.
+first chats, in order: ``429``, ``500``, ``silence``, ``half``, ``outside``, ``nonsense``, ``slow`` or ``death``;
+later ones are answered. Each chat adds a line to ``FOLDER/log.jsonl``, which also counts on when the server is started
+again. A question of one token asks only whether the model is there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "judge-7b"
+UNLISTED = "./judge-in-a-folder"
 KEY = "sk-very-secret-4711"
 SILENCE_S = 1.5
+SLOW_S = 0.3
 LOCK = threading.Lock()
 
 
@@ -58,6 +61,12 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.is_allowed():
             return
+        if body["model"] not in (MODEL, UNLISTED):
+            self.send(404, json.dumps({"error": f"no model {body['model']}"}))
+            return
+        if body["max_tokens"] == 1:
+            self.send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": "Hi"}}]}))
+            return
         prompt = body["messages"][0]["content"]
         log = self.folder / "log.jsonl"
         with LOCK:
@@ -79,6 +88,9 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "silence":
             time.sleep(SILENCE_S)
             self.close_connection = True
+        elif fault == "slow":
+            time.sleep(SLOW_S)
+            self.send(200, text)
         elif fault == "429":
             self.send(429, "too many", Retry_After="0.2")
         elif fault == "500":

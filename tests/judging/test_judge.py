@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from optuna_merge.errors import JudgeBudgetError, JudgeError, JudgementError, TaskError
-from optuna_merge.judging import Rubric
+from optuna_merge.judging import Rubric, client
 from optuna_merge.judging.client import JudgeOptions, check_judge
 from optuna_merge.judging.judge import Judge
 from optuna_merge.judging.rubric import Question
 from optuna_merge.judging.store import JudgeCost, Judgements
-from tests.judging.judge_server import KEY, MODEL, score
+from tests import processes
+from tests.judging.judge_server import KEY, MODEL, UNLISTED, score
 from tests.judging.servers import JudgeServer, judge
 
 FAULTS = ["429", "500", "silence", "half", "outside", "death", "429", "outside", "half", "500", "death", "silence"]
@@ -92,10 +95,43 @@ def test_several_judgements_of_one_answer_are_asked_apart_and_at_a_bounded_rate(
         assert set(server.answered().values()) == {3}
 
 
+def test_two_processes_with_equal_answers_ask_once(tmp_path: Path) -> None:
+    asked, path = questions(12), tmp_path / "judgements.sqlite"
+
+    def worker(name: str) -> None:
+        scores = Judge(options(server), Judgements(path)).ask(asked)
+        (tmp_path / name).write_text(repr(scores))
+
+    with judge(tmp_path / "server", *["slow"] * 12) as server:
+        names = ["first", "second", "third"]
+        with processes.forked(*[partial(worker, name) for name in names]) as running:
+            while len(server.log()) < 4:
+                time.sleep(0.01)
+            processes.kill(running[0])  # what it asked for is asked by another one
+            for process in running[1:]:
+                process.join(60)
+                assert process.exitcode == 0
+        assert [(tmp_path / name).read_text() for name in names[1:]] == [repr(expected(asked))] * 2
+        times = Counter(line["prompt"] for line in server.log())
+        assert len(times) == 12
+        assert sum(times.values()) <= 12 + 4  # the four that were open when it was killed
+
+
+def test_a_judge_that_is_away_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client, "_SILENT_S", 0.3)
+    with judge(tmp_path / "server", *["429"] * 12) as server:
+        assert Judge(options(server), Judgements(tmp_path / "store")).ask(questions(4)) == expected(questions(4))
+    [line] = [record.getMessage() for record in caplog.records if record.name == client.__name__]
+    assert line == f"the judge at {server.url} is away: 429 Too Many Requests too many; waiting for it, up to 60 s"
+
+
 def test_wrong_set_ups_are_seen_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with judge(tmp_path / "server") as server:
         right = options(server)
         check_judge(right)
+        check_judge(replace(right, model=UNLISTED))
         wrong = {
             "judge.model must be one that .* has \\(judge-7b\\), got 'other'; correct it": replace(
                 right, model="other"

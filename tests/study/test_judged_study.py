@@ -17,6 +17,7 @@ import optuna_merge
 from optuna_merge.cli.app import app
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import JudgeBudgetError
+from optuna_merge.report.artifacts import upload_answers
 from optuna_merge.report.summary import summarize
 from optuna_merge.storage import attributes
 from optuna_merge.study.holdout import score_holdout
@@ -86,6 +87,7 @@ def test_every_answer_is_judged_once_through_faults_and_restarts(
         assert {state for state, *_ in undisturbed} <= {TrialState.COMPLETE, TrialState.PRUNED}
         study = open_started(objective.config)
         score_holdout(study, objective)
+        upload_answers(study, objective.config)
         assert set(server.answered().values()) == {1}
         n_asked = len(server.log())
         score_holdout(study, objective)
@@ -100,10 +102,12 @@ def test_every_answer_is_judged_once_through_faults_and_restarts(
             runner.invoke(app, ["status", path]).output,
             runner.invoke(app, ["report", path, "--html", str(tmp_path / "out" / "report.html")]).output,
             runner.invoke(app, ["status", path, "--json"]).output,
+            runner.invoke(app, ["answers", path]).output,
         ]
         assert line in outputs[0]
         assert line in outputs[1]
         assert line in (tmp_path / "out" / "report.html").read_text()
+        assert "best merge (trial" in outputs[3]
         assert len(server.log()) == n_asked
     written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(written) > 12
@@ -178,5 +182,15 @@ def test_check_says_the_most_that_can_be_asked_and_finds_a_wrong_set_up(
                 "error: judge.key_variable must name an environment variable that is set, got JUDGE_KEY"
             )
             monkeypatch.setenv("JUDGE_KEY", KEY)
+        wrong_set_ups = {
+            "judge.url must be where a judge answers, got http://127.0.0.1:9/v1": {"url": "http://127.0.0.1:9/v1"},
+            "judge.model must be one that": {"model": "other"},
+        }
+        for message, changed in wrong_set_ups.items():
+            path = str(make(server, "out", **changed).config.path)
+            wrong = runner.invoke(app, ["run-study", path])
+            assert wrong.exit_code == 1
+            [error] = [line for line in wrong.stderr.splitlines() if not line.startswith("reading models")]
+            assert error.startswith(f"error: {message}")
         assert not server.log()
     assert not (tmp_path / "out").exists()
