@@ -15,6 +15,7 @@ from optuna_merge.errors import CheckpointError
 from optuna_merge.recipe import Role
 
 _EMBEDDING = re.compile(r"emb(?!ed_out)|\bw[tp]e\b")
+_OTHER_SENSE = re.compile("vision|visual|image|audio|speech")
 _BUFFER = re.compile(r"\.rotary_emb\.|\.(attn|attention|self_attn)\.(masked_)?bias$|\.position_ids$")
 
 
@@ -46,8 +47,9 @@ def find_layer_stack(names: Iterable[str], n_layers: int | None = None) -> str:
         for prefix, found in sorted(indices.items())
         if found == set(range(len(found))) and (n_layers is None or len(found) == n_layers)
     ]
-    if len(stacks) == 1:
-        return stacks[0]
+    of_text = [prefix for prefix in stacks if not _OTHER_SENSE.search(prefix)]
+    if len(of_text) == 1:
+        return of_text[0]
     seen = {prefix: len(found) for prefix, found in sorted(indices.items())}
     wanted = "one stack of layers" if n_layers is None else f"one stack of {n_layers} layers"
     raise CheckpointError(f"tensor names must hold {wanted}, found {seen or 'no layer index'}; is this a decoder?")

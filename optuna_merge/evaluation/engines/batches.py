@@ -119,6 +119,16 @@ def make_rows(
     return sorted(_join_short(rows, longest_shared) if share else rows, key=len, reverse=True)
 
 
+def one_by_one(items: Sequence[Item]) -> list[list[Row]]:
+    """A batch of its own for each item, for models whose tokens depend on what follows them."""
+    batches = []
+    for index, item in enumerate(items):
+        row = Row.of_prompt(index, (*item.context, *item.continuation[:-1]))
+        row.scored = [(index, list(range(len(item.context) - 1, len(row))))]
+        batches.append([row])
+    return batches
+
+
 def make_batches(
     rows: Sequence[Row], *, batch_tokens: int, batch_scored: int, longest_shared: int | None = None
 ) -> list[list[Row]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from optuna_merge.evaluation.engine import Text
-from optuna_merge.evaluation.engines.forward import Before, Forward
+from optuna_merge.evaluation.engines.forward import Before, Forward, attempt
 from optuna_merge.evaluation.engines.generation import Generation, Prompt
 from optuna_merge.evaluation.engines.key_values import KeysAndValues
 from optuna_merge.evaluation.engines.prefixes import Prefixes
@@ -93,18 +93,20 @@ class Decoder:
         Args:
             tokens: Any tokens; at least one.
         """
+        found = attempt(lambda: self._try(tokens))
+        return False if found is None else self._forward.agree(*found)
+
+    def _try(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits of two rows that are decoded together, and of each alone."""
         long = tuple((list(tokens) * 2 * _PROBED)[: 2 * _PROBED + 2])
         batch = RowCache(n_most_rows=2, n_most_cached=4 * len(long), device=self._device)
-        try:
-            _, layers = self._forward.prefill([long[:-2], long[_PROBED:-2]])
-            batch.enter([(0, 2 * _PROBED, 2), (1, _PROBED, 2)], layers, 0)
-            decoded = [self._step(batch, [long[-2]] * 2)]
-            batch.leave([True, False])
-            decoded.append(self._step(batch, [long[-1]]))
-            whole = [self._forward.prefill([part])[0] for part in (long[:-1], long[_PROBED:-1], long[_PROBED:])]
-        except (TypeError, ValueError, NotImplementedError, AttributeError, LookupError):
-            return False
-        return self._forward.agree(torch.cat(decoded), torch.cat(whole))
+        _, layers = self._forward.prefill([long[:-2], long[_PROBED:-2]])
+        batch.enter([(0, 2 * _PROBED, 2), (1, _PROBED, 2)], layers, 0)
+        decoded = [self._step(batch, [long[-2]] * 2)]
+        batch.leave([True, False])
+        decoded.append(self._step(batch, [long[-1]]))
+        whole = [self._forward.prefill([part])[0] for part in (long[:-1], long[_PROBED:-1], long[_PROBED:])]
+        return torch.cat(decoded), torch.cat(whole)
 
     def _step(self, batch: RowCache, tokens: Sequence[int]) -> Tensor:
         positions, mask = batch.inputs()

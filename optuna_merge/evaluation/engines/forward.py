@@ -11,19 +11,25 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from optuna_merge.errors import EngineError, is_out_of_memory
 from optuna_merge.evaluation.engines.batches import Item, Row
 from optuna_merge.evaluation.engines.key_values import KeysAndValues
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+_PROBED = 8
+"""Tokens of the shorter one of two rows that are computed on trial."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,31 @@ class Forward:
         logits = self._run(inputs, torch.arange(len(tokens), device=tokens.device), lasts).float()
         return logits, [(layer.keys, layer.values) for layer in cast(Any, cache.layers)]
 
+    def is_causal(self, tokens: Sequence[int]) -> bool | None:
+        """Whether what follows a token changes nothing of it: neither its row's later tokens nor padding.
+
+        A configuration does not tell whether a model looks ahead, or counts a row's tokens from its end. None if this
+        cannot be said.
+
+        Args:
+            tokens: Any tokens; at least one.
+
+        Raises:
+            EngineError: If the model scores the same tokens in two ways.
+        """
+        long = (list(tokens) * 2 * _PROBED)[: 2 * _PROBED]
+        rows = [Row.of_prompt(0, long), Row.of_prompt(1, long[_PROBED - 1 : -1][:_PROBED])]
+        rows[0].scored = [(0, [_PROBED - 1])]
+        together = self._at_ends(rows)
+        apart = [self._at_ends([Row.of_prompt(0, part)]) for part in (long[:_PROBED], rows[1].tokens)]
+        is_causal = self.agree(together, torch.cat(apart))
+        if is_causal is False and not self.agree(together, self._at_ends(rows)):
+            raise EngineError(
+                f"{type(self._model).__name__}: equal inputs must have equal scores, got others the second time; a model"
+                " that draws random numbers cannot be searched"
+            )
+        return is_causal
+
     def agree(self, ours: Tensor, theirs: Tensor) -> bool | None:
         """Whether logits are equal but for rounding; None if they are not finite.
 
@@ -251,6 +282,11 @@ class Forward:
                 inputs["attention_mask"] = _tree_mask(batch.ends, self.dtype)
         return self._run(inputs, batch.rows, batch.columns)
 
+    def _at_ends(self, rows: Sequence[Row]) -> Tensor:
+        """Logits at the scored places of some rows, ``[len(rows), vocabulary]``."""
+        items = [Item((0,), (0,))] * len(rows)
+        return self.logits(Batch.of_rows(rows, items, self._model.device))
+
     def _continue(self, inputs: dict[str, Any], ends: Tensor, before: Before) -> None:
         """Fill the inputs' cache, and let their rows see what they continue."""
         for number, (keys, values) in enumerate(before.layers):
@@ -278,6 +314,20 @@ class Forward:
         self._selected = True
         rows, columns = self._scored
         return (args[0][rows, columns].unsqueeze(0), *args[1:])  # [1, n_scored, hidden]
+
+
+def attempt(compute: Callable[[], _T]) -> _T | None:
+    """What ``compute`` returns; None if the model cannot be run that way.
+
+    Raises:
+        MemoryError, RuntimeError: If memory runs out.
+    """
+    try:
+        return compute()
+    except (TypeError, ValueError, NotImplementedError, AttributeError, LookupError, RuntimeError) as exc:
+        if is_out_of_memory(exc):
+            raise
+        return None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

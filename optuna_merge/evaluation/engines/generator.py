@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from optuna_merge.errors import is_out_of_memory
 from optuna_merge.evaluation.engine import Request, Text
@@ -18,6 +19,9 @@ from optuna_merge.evaluation.engines.generation import GENERATION_SEED, Generati
 from optuna_merge.evaluation.engines.language import Language
 from optuna_merge.evaluation.engines.prefixes import Prefixes
 from optuna_merge.evaluation.quiet import quietly
+
+_PROBED = 8
+"""Tokens of the shorter one of two prompts that are continued on trial."""
 
 Generated = Sequence[tuple[int, Request, list[int]]]
 """``Encoded.generated``."""
@@ -58,6 +62,7 @@ class Generator:
         self._device = device
         self._decoder = Decoder(forward, prefixes, language.lm, device)
         self._decodes: bool | None = None if forward.may_continue else False
+        self._pads: bool | None = None
         self._step_tokens = step_tokens
         self._n_most_cached = n_most_cached
         self.n_most_rows = n_most_rows
@@ -126,7 +131,9 @@ class Generator:
             self._halve(self._decoder.n_rows)
 
     def _by_lm_eval(self, asked: Sequence[tuple[Request, Sequence[int]]], batch_size: int) -> list[Text]:
-        made = self._made_by_lm_eval([request for request, _ in asked], batch_size)
+        if self._pads is None and batch_size > 1 and len(asked) > 1:
+            self._pads = self._may_pad(asked[0][1])
+        made = self._made_by_lm_eval([request for request, _ in asked], batch_size if self._pads else 1)
         texts = []
         for (request, tokens), text in zip(asked, made, strict=True):
             n_tokens = len(self._language.lm.tok_encode(text, add_special_tokens=False))
@@ -147,6 +154,36 @@ class Generator:
                 if not is_out_of_memory(exc) or lm.batch_size_per_gpu <= 1:
                     raise
             self._halve(lm.batch_size_per_gpu)
+
+    def _may_pad(self, tokens: Sequence[int]) -> bool:
+        """Whether prompts that are padded to one length, as in lm-eval's batches, are continued as each alone.
+
+        A configuration does not tell whether a model follows the mask that it is given.
+
+        Args:
+            tokens: Any tokens; at least one.
+        """
+        long = (list(tokens) * 2 * _PROBED)[: 2 * _PROBED]
+        short = long[:_PROBED]
+        padding = [self._language.lm.tokenizer.pad_token_id or 0] * _PROBED
+        seen = [1] * len(long), [0] * _PROBED + [1] * _PROBED
+        with quietly(), torch.inference_mode():
+            together = self._first_logits([long, padding + short], seen)
+            apart = [self._first_logits([part], [[1] * len(part)]) for part in (long, short)]
+        return bool(self._forward.agree(together, torch.cat(apart, dim=1)))
+
+    def _first_logits(self, prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> Tensor:
+        """Logits of the first two tokens that transformers generates, ``[2, len(prompts), vocabulary]``."""
+        made = self._language.lm.model.generate(
+            input_ids=torch.tensor(prompts, device=self._device),
+            attention_mask=torch.tensor(seen, device=self._device),
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(made.logits).float()
 
     def _halve(self, n_rows: int) -> None:
         self.n_most_rows = max(1, n_rows // 2)

@@ -23,9 +23,9 @@ from torch import Tensor
 from optuna_merge.errors import EngineError, is_out_of_memory
 from optuna_merge.evaluation.engine import Goal, Prepared, Request, Response, Sink
 from optuna_merge.evaluation.engines.backward import Backward
-from optuna_merge.evaluation.engines.batches import PASS_TOKENS, Item, Row, make_batches, make_rows
+from optuna_merge.evaluation.engines.batches import PASS_TOKENS, Item, Row, make_batches, make_rows, one_by_one
 from optuna_merge.evaluation.engines.beginnings import NO_BEGINNINGS, Beginnings, choose_beginnings
-from optuna_merge.evaluation.engines.forward import Batch, Forward
+from optuna_merge.evaluation.engines.forward import Batch, Forward, attempt
 from optuna_merge.evaluation.engines.generation import Generation
 from optuna_merge.evaluation.engines.generator import Generator
 from optuna_merge.evaluation.engines.hf_weights import ResidentModel
@@ -150,6 +150,7 @@ class HFEngine:
         )
         self._continues: bool | None = None if self._forward.may_continue else False
         self._shares: bool | None = None if self._forward.may_share else False
+        self._is_causal: bool | None = None
         self.tokenizer_name = self._language.name
         self.eot_text = self._language.eot_text
 
@@ -254,8 +255,10 @@ class HFEngine:
             raise EngineError(
                 "request: must be a log-likelihood to be differentiated, got generate_until; leave it out"
             )
-        if self._shares is None:
-            with torch.inference_mode():
+        with torch.inference_mode():
+            if self._is_causal is None and encoded.items:
+                self._find_out_if_causal(encoded.items[0].context)
+            if self._shares is None:
                 self._shares = self._try_sharing(encoded.items)
         batches = self._cut(encoded.items, self._shares is not False, whole=True)
         return encoded.responses(self._backward.run(encoded, batches, goal, sink), [])
@@ -272,6 +275,8 @@ class HFEngine:
     def _respond(self, prepared: HFPrepared) -> list[Response]:
         encoded = prepared.encoded
         with torch.inference_mode():
+            if self._is_causal is None and encoded.items:
+                self._find_out_if_causal(encoded.items[0].context)
             if self._continues is None and self._prefixes.beginnings.tokens:
                 self._continues = self._prefixes.is_right()
                 if self._continues is False:
@@ -281,6 +286,13 @@ class HFEngine:
             answers = self._score(encoded.items, self._batches(prepared))
         texts = self._generator.answer(encoded.generated, self._generation(prepared)) if encoded.generated else []
         return encoded.responses(answers, texts)
+
+    def _find_out_if_causal(self, tokens: Sequence[int]) -> None:
+        """Fall back to one item at a time if a row's tokens depend on what follows them."""
+        self._is_causal = self._forward.is_causal(tokens)
+        if self._is_causal is False:
+            self._shares = self._continues = False
+            self._continue_from(NO_BEGINNINGS)
 
     def _continue_from(self, beginnings: Beginnings) -> None:
         self._prefixes.forget()
@@ -294,7 +306,7 @@ class HFEngine:
 
     def _batches(self, prepared: HFPrepared) -> list[Batch]:
         share = self._shares is not False
-        key = (share, self.batch_tokens, self._prefixes.beginnings)
+        key = (share, self._is_causal, self.batch_tokens, self._prefixes.beginnings)
         if prepared.plan is None or prepared.plan[0] != key:
             prepared.plan = key, self._planned(prepared.encoded.items, share)
         return prepared.plan[1]
@@ -306,6 +318,8 @@ class HFEngine:
     def _cut(self, items: Sequence[Item], share: bool, *, whole: bool = False) -> list[list[Row]]:
         beginnings = self._prefixes.beginnings if share else NO_BEGINNINGS
         window, n_tokens = self._forward.window, self.batch_tokens
+        if self._is_causal is False:
+            return one_by_one(items)
         rows = make_rows(items, share=share, longest_shared=window, beginnings=beginnings)
         if whole:
             rows = make_whole(rows, beginnings, batch_tokens=n_tokens, longest_shared=window)
@@ -328,9 +342,8 @@ class HFEngine:
         if not trees:
             return None
         probe = [items[index] for index, _ in trees[0].scored]
-        try:
-            shared = self._score(probe, self._planned(probe, share=True))
-        except (TypeError, ValueError, NotImplementedError):
+        shared = attempt(lambda: self._score(probe, self._planned(probe, share=True)))
+        if shared is None:
             return False
         apart = self._score(probe, self._planned(probe, share=False))
         per_token = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optuna_merge.evaluation.engines.batches import Row, make_batches
 from optuna_merge.evaluation.engines.beginnings import NO_BEGINNINGS, Beginnings
-from optuna_merge.evaluation.engines.forward import Before, Forward
+from optuna_merge.evaluation.engines.forward import Before, Forward, attempt
 from optuna_merge.evaluation.engines.key_values import KeysAndValues
 
 _PROBED = 8
@@ -65,18 +65,19 @@ class Prefixes:
 
         A configuration does not tell whether a model follows the mask, the positions and the cache that it is given.
         """
+        found = attempt(self._try)
+        return False if found is None else self._forward.agree(*found)
+
+    def _try(self) -> tuple[Tensor, Tensor]:
+        """Logits of a row that continues a beginning and of one that starts from nothing, and the same in one piece."""
         tokens = (self.beginnings.tokens[0] * 2)[: 2 * _PROBED]
-        try:
-            _, layers = self._forward.prefill([tokens[:_PROBED]])
-            # a second row that starts from nothing
-            both = [(torch.cat([k, k.flip(-1)]), torch.cat([v, v.flip(-1)])) for k, v in layers]
-            before = Before(both, self._tensor([_PROBED, 0]))
-            ours, _ = self._forward.prefill([tokens[_PROBED:]] * 2, before)
-            whole, _ = self._forward.prefill([tokens])
-            apart, _ = self._forward.prefill([tokens[_PROBED:]])
-        except (TypeError, ValueError, NotImplementedError, AttributeError, LookupError):
-            return False
-        return self._forward.agree(ours, torch.cat([whole, apart]))
+        _, layers = self._forward.prefill([tokens[:_PROBED]])
+        both = [(torch.cat([k, k.flip(-1)]), torch.cat([v, v.flip(-1)])) for k, v in layers]
+        before = Before(both, self._tensor([_PROBED, 0]))
+        ours, _ = self._forward.prefill([tokens[_PROBED:]] * 2, before)
+        whole, _ = self._forward.prefill([tokens])
+        apart, _ = self._forward.prefill([tokens[_PROBED:]])
+        return ours, torch.cat([whole, apart])
 
     def _compute(self, numbers: Sequence[int], batch_tokens: int) -> None:
         rows = [Row.of_prompt(number, self.beginnings.tokens[number]) for number in numbers]
