@@ -23,6 +23,7 @@ from optuna_merge.checkpoints.model_config import (
     stated_n_layers,
     stated_vocab_size,
 )
+from optuna_merge.checkpoints.quantized import refuse_quantized
 from optuna_merge.checkpoints.reference import ResolvedReference, resolve
 from optuna_merge.checkpoints.tensor_names import find_layer_stack
 from optuna_merge.checkpoints.tokenizer import TOKENIZER_FILES, copy_tokenizer, has_tokenizer_files, read_vocabulary
@@ -46,6 +47,7 @@ class Checkpoint:
         self.path = path
         self.reference = reference
         self.config = read_config(path, reference)
+        refuse_quantized(self.config, path, reference)
         self.tokenizer_path = path
         self._tensors = open_weights(path, reference)
         self.files = self._tensors.files

@@ -23,7 +23,7 @@ def compare(checkpoints: Sequence[Checkpoint], tokenizer_source: str | None = No
         One line for each difference; none if they can be merged.
     """
     first, *others = checkpoints
-    problems = [problem for checkpoint in checkpoints for problem in _quantized(checkpoint)]
+    problems: list[str] = []
     for other in others:
         if found := _compare_configs(first, other):
             problems += found  # then all tensors differ too, which tells nothing new
@@ -49,13 +49,6 @@ def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | 
 def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     """Names of the tensors that all checkpoints have, in the order of the first."""
     return tuple(name for name in checkpoints[0].names if all(name in checkpoint for checkpoint in checkpoints))
-
-
-def _quantized(checkpoint: Checkpoint) -> list[str]:
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "unknown")
-        return [f"{checkpoint.reference}: weights must not be quantized, got {method}; use the unquantized model"]
-    return []
 
 
 def _compare_configs(first: Checkpoint, other: Checkpoint) -> list[str]:

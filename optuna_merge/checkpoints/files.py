@@ -77,7 +77,7 @@ class TensorFiles:
         if code not in _DTYPES:
             raise CheckpointError(
                 f"{self.reference}: dtype of {name} must be one of {', '.join(_DTYPES)}, got {code}; "
-                "merge the unquantized model"
+                "merge the model from which it was made, or a copy in bfloat16 with its scales multiplied in"
             )
         return _DTYPES[code]
 

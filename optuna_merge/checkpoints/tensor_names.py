@@ -8,13 +8,14 @@ the stack is an embedding if its name says so; otherwise it belongs to the head 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from optuna_merge.errors import CheckpointError
 from optuna_merge.recipe import Role
 
 _EMBEDDING = re.compile(r"emb(?!ed_out)|\bw[tp]e\b")
+_TIMES = 2  # so many times the tensors of any other numbered list has the stack of layers
 _OTHER_SENSE = re.compile("vision|visual|image|audio|speech")
 _BUFFER = re.compile(r"\.rotary_emb\.|\.(attn|attention|self_attn)\.(masked_)?bias$|\.position_ids$")
 
@@ -27,8 +28,11 @@ class Place:
     layer: int | None = None
 
 
-def find_layer_stack(names: Iterable[str], n_layers: int | None = None) -> str:
+def find_layer_stack(names: Collection[str], n_layers: int | None = None) -> str:
     """Find the prefix of the layers' tensor names, such as ``"model.layers."``.
+
+    Layers that see or hear are left out. Of several numbered lists of that length, the layers have by far the most
+    tensors.
 
     Args:
         names: All tensor names of a checkpoint, in any order.
@@ -47,9 +51,11 @@ def find_layer_stack(names: Iterable[str], n_layers: int | None = None) -> str:
         for prefix, found in sorted(indices.items())
         if found == set(range(len(found))) and (n_layers is None or len(found) == n_layers)
     ]
-    of_text = [prefix for prefix in stacks if not _OTHER_SENSE.search(prefix)]
-    if len(of_text) == 1:
-        return of_text[0]
+    stacks = [prefix for prefix in stacks if not _OTHER_SENSE.search(prefix)] or stacks
+    n_tensors = {prefix: sum(name.startswith(prefix) for name in names) for prefix in stacks}
+    largest = sorted(stacks, key=n_tensors.__getitem__, reverse=True)
+    if len(stacks) == 1 or (stacks and n_tensors[largest[0]] >= _TIMES * n_tensors[largest[1]]):
+        return largest[0]
     seen = {prefix: len(found) for prefix, found in sorted(indices.items())}
     wanted = "one stack of layers" if n_layers is None else f"one stack of {n_layers} layers"
     raise CheckpointError(f"tensor names must hold {wanted}, found {seen or 'no layer index'}; is this a decoder?")

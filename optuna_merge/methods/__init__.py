@@ -115,6 +115,7 @@ MASK_LAMBDA = MethodParameter(
 K = MethodParameter(
     "k", "keeps entries that matter to at least this many models", 2.0, 0.0, float("inf"), per_model=False
 )
+SCALING = MethodParameter("r", "", None, 0.0, float("inf"), (0.0, 1.0), per_model=False, is_smooth=True)
 EPSILON = MethodParameter("epsilon", "largest deviation of an entry's chance to be kept from density", 0.15, 0.0, 0.5)
 
 METHODS: dict[str, MergeMethod] = {
@@ -334,10 +335,8 @@ METHODS: dict[str, MergeMethod] = {
             function="optuna_merge.methods.ram:ramplus_tl",
             parameters=(
                 CHANGE,
-                MethodParameter("r", "strength of the scaling", 0.1, 0.0, float("inf"), (0.0, 1.0), per_model=False),
-                MethodParameter(
-                    "alpha", "bound of the ratio that scales", 0.2, 0.0, float("inf"), (0.0, 1.0), per_model=False
-                ),
+                dataclasses.replace(SCALING, name="r", meaning="strength of the scaling", default=0.1),
+                dataclasses.replace(SCALING, name="alpha", meaning="bound of the ratio that scales", default=0.2),
             ),
             base="required",
         ),

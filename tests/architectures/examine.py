@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from optuna_merge.checkpoints.checkpoint import Checkpoint
+from optuna_merge.checkpoints.tensor_names import place_of
 from optuna_merge.errors import OptunaMergeError, first_line
 from optuna_merge.evaluation.engines.hf import HFEngine
 from optuna_merge.merging.export import export
@@ -61,8 +62,8 @@ class Wrong(Exception):
     """A result that differs from that of transformers or lm-eval."""
 
 
-def examine(model_type: str, folder: Path) -> Outcome:
-    """Try one architecture in an empty folder."""
+def examine(model_type: str, folder: Path, *, is_quick: bool = False) -> Outcome:
+    """Try one architecture in an empty folder; quickly: by the linear merge alone."""
     step = "building it"
     name = ""
     try:
@@ -74,8 +75,13 @@ def examine(model_type: str, folder: Path) -> Outcome:
         return Outcome(model_type, name, "not built", said(exc))
     try:
         with silence():
-            for step, check in (("opening", open_all), ("linear", merge_linear), ("ties", merge_ties)):
-                notes = check(paths, sources)
+            step = "opening"
+            open_all(paths)
+            step = "linear"
+            notes = merge_linear(paths, sources)
+            if not is_quick:
+                step = "ties"
+                merge_ties(paths, sources)
         return Outcome(model_type, name, "works", notes=notes)
     except OptunaMergeError as exc:
         return Outcome(model_type, name, "refused", first_line(exc).replace(str(folder) + "/", ""))
@@ -93,12 +99,11 @@ def fault_of_others(folder: Path, model_type: str, name: str) -> Outcome | None:
     return None
 
 
-def open_all(paths: Sequence[Path], sources: Sequence[Any]) -> str:
+def open_all(paths: Sequence[Path]) -> None:
     """Every checkpoint can be opened, and tells its layers."""
     for path in paths:
         checkpoint = Checkpoint.open(str(path))
-        checkpoint.n_layers, checkpoint.layer_stack  # noqa: B018 - either may be refused
-    return ""
+        place_of(checkpoint.names[0], checkpoint.layer_stack)
 
 
 def merge_linear(paths: Sequence[Path], sources: Sequence[Any]) -> str:
@@ -143,7 +148,7 @@ def check_merge(
         raise Wrong(f"{sorted(lost)[0]} is in a source and not in the merge ({len(lost)} in all)")
     engine = HFEngine(base, device="cpu", names=merger.names, batch_tokens=64)
     engine.load_weights(merger.merge(recipe, engine.resident))
-    asked = requests()
+    asked = requests() if expected is not None else requests()[::11]
     engine.expect(asked)
     responses = engine.respond(engine.prepare(asked))
     folder = export(recipe, paths[0].parent / method, merger=merger)
@@ -160,14 +165,15 @@ def check_merge(
         ]
         if untouched:
             raise Wrong(f"{untouched[0]} is the base's, not merged ({len(untouched)} in all)")
-    way = [
-        "shared rows" if engine._shares else "rows apart",
-        "beginnings kept" if engine._continues else "beginnings computed again",
-        "own decoder" if engine._generator._decodes else "lm-eval's generation",
+    slow = [
+        *([] if engine._shares else ["each continuation in a row of its own"]),
+        *([] if engine._continues else ["common beginnings computed again"]),
+        *([] if engine._generator._decodes else ["texts by lm-eval"]),
     ]
+    way = ", ".join(slow) or "fast"
     engine.close()
-    compare_responses(responses, by_lm_eval(folder, asked), ", ".join(way))
-    return ", ".join(way)
+    compare_responses(responses, by_lm_eval(folder, asked), way)
+    return way
 
 
 def requests() -> list[TextRequest]:
@@ -176,13 +182,13 @@ def requests() -> list[TextRequest]:
     rests = ("one two three", "the dog", "Question: which letter comes after one two three four five six? Answer:")
     asked = [
         TextRequest("loglikelihood", (beginning + rest, choice))
-        for rest in (*rests, "mat mat")
-        for choice in (" A", " B", " one two", " seven")
+        for rest in rests
+        for choice in (" A", " one two", " seven")
     ]
     asked += [TextRequest("loglikelihood_rolling", (beginning + rests[2],))]
     asked += [
         TextRequest("generate_until", (beginning + rest, {"until": ["\n"], "max_gen_toks": n}))
-        for rest, n in zip(rests, (8, 4, 8), strict=True)
+        for rest, n in zip(rests[1:], (4, 6), strict=True)
     ]
     return asked
 

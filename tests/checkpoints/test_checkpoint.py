@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import check_compatible, compare
 from optuna_merge.checkpoints.reference import resolve
+from optuna_merge.checkpoints.tokenizer import read_vocabulary
 from optuna_merge.checkpoints.write import write_checkpoint
 from optuna_merge.errors import CheckpointError
 from optuna_merge.testing.models import write_tiny_models
@@ -171,9 +174,7 @@ def test_missing_folder_and_missing_weights(tmp_path: Path) -> None:
 
 
 def test_pickle_is_refused_with_a_command_that_converts_it(folder: Path, tmp_path: Path) -> None:
-    import shlex
     import subprocess
-    import sys
 
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -244,12 +245,48 @@ def test_architecture_and_depth_are_one_problem_each(tmp_path: Path) -> None:
     assert "number of layers must match" in problems[1]
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
-    quantized = _checkpoint(tmp_path / "a", _tensors(), quantization_config={"quant_method": "gptq"})
-    with pytest.raises(CheckpointError, match="weights must not be quantized, got gptq"):
-        check_compatible([quantized])
+def test_quantized_weights_are_refused_with_the_way_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_file(folder / "model.safetensors")
+    stored = dict(plain)
+    for name in [name for name in plain if "_proj." in name]:
+        scale = plain[name].abs().max() / 448
+        stored[name] = (plain[name] / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(CheckpointError, match=r"weights must not be quantized, got fp8; dequantize it once: ") as caught:
+        Checkpoint.open(str(folder))
+    command = shlex.split(str(caught.value).partition("dequantize it once: ")[2])
+    assert command[:2] == ["python", "-c"]
+    monkeypatch.setattr(sys, "argv", ["-c", *command[3:]])
+    exec(command[2], {})
+    converted = Checkpoint.open(command[-1])
+    assert converted.vocabulary() == read_vocabulary(folder, "")
+    assert {name: converted.shape(name) for name in converted.names} == {n: tuple(t.shape) for n, t in plain.items()}
+    for name, tensor in plain.items():
+        assert (converted.get(name).float() - tensor).abs().max() <= 0.07 * tensor.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("mxfp4", r"t\.Mxfp4Config\(dequantize=True\)"),
+        ("bitsandbytes", r"dtype='bfloat16'\)\.dequantize\(\)\.save_pretrained"),
+        ("gptq", "merge the model from which it was made; transformers has no way back"),
+    ],
+)
+def test_other_quantized_weights(tmp_path: Path, method: str, remedy: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"weights must not be quantized, got {method}; .*{remedy}"):
+        _checkpoint(tmp_path / "a", _tensors(), quantization_config={"quant_method": method})
+
+
+def test_eight_bit_weights_without_a_word_in_the_configuration(tmp_path: Path) -> None:
     eight_bit = _checkpoint(tmp_path / "b", _tensors(norm__weight=torch.ones(2).to(torch.float8_e4m3fn)))
-    with pytest.raises(CheckpointError, match=r"dtype of norm.weight must be one of .* got F8_E4M3"):
+    with pytest.raises(CheckpointError, match=r"dtype of norm.weight must be one of .* got F8_E4M3; merge the model"):
         eight_bit.dtype("norm.weight")
 
 

@@ -16,8 +16,12 @@ def test_the_layer_stack_is_what_stands_before_the_index() -> None:
 def test_a_decoder_is_told_from_an_encoder_beside_it() -> None:
     names = [f"vision.blocks.{i}.w" for i in range(3)] + [f"text.layers.{i}.w" for i in range(2)]
     assert find_layer_stack(names, n_layers=2) == "text.layers."
-    with pytest.raises(CheckpointError, match=r"one stack of layers, found \{'text.layers.': 2, 'vision.blocks.': 3\}"):
+    assert find_layer_stack(names) == "text.layers."
+    names = [f"encoder.{i}.w" for i in range(3)] + [f"decoder.{i}.w" for i in range(2)]
+    with pytest.raises(CheckpointError, match=r"one stack of layers, found \{'decoder.': 2, 'encoder.': 3\}"):
         find_layer_stack(names)
+    names += [f"decoder.{i}.{part}" for i in range(2) for part in ("up", "down")]
+    assert find_layer_stack(names) == "decoder."
     with pytest.raises(CheckpointError, match=r"one stack of 2 layers, found no layer index; is this a decoder"):
         find_layer_stack(["embed.weight"], 2)
 

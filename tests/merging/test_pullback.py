@@ -95,7 +95,7 @@ def check(study: Path, seed: int = 0, n_checked: int = 2) -> None:
         assert abs(slopes[name] - difference) < 1e-4 * max(abs(difference), 0.1 * scale), (name, slopes[name])
 
 
-APART = ("nearswap", "consensus_ta", "consensus_ties")  # their masks move with the parameters
+APART = ("nearswap", "consensus_ta", "consensus_ties", "ramplus_tl")  # their masks move, or need models of their own
 
 CASES = [
     (name, with_base, normalize)
@@ -136,6 +136,23 @@ def test_nearswap_while_no_element_reaches_the_model(firm: Path, study_file: Cal
         expected += float((target(tensor_name, tuple(wide.shape)) * (1 + 2 * wide) * own).sum())
     slopes = space.pull_back(gradient_of(merger, recipe).numbers)
     assert slopes == {name: pytest.approx(expected, rel=1e-4)}
+
+
+@pytest.mark.parametrize("share", [0.6, 0.2])
+def test_ramplus_tl_on_either_side_of_its_bound(
+    share: float, tmp_path: Path, study_file: Callable[..., Path]
+) -> None:
+    """Entries that one model changes alone are scaled; with few that both change, the bound has no influence."""
+    base, models = write_tiny_models(tmp_path, 2, spread=0.5)
+    original = load_file(base / "model.safetensors")
+    for number, path in enumerate(models):
+        model = load_file(path / "model.safetensors")
+        for name, tensor in model.items():
+            noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(number))
+            model[name] = torch.where(noise < share, tensor, original[name])
+        save_file(model, path / "model.safetensors", metadata={"format": "pt"})
+    genome = {"models": list(map(str, models)), "merge_method": "ramplus_tl", "base_model": str(base)}
+    check(study_file(genome=genome | {"layer_granularity": 3}), n_checked=6)
 
 
 @pytest.mark.parametrize("embed_group", ["shared", "own"])
