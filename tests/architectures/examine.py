@@ -108,18 +108,12 @@ def open_all(paths: Sequence[Path]) -> None:
 
 def merge_linear(paths: Sequence[Path], sources: Sequence[Any]) -> str:
     """A weighted sum of the fine-tunes."""
-    states = [model.state_dict() for model in sources[1:]]
-    expected = {
-        name: sum(weight * state[name].double() for weight, state in zip(WEIGHTS, states, strict=True))
-        for name, tensor in states[0].items()
-        if tensor.is_floating_point()
-    }
-    return check_merge("linear", {"weight": WEIGHTS}, {"normalize": False}, paths, sources, expected)
+    return check_merge("linear", {"weight": WEIGHTS}, {"normalize": False}, paths, sources)
 
 
 def merge_ties(paths: Sequence[Path], sources: Sequence[Any]) -> str:
-    """Task vectors with thresholds and elected signs; only the merge without them is computed here."""
-    return check_merge("ties", {"weight": WEIGHTS, "density": (0.5, 0.5)}, {}, paths, sources, None)
+    """Task vectors with thresholds and elected signs."""
+    return check_merge("ties", {"weight": WEIGHTS, "density": (0.5, 0.5)}, {}, paths, sources)
 
 
 def check_merge(
@@ -128,7 +122,6 @@ def check_merge(
     options: dict[str, Any],
     paths: Sequence[Path],
     sources: Sequence[Any],
-    expected: dict[str, Any] | None,
 ) -> str:
     """Merge, score and export, and compare weights, scores and texts."""
     base, *models = map(str, paths)
@@ -148,23 +141,16 @@ def check_merge(
         raise Wrong(f"{sorted(lost)[0]} is in a source and not in the merge ({len(lost)} in all)")
     engine = HFEngine(base, device="cpu", names=merger.names, batch_tokens=64)
     engine.load_weights(merger.merge(recipe, engine.resident))
-    asked = requests() if expected is not None else requests()[::11]
+    asked = requests() if method == "linear" else requests()[::13]
     engine.expect(asked)
     responses = engine.respond(engine.prepare(asked))
     folder = export(recipe, paths[0].parent / method, merger=merger)
     exported = loaded(folder)
     compare_states("resident model", engine._weights.model.state_dict(), exported.state_dict(), 0)
-    if expected is not None:
-        compare_states("arithmetic", exported.state_dict(), expected, TOLERANCE)
-    else:
-        untouched = [
-            name
-            for name, tensor in exported.named_parameters()
-            if torch.equal(tensor, sources[0].state_dict()[name])
-            and not torch.equal(sources[0].state_dict()[name], sources[1].state_dict()[name])
-        ]
-        if untouched:
-            raise Wrong(f"{untouched[0]} is the base's, not merged ({len(untouched)} in all)")
+    if method == "linear":
+        compare_states("arithmetic", exported.state_dict(), weighted_sum(sources, exported), TOLERANCE)
+    elif untouched := [name for name, tensor in exported.named_parameters() if is_untouched(name, tensor, sources)]:
+        raise Wrong(f"{untouched[0]} is the base's, not merged ({len(untouched)} in all)")
     slow = [
         *([] if engine._shares else ["each continuation in a row of its own"]),
         *([] if engine._continues else ["common beginnings computed again"]),
@@ -176,6 +162,26 @@ def check_merge(
     return way
 
 
+def weighted_sum(sources: Sequence[Any], exported: Any) -> dict[str, Tensor]:
+    """What a linear merge should be, by name of the tensor in transformers."""
+    _, *states = [model.state_dict() for model in sources]
+    total: dict[str, Tensor] = {}
+    for name, tensor in exported.state_dict().items():
+        if tensor.is_floating_point():
+            both = [state[name].double() for state in states]
+            # a few models write over constants, whatever they load
+            is_constant = (both[0] == both[1]) & (both[0] == tensor)
+            added = sum(weight * one for weight, one in zip(WEIGHTS, both, strict=True))
+            total[name] = torch.where(is_constant, both[0], added)
+    return total
+
+
+def is_untouched(name: str, tensor: Tensor, sources: Sequence[Any]) -> bool:
+    """Whether a tensor is the base's, although a fine-tune has another."""
+    base, model, *_ = [source.state_dict()[name] for source in sources]
+    return torch.equal(tensor, base) and not torch.equal(base, model)
+
+
 def requests() -> list[TextRequest]:
     """Choices behind a long common beginning, a text that is scored, and two that are generated."""
     beginning = "Question: which letter comes next? Answer: A\n\nthe cat sat on the mat and the dog ran after the cat\n\n"
@@ -185,6 +191,7 @@ def requests() -> list[TextRequest]:
         for rest in rests
         for choice in (" A", " one two", " seven")
     ]
+    asked += [TextRequest("loglikelihood", ("the cat", choice)) for choice in (" sat on", " ran after")]
     asked += [TextRequest("loglikelihood_rolling", (beginning + rests[2],))]
     asked += [
         TextRequest("generate_until", (beginning + rest, {"until": ["\n"], "max_gen_toks": n}))

@@ -72,7 +72,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}, "ffn_config/moe_top_k": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {f"text_config/{key}": value for key, value in _DOTS3.items()},
+    "dots3_note": {f"text_config/{key}": value for key, value in _DOTS3.items()}
+    | {"vision_config/adapter_in_dim": 32, "audio_config/whisper_adapter_in_dim": 32},
     "dots3_note_text": _DOTS3,
     "gemma3n": {f"text_config/{key}": value for key, value in _GEMMA3N.items()},
     "gemma3n_text": _GEMMA3N,

@@ -96,6 +96,13 @@ class Decoder:
         found = attempt(lambda: self._try(tokens))
         return False if found is None else self._forward.agree(*found)
 
+    def first_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Logits of the first two tokens that continue a prompt, ``[2, 1, vocabulary]``."""
+        batch = RowCache(n_most_rows=1, n_most_cached=len(tokens) + 2, device=self._device)
+        logits, layers = self._forward.prefill([tokens])
+        batch.enter([(0, len(tokens), 2)], layers, 0)
+        return torch.stack([logits, self._step(batch, logits.argmax(-1).tolist())])
+
     def _try(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Logits of two rows that are decoded together, and of each alone."""
         long = tuple((list(tokens) * 2 * _PROBED)[: 2 * _PROBED + 2])

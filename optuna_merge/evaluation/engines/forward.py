@@ -26,8 +26,8 @@ from optuna_merge.evaluation.engines.key_values import KeysAndValues
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
-_PROBED = 8
-"""Tokens of the shorter one of two rows that are computed on trial."""
+_PROBED, _MOST_PROBED = 16, 128
+"""Least and most tokens of a row that is computed on trial."""
 
 _T = TypeVar("_T")
 
@@ -225,11 +225,12 @@ class Forward:
         Raises:
             EngineError: If the model scores the same tokens in two ways.
         """
-        long = (list(tokens) * 2 * _PROBED)[: 2 * _PROBED]
-        rows = [Row.of_prompt(0, long), Row.of_prompt(1, long[_PROBED - 1 : -1][:_PROBED])]
-        rows[0].scored = [(0, [_PROBED - 1])]
+        long = (list(tokens) * _PROBED)[: min(max(len(tokens), _PROBED), _MOST_PROBED)]
+        half = len(long) // 2
+        rows = [Row.of_prompt(0, long), Row.of_prompt(1, long[half:])]
+        rows[0].scored = [(0, [half - 1])]
         together = self._at_ends(rows)
-        apart = [self._at_ends([Row.of_prompt(0, part)]) for part in (long[:_PROBED], rows[1].tokens)]
+        apart = [self._at_ends([Row.of_prompt(0, part)]) for part in (long[:half], long[half:])]
         is_causal = self.agree(together, torch.cat(apart))
         if is_causal is False and not self.agree(together, self._at_ends(rows)):
             raise EngineError(

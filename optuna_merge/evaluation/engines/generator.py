@@ -63,6 +63,7 @@ class Generator:
         self._decoder = Decoder(forward, prefixes, language.lm, device)
         self._decodes: bool | None = None if forward.may_continue else False
         self._pads: bool | None = None
+        self._slides: bool | None = None
         self._step_tokens = step_tokens
         self._n_most_cached = n_most_cached
         self.n_most_rows = n_most_rows
@@ -107,6 +108,8 @@ class Generator:
         if plan.prompts and self._decodes is None:
             with torch.inference_mode():
                 self._decodes = self._decoder.is_right(plan.prompts[0].tokens)
+        if plan.prompts and self._decodes and self._slides is None and self._outgrows_window(plan):
+            self._slides = self._decodes = self._may_slide(plan.prompts[0].tokens)
         is_ours = [number is not None and bool(self._decodes) for number in plan.prompt_of]
         texts: dict[int, Text] = {}
         if any(is_ours):
@@ -171,6 +174,18 @@ class Generator:
             together = self._first_logits([long, padding + short], seen)
             apart = [self._first_logits([part], [[1] * len(part)]) for part in (long, short)]
         return bool(self._forward.agree(together, torch.cat(apart, dim=1)))
+
+    def _outgrows_window(self, plan: Generation) -> bool:
+        """Whether a text may be longer, with its prompt, than what a layer of the model sees."""
+        window = self._forward.window
+        return window is not None and any(len(prompt.tokens) + prompt.n_most > window for prompt in plan.prompts)
+
+    def _may_slide(self, tokens: Sequence[int]) -> bool:
+        """Whether a prompt is continued as by transformers, whose cache may drop what a layer of the model sees."""
+        with quietly(), torch.inference_mode():
+            ours = self._decoder.first_logits(tokens)
+            theirs = self._first_logits([tokens], [[1] * len(tokens)])
+        return bool(self._forward.agree(ours, theirs))
 
     def _first_logits(self, prompts: Sequence[Sequence[int]], seen: Sequence[Sequence[int]]) -> Tensor:
         """Logits of the first two tokens that transformers generates, ``[2, len(prompts), vocabulary]``."""

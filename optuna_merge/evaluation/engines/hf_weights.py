@@ -7,6 +7,7 @@ tensors, ties, and tensors that a model no longer has. It does not know what the
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -140,6 +141,7 @@ class ResidentModel:
                 f"{lacking[0]}: must be delivered, got nothing ({len(lacking)} missing); correct the merge"
             )
         self._finite.check()
+        self._finish()
         self.is_complete = True
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -173,6 +175,14 @@ class ResidentModel:
                 f" {', '.join(sorted(parts))}; use search.start: uniform for this model"
             )
         yield from parts.items()
+
+    def _finish(self) -> None:
+        """Repeat what transformers does after loading: a few models write over constants, such as a padding row."""
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+            cast("Any", tensor)._is_hf_initialized = True
+        for module in self.model.modules():
+            cast("Any", module)._is_hf_initialized = False
+        self.model.initialize_weights()
 
     def _map(self) -> None:
         self._resident = dict(self.model.state_dict(keep_vars=True))
