@@ -71,6 +71,7 @@ def _lines(result: Check) -> list[str]:
         *([f"           begins {space['warm_start']}"] if space["warm_start"] else []),
         *([f"           begins {space['ascent']}"] if space["ascent"] else []),
         *([f"           begins at a uniform merge; {space['why_uniform']}"] if space["why_uniform"] else []),
+        *([f"           begins with {space['race']}"] if space["race"] else []),
     ]
     for task in tasks:
         kind = "" if task["weight"] is None else f"{task['weight']:g} x "

@@ -109,7 +109,7 @@ class TerminalWatcher(Watcher):
         self._n_documents += trial.user_attrs.get(attributes.DOCUMENTS, 0)
         if self._is_live:
             self._standing = _standing(study)
-        label = trial.user_attrs.get(attributes.BASELINE)
+        label = trial.user_attrs.get(attributes.BASELINE, trial.user_attrs.get(attributes.METHOD))
         if attributes.ASCENT in trial.user_attrs:
             label = "end of the ascent"
         name = f"trial {trial.number}" + (f" ({label})" if label else "")
@@ -245,6 +245,9 @@ def _standing(study: optuna.Study) -> list[tuple[str, str]]:
 
 
 def _result(study: optuna.Study, trial: FrozenTrial) -> str:
+    if trial.state == TrialState.PRUNED and attributes.RACE_CHUNKS in trial.user_attrs:
+        estimate = trial.user_attrs.get(attributes.PAIRED_ESTIMATE, math.nan)
+        return f"race: estimate {estimate:.4f} after {len(trial.intermediate_values)} chunks"
     if trial.state == TrialState.PRUNED:
         return f"pruned after {len(trial.intermediate_values)} chunks"
     if trial.state != TrialState.COMPLETE:

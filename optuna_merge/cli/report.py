@@ -129,7 +129,7 @@ def print_summary(summary: Summary) -> None:
     """Print the tables of a study, and the sentences that follow from them, on stdout."""
     from optuna_merge.report.lengths import answers_split, answers_table, length_warnings
     from optuna_merge.report.summary import ascent_line, verdict
-    from optuna_merge.report.tables import front_table, held_rows, searched_table
+    from optuna_merge.report.tables import front_table, held_rows, race_table, searched_table
 
     typer.echo(
         f"study {summary.study}: {summary.state_counts};"
@@ -139,6 +139,10 @@ def print_summary(summary: Summary) -> None:
         typer.echo(line)
     if summary.judge_line:
         typer.echo(summary.judge_line)
+    if summary.race is not None:
+        typer.echo(summary.race.line)
+        race = race_table(summary.race, "race")
+        output.print_table(race.header, race.rows)
     if not summary.rows:
         typer.echo("no trial is complete yet")
         return

@@ -93,6 +93,8 @@ def _print(summary: Summary) -> None:
     typer.echo(f"study {summary.study}: {summary.progress} ({summary.state_counts})")
     if line := ascent_line(summary):
         typer.echo(line)
+    if summary.race is not None:
+        typer.echo(summary.race.line)
     if leader := _leader(summary):
         typer.echo(f"to beat: {leader.name} {leader.value:.4f}")
     if summary.best_trial is not None:

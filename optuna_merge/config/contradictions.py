@@ -6,7 +6,7 @@ Knows the rules between keys, one function for each subject; does not know what 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from optuna_merge.config.benchmarks import is_benchmark
 from optuna_merge.config.problem import Problem, short
@@ -14,7 +14,7 @@ from optuna_merge.config.sampler import SAMPLERS, CmaEsConfig, OptunaSamplerConf
 from optuna_merge.config.search import Range, SearchConfig
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import MethodError
-from optuna_merge.methods import MergeMethod, MethodParameter
+from optuna_merge.methods import MergeMethod, MethodParameter, find_method
 
 
 def contradictions(config: StudyConfig) -> Iterator[Problem]:
@@ -28,26 +28,46 @@ def contradictions(config: StudyConfig) -> Iterator[Problem]:
     yield from _one_score(config) if config.study.goal == "sum" else _several_objectives(config)
     yield from _sampler(config)
     yield from _warm_start(config)
-    try:
-        method = config.method
-    except MethodError as exc:
-        yield Problem(
-            "genome.merge_method", "be a known merge method", repr(config.genome.merge_method), exc.fix or "correct it"
-        )
+    yield from _race(config)
+    unknown = list(_unknown_methods(config))
+    yield from unknown
+    if unknown:
         return
-    yield from _base_model(config, method)
+    methods = config.methods
     yield from _tokenizer(config)
-    yield from _number_of_models(config, method)
-    yield from _switches(config, method)
-    yield from _ranges(config, method)
+    for method in methods:
+        yield from _base_model(config, method)
+        yield from _number_of_models(config, method)
+    yield from _switches(config, methods)
+    yield from _ranges(config, methods)
     if config.search.start == "ascent":
         yield from ascent_problems(config)
+
+
+def _unknown_methods(config: StudyConfig) -> Iterator[Problem]:
+    for index, name in enumerate(config.method_names):
+        try:
+            find_method(name)
+        except MethodError as exc:
+            key = "genome.merge_method" + (f"[{index}]" if len(config.method_names) > 1 else "")
+            yield Problem(key, "be a known merge method", repr(name), exc.fix or "correct it")
+
+
+def _race(config: StudyConfig) -> Iterator[Problem]:
+    if len(config.method_names) == 1:
+        return
+    rule, fix = "be absent for several merge methods", "remove it or name one method"
+    if config.study.goal != "sum":
+        yield Problem("study.goal", "be sum for several merge methods", config.study.goal, fix)
+    if config.search.warm_start is not None:
+        yield Problem("search.warm_start", rule, repr(config.search.warm_start.label), fix)
 
 
 def _repeated(config: StudyConfig) -> Iterator[Problem]:
     held_out = config.holdout.tasks if config.holdout else ()
     for key, values in (
         ("genome.models", [(model,) for model in config.genome.models]),
+        ("genome.merge_method", [(name,) for name in config.method_names]),
         ("genome.filters", [(part,) for part in config.genome.filters]),
         ("tasks", [(task.name, task.metric) for task in config.tasks]),
         ("holdout", [(task.name, task.metric) for task in held_out]),
@@ -165,11 +185,12 @@ def ascent_problems(config: StudyConfig) -> Iterator[Problem]:
         yield Problem(key, f"{rule} {config.engine.backend}", "ascent", "it has no gradients: use engine.backend: hf")
     if config.random_init:
         yield Problem(key, f"{rule} random_init", "ascent", "remove one of the two")
-    if not any(
-        _is_followed(config, each) for each in config.method.parameters_for(config.genome.base_model is not None)
-    ):
+    method, *others = config.methods
+    if others:
+        yield Problem(key, f"{rule} several merge methods", "ascent", "remove it or name one method")
+    elif not any(_is_followed(config, each) for each in method.parameters_for(config.genome.base_model is not None)):
         fix = "no parameter that is searched has a derivative: remove it, or see optuna-merge methods"
-        yield Problem(key, f"{rule} {config.method.name}", "ascent", fix)
+        yield Problem(key, f"{rule} {method.name}", "ascent", fix)
 
 
 def _is_followed(config: StudyConfig, parameter: MethodParameter) -> bool:
@@ -201,22 +222,30 @@ def _number_of_models(config: StudyConfig, method: MergeMethod) -> Iterator[Prob
         yield Problem("genome.models", f"name {wanted} models for {method.name}", f"{n_models}", "add or remove some")
 
 
-def _switches(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
+def _switches(config: StudyConfig, methods: Sequence[MergeMethod]) -> Iterator[Problem]:
     for switch, is_on in (("normalize", config.genome.normalize), ("rescale", config.genome.rescale)):
-        if is_on is not None and switch not in dict(method.switches):
-            yield Problem(f"genome.{switch}", f"be absent for {method.name}", f"{is_on}", "remove it")
+        if is_on is not None and all(switch not in dict(method.switches) for method in methods):
+            yield Problem(f"genome.{switch}", f"be absent for {_names(methods)}", f"{is_on}", "remove it")
 
 
-def _ranges(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:
-    known = {parameter.name: parameter for parameter in method.parameters_for(config.genome.base_model is not None)}
+def _ranges(config: StudyConfig, methods: Sequence[MergeMethod]) -> Iterator[Problem]:
+    known: dict[str, list[MethodParameter]] = {}
+    for method in methods:
+        for parameter in method.parameters_for(config.genome.base_model is not None):
+            known.setdefault(parameter.name, []).append(parameter)
     for name, interval in config.search.ranges.items():
         if name in known:
-            yield from _bounds(config, known[name], interval)
+            for parameter in known[name]:
+                yield from _bounds(config, parameter, interval)
             continue
         keys = [*known, *SearchConfig.own_keys()]
         near = difflib.get_close_matches(name, keys, n=1)
         fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(keys)}"
-        yield Problem(f"search.{name}", f"be a parameter of {method.name}", repr(name), fix)
+        yield Problem(f"search.{name}", f"be a parameter of {_names(methods)}", repr(name), fix)
+
+
+def _names(methods: Sequence[MergeMethod]) -> str:
+    return " or ".join(method.name for method in methods)
 
 
 def _bounds(config: StudyConfig, parameter: MethodParameter, interval: Range) -> Iterator[Problem]:

@@ -5,11 +5,19 @@ Knows the keys; does not know which of them a merge method takes, see ``contradi
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from optuna_merge.config.section import YAML_LIST, Section
+
+
+def _one_or_several(value: Any) -> Any:
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
+        return value[0] if len(value) == 1 else tuple(value)
+    if not isinstance(value, str):
+        raise ValueError("a merge method or a list of them")
+    return value
 
 
 class GenomeConfig(Section):
@@ -17,7 +25,8 @@ class GenomeConfig(Section):
 
     Attributes:
         models: References of the sources: folders (relative to the study file) or hub names; ``@revision`` is allowed.
-        merge_method: A name in ``optuna_merge.methods.METHODS``, or the import path of a ``MergeMethod``.
+        merge_method: A name in ``optuna_merge.methods.METHODS``, or the import path of a ``MergeMethod``; several of
+            these, which are raced against each other; or ``auto``, which races methods that suit the models.
         base_model: Reference of the common ancestor.
         tokenizer_source: Whose tokens the merged model has if vocabularies differ: ``base``, ``union`` or one of the
             models.
@@ -31,7 +40,7 @@ class GenomeConfig(Section):
     """
 
     models: Annotated[tuple[str, ...], YAML_LIST, Field(min_length=1)]
-    merge_method: str
+    merge_method: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)]
     base_model: str | None = None
     tokenizer_source: str | None = None
     layer_granularity: int = Field(0, ge=0)

@@ -27,6 +27,13 @@ _PATH = "(the study file)"
 """Where ``path`` comes from; no study file has this key, so that ``path`` is an unknown key there."""
 
 
+AUTO = "auto"
+"""The ``merge_method`` that stands for one of the following lists."""
+AUTO_WITH_BASE = ("task_arithmetic", "ties", "dare_ties", "della")
+AUTO_OF_TWO = ("linear", "slerp", "multislerp")
+AUTO_OF_MANY = ("linear", "multislerp")
+
+
 def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
@@ -104,9 +111,43 @@ class StudyConfig(Section):
         return first.removeprefix("#").strip() if first.startswith("#") else ""
 
     @property
+    def method_names(self) -> tuple[str, ...]:
+        """The names of the merge methods; several are raced against each other."""
+        genome = self.genome
+        if genome.merge_method == AUTO:
+            if genome.base_model is not None:
+                return AUTO_WITH_BASE
+            return AUTO_OF_TWO if len(genome.models) == 2 else AUTO_OF_MANY
+        return (genome.merge_method,) if isinstance(genome.merge_method, str) else genome.merge_method
+
+    @property
+    def methods(self) -> tuple[MergeMethod, ...]:
+        """The declarations of the merge methods."""
+        return tuple(map(find_method, self.method_names))
+
+    @property
     def method(self) -> MergeMethod:
-        """The declaration of the merge method."""
-        return find_method(self.genome.merge_method)
+        """The declaration of the merge method; of the first one if there are several."""
+        return self.methods[0]
+
+    def of_method(self, name: str) -> StudyConfig:
+        """The study file with one of its methods alone, without the keys that this method lacks."""
+        genome, method = self.genome, find_method(name)
+        known = {parameter.name for parameter in method.parameters_for(genome.base_model is not None)}
+        switches = dict(method.switches)
+        own = {
+            "merge_method": name,
+            "models": self.sources,
+            "normalize": genome.normalize if "normalize" in switches else None,
+            "rescale": genome.rescale if "rescale" in switches else None,
+        }
+        ranges = {name: interval for name, interval in self.search.ranges.items() if name in known}
+        return self.model_copy(
+            update={
+                "genome": genome.model_copy(update=own),
+                "search": self.search.model_copy(update={"ranges": ranges}),
+            }
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -114,7 +155,7 @@ class StudyConfig(Section):
 
         Methods on task vectors leave out a base among ``genome.models``: its task vector is zero.
         """
-        if self.method.base != "required":
+        if all(method.base != "required" for method in self.methods):
             return self.genome.models
         return tuple(model for model in self.genome.models if model != self.genome.base_model)
 

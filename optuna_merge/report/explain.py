@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_merge.errors import StudyError
 from optuna_merge.report.pictures import Bars, HeatMap, Picture
 from optuna_merge.search.ascent import N_PASSES
+from optuna_merge.search.race import trials_of_winner
 from optuna_merge.search.space import split_parameter
 from optuna_merge.storage import attributes
 from optuna_merge.storage.ascent import ascent_trial, steps_of
@@ -56,7 +57,7 @@ def explain(study: optuna.Study) -> Importances:
     that matter only together. CMA-ES does not draw uniformly, and the shares reflect that too.
 
     Args:
-        study: The study; pruned trials count with their paired estimates.
+        study: The study; pruned trials count with their paired estimates. Of a race only the winner's merges count.
 
     Raises:
         StudyError: If fewer than 10 merges have a score or an estimate, or nothing is searched.
@@ -64,7 +65,8 @@ def explain(study: optuna.Study) -> Importances:
     References:
         PED-ANOVA, arXiv:2304.10255; Optuna's ``PedAnovaImportanceEvaluator``.
     """
-    trials = [scored for trial in study.get_trials(deepcopy=False) if (scored := _scored(trial)) is not None]
+    merges = trials_of_winner(study.get_trials(deepcopy=False))
+    trials = [scored for trial in merges if (scored := _scored(trial)) is not None]
     if len(trials) < _MIN_TRIALS:
         raise StudyError(
             f"study {study.study_name!r} must have {_MIN_TRIALS} merges with a score to be explained,"

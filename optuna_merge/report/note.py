@@ -20,7 +20,8 @@ def study_note(summary: Summary, config: StudyConfig) -> str:
         f"{summary.progress} finished ({summary.state_counts});"
         f" {summary.n_documents:,} documents scored in {summary.seconds / 60:.1f} minutes.",
         "## What is merged",
-        f"By `{genome.merge_method}`, layer granularity {genome.layer_granularity}:\n\n" + "\n".join(models),
+        f"By `{' or '.join(config.method_names)}`, layer granularity {genome.layer_granularity}:\n\n"
+        + "\n".join(models),
         "## What is scored",
         "\n".join(tasks) + "\n\nThe score is the sum of weight x metric.",
         markdown_table(summary).replace("## Results of study", "## Baselines and the best merge: study"),

@@ -17,7 +17,7 @@ from optuna_merge.report.answers import ShownDocument
 from optuna_merge.report.lengths import answers_split, answers_table, length_warnings
 from optuna_merge.report.pictures import Picture
 from optuna_merge.report.summary import Summary, standing, verdict
-from optuna_merge.report.tables import Table, figure_text, front_table, held_rows, lead_text, searched_table
+from optuna_merge.report.tables import Table, figure_text, front_table, held_rows, lead_text, race_table, searched_table
 
 _N_EXAMPLES = 8
 """Documents whose answers are on the page."""
@@ -54,6 +54,7 @@ def page(
         answers=answers_table(summary, "task"),
         answers_split=answers_split(summary),
         warnings=length_warnings(summary),
+        race=race_table(summary.race, "method") if summary.race else None,
         front=front_table(summary, "trial of the front", "number") if summary.front else None,
         recipe=recipe,
         examples=examples[:_N_EXAMPLES],
@@ -66,7 +67,7 @@ def page(
 
 def pictures_page(title: str, pictures: Sequence[Picture]) -> str:
     """Pictures alone, as a page."""
-    return _render(title, pictures, summary=None, front=None, recipe="", examples=())
+    return _render(title, pictures, summary=None, race=None, front=None, recipe="", examples=())
 
 
 def _render(title: str, pictures: Sequence[Picture], **content: object) -> str:

@@ -15,9 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report.pictures import Bars, Chart, HeatMap, Picture, Role, Series
+from optuna_merge.report.race import race_picture
 from optuna_merge.report.summary import Row, SearchedTask, Summary
 from optuna_merge.search.ascent import N_PASSES
 from optuna_merge.search.profile import Profile, TensorPlace
+from optuna_merge.search.race import trials_of_winner
 from optuna_merge.search.space import split_parameter
 from optuna_merge.storage import attributes
 from optuna_merge.storage.ascent import end_of_ascent
@@ -49,10 +51,11 @@ def pictures_of_study(study: optuna.Study, summary: Summary, config: StudyConfig
     drawn: list[Picture | None] = [
         _score_by_documents(trials, summary),
         _expected_by_step(summary),
+        None if summary.race is None else race_picture(trials, summary.race),
         _score_by_model(summary, config),
         None if best is None else _weights_of(best, labels, trials),
         *_profile(trials, labels),
-        _weights_by_generation(trials, labels),
+        _weights_by_generation(trials_of_winner(trials), labels),
         *_task_by_task(trials, summary),
     ]
     return [picture for picture in drawn if picture is not None]

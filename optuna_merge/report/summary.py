@@ -16,6 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.report.race import RaceStanding, race_standing
 from optuna_merge.storage import attributes
 from optuna_merge.storage.ascent import AscentStep, ascent_trial, steps_of
 from optuna_merge.storage.trials import FINISHED, best_merges, front_of, score_of
@@ -93,6 +94,7 @@ class Summary:
         front: With ``goal: pareto`` the front, from the best in the first objective on; else empty.
         judge: What the judge was asked; None if it was asked nothing.
         max_gen_toks: Tokens that answers could have at most when the holdout was scored; None: each task's own limit.
+        race: The race of merge methods; None if there is one method.
     """
 
     study: str
@@ -108,6 +110,7 @@ class Summary:
     front: list[Point]
     judge: JudgeCost | None = None
     max_gen_toks: int | None = None
+    race: RaceStanding | None = None
 
     @property
     def n_finished(self) -> int:
@@ -172,6 +175,7 @@ def summarize(study: optuna.Study, config: StudyConfig, n_best: int = 1, max_gen
         front=_front(study, config),
         judge=judge_cost(config),
         max_gen_toks=max_gen_toks,
+        race=race_standing(trials),
     )
 
 

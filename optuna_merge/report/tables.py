@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optuna_merge.report.race import RaceStanding
 from optuna_merge.report.summary import Row, Summary, verdict
 from optuna_merge.study.holdout_file import HoldoutRow
 
@@ -56,6 +57,24 @@ def front_table(summary: Summary, first: str, second: str) -> Table:
     return Table([first, second, *summary.front[0].values, "sum"], rows, best)
 
 
+def race_table(race: RaceStanding, first: str) -> Table:
+    """What became of each method in the race.
+
+    Args:
+        race: The race.
+        first: Header of the first column.
+    """
+    header = [first, "last round", "merges", "documents", "best trial", f"score, {race.n_chunks} chunks", "difference"]
+    rows = []
+    for row in race.rows:
+        figures = ["", "", ""]
+        if row.value is not None:
+            ahead = "" if row.difference is None or row.stderr is None else f"{row.difference:+.4f} ± {row.stderr:.4f}"
+            figures = [str(row.trial), f"{row.value:.4f}", ahead]
+        rows.append([row.method, str(row.last_round), str(row.n_merges), str(row.n_documents), *figures])
+    return Table(header, rows, None if race.winner is None else 0)
+
+
 def markdown_table(summary: Summary) -> str:
     """The figures of the report as markdown, for a model card; empty before the first complete trial."""
     if not summary.rows:
@@ -76,6 +95,10 @@ def markdown_table(summary: Summary) -> str:
         front = front_table(summary, "front", "trial")
         lines += ["", f"| {' | '.join(front.header)} |", f"| --- |{' ---: |' * (len(front.header) - 1)}"]
         lines += [f"| {' | '.join(cells)} |" for cells in front.rows]
+    if summary.race is not None:
+        race = race_table(summary.race, "race")
+        lines += ["", f"| {' | '.join(race.header)} |", f"| --- |{' ---: |' * (len(race.header) - 1)}"]
+        lines += [f"| {' | '.join(cells)} |" for cells in race.rows]
     if sentence := verdict(summary):
         lines += ["", sentence]
     return "\n".join(lines)

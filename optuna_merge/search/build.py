@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
-from optuna_merge.config.sampler import OptunaSamplerConfig, RandomSamplerConfig
+from optuna_merge.config.sampler import CmaEsConfig, OptunaSamplerConfig, RandomSamplerConfig
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.internals.optuna import known_trials
 from optuna_merge.search.named import GP_EVERY, make_gp, make_named_sampler
 from optuna_merge.search.pruner import SignedRankPruner
-from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler, population_size
+from optuna_merge.search.race import Spaces
+from optuna_merge.search.race_sampler import RaceSampler
+from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler, population_size, with_estimate
 from optuna_merge.search.space import UNIFORM_TOTALS, SearchSpace
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
@@ -58,7 +60,8 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
 
     def start(study: optuna.Study) -> Mapping[str, float]:
         with starting:  # threads of study.optimize may draw their first points at the same time
-            recorded: Mapping[str, float] | None = study.user_attrs.get(attributes.START)
+            key = f"{attributes.START} {space.prefix}".rstrip()
+            recorded: Mapping[str, float] | None = study.user_attrs.get(key)
             if recorded is None:
                 end = end_of_ascent(known_trials(study))
                 if end is None:
@@ -66,7 +69,7 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
                     recorded = _point(study, config, space, uniform, np.random.default_rng(seed))
                 else:
                     recorded = end.params
-                study.set_user_attr(attributes.START, recorded)
+                study.set_user_attr(key, recorded)
             return recorded
 
     def covariance(study: optuna.Study) -> np.ndarray:
@@ -83,6 +86,46 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
         injected=make_gp(list(space.distributions), seed) if every else None,
         inject_every=every or 1,
     )
+
+
+def make_study_sampler(
+    config: StudyConfig, spaces: Spaces, population: int | Mapping[str, int] | None = None
+) -> optuna.samplers.BaseSampler:
+    """Make the sampler of a study file, for all of its methods.
+
+    In a race no merge is drawn by a Gaussian process: it has seen too few of its method.
+
+    Args:
+        config: The study file.
+        spaces: The search space of each method.
+        population: Trials in a generation of CMA-ES, for each method if there are several; None: as in
+            :func:`make_sampler`.
+
+    Raises:
+        StudyError: As :func:`make_sampler`.
+    """
+    if len(spaces) == 1:
+        assert not isinstance(population, Mapping)
+        return make_sampler(config, next(iter(spaces.values())), population)
+    sizes = population if isinstance(population, Mapping) else dict.fromkeys(spaces, population)
+    in_race = config
+    if isinstance(config.study.sampler, CmaEsConfig):
+        alone = config.study.sampler.model_copy(update={"gp_every": 0})
+        in_race = config.model_copy(update={"study": config.study.model_copy(update={"sampler": alone})})
+    during, afterwards = (
+        {name: make_sampler(one.of_method(name), space, sizes[name]) for name, space in spaces.items()}
+        for one in (in_race, config)
+    )
+    return RaceSampler(during, afterwards)
+
+
+def population_of(sampler: optuna.samplers.BaseSampler) -> int | dict[str, int] | None:
+    """Trials in a generation of CMA-ES, for each method if there are several; None for other samplers."""
+    if isinstance(sampler, RaceSampler):
+        found = {name: population_of(one) for name, one in sampler.afterwards.items()}
+        sizes = {name: size for name, size in found.items() if isinstance(size, int)}
+        return sizes or None
+    return sampler.population_size if isinstance(sampler, StableCmaEsSampler) else None
 
 
 def make_pruner(config: StudyConfig, n_chunks: int) -> optuna.pruners.BasePruner:
@@ -141,8 +184,9 @@ def best_uniform(study: optuna.Study, space: SearchSpace) -> Mapping[str, float]
     """Parameters of the best uniform merge that the study has scored; if it has scored none, of the first one."""
     scored = [
         trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get(attributes.BASELINE_KIND) == "uniform"
+        for trial in map(with_estimate, study.get_trials(deepcopy=False))
+        if trial.state == TrialState.COMPLETE
+        and trial.user_attrs.get(attributes.BASELINE_KIND) == "uniform"
         and trial.params.keys() == space.distributions.keys()
     ]
     if not scored:

@@ -189,9 +189,10 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         )
 
     def trials_to_learn_from(self, study: optuna.Study) -> list[FrozenTrial]:
-        """Complete trials, and pruned ones with an estimate."""
+        """Complete trials with every parameter of the search space, and such pruned ones with an estimate."""
         trials = [with_estimate(trial) for trial in known_trials(study)]
-        return [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        names = self._fixed_space.keys()
+        return [trial for trial in trials if trial.state == TrialState.COMPLETE and names <= trial.params.keys()]
 
 
 def _refuse_covariance(covariance: np.ndarray, n: int) -> None:

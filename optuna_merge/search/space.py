@@ -5,6 +5,7 @@ Knows the study file and the number of layers of the models; opens neither model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,6 +45,8 @@ AFTER_ASCENT_SIGMA = 0.03
 """First standard deviation of CMA-ES around the end of an ascent, in units of weight."""
 
 _ISOTROPIC_SIGMA = 1 / 6
+_GROUP = r"(?:layers_\d+_\d+|embedding|norm_head)\."
+_METHOD = re.compile(rf"(?!{_GROUP}).*?\.(?={_GROUP})")
 _OTHER_BASELINES = frozenset({"base", "uniform"})
 
 
@@ -99,13 +102,17 @@ class SearchSpace:
     Args:
         config: The study file.
         models: Its checkpoints.
+        prefix: First part of every parameter's name, and part of the uniform merges' names: the method, if the study
+            file is that of one method of a race; "" if there is one method alone.
 
     Attributes:
+        prefix: As given.
         labels: Short, unique names of the sources, as used in parameter names.
         distributions: Parameter name to distribution, sorted by name, without constants.
     """
 
-    def __init__(self, config: StudyConfig, models: ModelRefs) -> None:
+    def __init__(self, config: StudyConfig, models: ModelRefs, prefix: str = "") -> None:
+        self.prefix = prefix
         self._config = config
         self._models = models
         self.labels = model_labels(config.sources)
@@ -147,7 +154,7 @@ class SearchSpace:
         given = {"normalize": genome.normalize, "rescale": genome.rescale}
         options |= {switch: value for switch, value in given.items() if value is not None}
         recipe = Recipe(
-            method=genome.merge_method,
+            method=self._config.method.name,
             models=self._models.sources,
             base_model=self._models.base,
             n_layers=self._models.n_layers,
@@ -224,6 +231,7 @@ class SearchSpace:
             params = self.uniform(total)
             if all(params != baseline.params for baseline in result):
                 name = "uniform" if total == 1 else f"uniform x{total:g}"
+                name += f" ({self.prefix})" if self.prefix else ""
                 result.append(Baseline(name, "uniform", params))
         result += [
             Baseline(label, "source", {}, reference)
@@ -332,7 +340,7 @@ class SearchSpace:
 
     def _name(self, group: GroupRecipe, model: int | None, tensor_filter: str | None, parameter: str) -> str:
         """A parameter's name, such as ``layers_00_07.math.self_attn.weight``; sorts by depth, model, then filter."""
-        parts = [group.name]
+        parts = [self.prefix, group.name] if self.prefix else [group.name]
         if model is not None:
             parts.append(self.labels[model])
         if len(self._filters_of(group)) > 1:
@@ -407,8 +415,12 @@ def model_labels(references: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def split_parameter(name: str) -> tuple[str, str]:
-    """Split a parameter's name into its layer group and the rest; a trailing ``.weight`` is left out of the rest."""
-    group, _, rest = name.partition(".")
+    """Split a parameter's name into its layer group and the rest; a trailing ``.weight`` is left out of the rest.
+
+    The method with which names begin in a race is left out, too.
+    """
+    method = _METHOD.match(name)
+    group, _, rest = name[method.end() if method else 0 :].partition(".")
     return group, rest.removesuffix(".weight")
 
 

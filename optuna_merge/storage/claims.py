@@ -16,9 +16,9 @@ import copy
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import optuna
@@ -42,6 +42,32 @@ BEAT = "optuna_merge:beat"
 LEASE_S = 60.0
 """How long a trial of another machine may stay unchanged before its owner is presumed dead."""
 _BEATS_PER_LEASE = 4
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial that a study wants next.
+
+    Attributes:
+        params: Its parameters; None: the sampler draws them when the trial starts.
+        user_attrs: Its user attributes.
+    """
+
+    params: Mapping[str, float] | None = None
+    user_attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+Plan = Callable[[Sequence[FrozenTrial]], Sequence[Planned] | None]
+"""What to do, given all trials, when none waits: enqueue some; none: wait for those that run; None: draw a new one."""
+
+
+def enqueue(study: optuna.Study, planned: Sequence[Planned]) -> None:
+    """Let trials wait for whoever asks next. If it is interrupted, the first ones are enqueued."""
+    for one in planned:
+        if one.params is None:
+            study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs=dict(one.user_attrs)))
+        else:
+            study.enqueue_trial(dict(one.params), user_attrs=dict(one.user_attrs))
 
 
 class Claims:
@@ -69,23 +95,29 @@ class Claims:
             self.storage.patiently(lambda: stack.enter_context(self._lock()))
             yield
 
-    def next(self, n_trials: int) -> Claim | None:
+    def next(self, n_trials: int, plan: Plan = lambda _: None) -> Claim | None:
         """Claim a trial: one whose process died, one that waits, or a new one.
 
         Args:
             n_trials: Trials that the study shall have in all.
+            plan: Is asked for the new ones.
 
         Returns:
             None if that many trials are finished or running, or if only new ones are left while the ascent, which says
-            where they are drawn, is under way.
+            where they are drawn, is under way, or the plan wants to wait.
         """
         with self.lock():
             trials = self.study.get_trials(deepcopy=False)
             lost = self._requeue_lost(trials)
             if sum(trial.state != TrialState.WAITING for trial in trials) - len(lost) >= n_trials:
                 return None
-            if is_ascending(trials) and not lost and all(trial.state != TrialState.WAITING for trial in trials):
-                return None
+            if not lost and all(trial.state != TrialState.WAITING for trial in trials):
+                planned = [] if is_ascending(trials) else plan(trials)
+                if planned is not None:
+                    enqueue(self.study, planned)
+                    trials = self.study.get_trials(deepcopy=False)
+                    if not planned:
+                        return None
             owner = Owner.me(direct=not isinstance(backend_of(self.storage.backend), GrpcStorageProxy))
             started = self._start(trials, lost, {OWNER: asdict(owner)})
             trial = optuna.Trial(self.study, started)

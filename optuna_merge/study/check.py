@@ -15,12 +15,14 @@ import torch
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.description import Description
+from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.merging.placement import PlacementPlan, free_host_bytes, merge_seconds
 from optuna_merge.search.build import make_sampler, never_prunes
+from optuna_merge.search.race import Spaces, make_spaces
 from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import find_warm_start
-from optuna_merge.study.description import describe_ascent
+from optuna_merge.study.description import describe_ascent, describe_race
 from optuna_merge.study.engines import build_scorer, make_describing_engine, merge_device, plan_memory
 from optuna_merge.study.judges import check_study_judge, most_questions
 from optuna_merge.study.kept import KeptPlan, plan_kept
@@ -104,8 +106,9 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     scorer = build_scorer(config, engine)
     config, why_uniform = settle_start(config, scorer)
     tasks = scorer.describe()
-    space = SearchSpace(config, models.refs)
-    counts = {**_describe_space(config, models, space, tasks.n_chunks), "why_uniform": why_uniform or None}
+    spaces = make_spaces(config, models.refs)
+    space = next(iter(spaces.values()))
+    counts = {**_describe_space(config, models, spaces, scorer), "why_uniform": why_uniform or None}
     memory = plan_memory(config, models, engine, card, tasks)
     memory.check(tasks.longest + 1)
     device = config.engine.device
@@ -118,7 +121,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     seconds = None
     if config.engine.backend == "hf" and not card:
         seconds = estimate_trial(
-            config,
+            config.of_method(config.method_names[0]),
             models,
             space,
             tasks,
@@ -152,8 +155,10 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     )
 
 
-def _describe_space(config: StudyConfig, models: StudyModels, space: SearchSpace, n_chunks: int) -> dict[str, Any]:
-    sampler = make_sampler(config, space)
+def _describe_space(config: StudyConfig, models: StudyModels, spaces: Spaces, scorer: Scorer) -> dict[str, Any]:
+    first = next(iter(spaces))
+    space = spaces[first]
+    sampler = make_sampler(config.of_method(first), space)
     warm_start = find_warm_start(config, space)
     names = list(space.distributions)
     return {
@@ -163,7 +168,8 @@ def _describe_space(config: StudyConfig, models: StudyModels, space: SearchSpace
         "first": names[0] if names else "",
         "last": names[-1] if names else "",
         "warm_start": warm_start and warm_start.describe(len(names)),
-        "ascent": None if config.search.start == "uniform" else describe_ascent(config, models, space, n_chunks),
+        "ascent": None if config.search.start == "uniform" else describe_ascent(config, models, space, scorer.n_chunks),
+        "race": describe_race(config, spaces, scorer) if len(spaces) > 1 else None,
     }
 
 

@@ -10,31 +10,34 @@ from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.search.ascent import Schedule
 from optuna_merge.search.ascent_space import AscentSpace
 from optuna_merge.search.build import make_sampler, never_prunes
+from optuna_merge.search.race import RaceSchedule, Spaces
 from optuna_merge.search.samplers import StableCmaEsSampler, population_size
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.study.models import StudyModels
 
 
-def describe_study(
-    config: StudyConfig, models: StudyModels, space: SearchSpace, scorer: Scorer, device: str
-) -> list[str]:
+def describe_study(config: StudyConfig, models: StudyModels, spaces: Spaces, scorer: Scorer, device: str) -> list[str]:
     """One line for each thing that a user should know before the first trial.
 
     Args:
         config: The study file.
         models: Its checkpoints.
-        space: Its search space.
+        spaces: The search space of each of its methods.
         scorer: Its eval tasks.
         device: Where the resident model lives.
     """
     tasks = scorer.describe()
     held_out = sum(task.n_holdout for task in tasks.tasks)
+    space = next(iter(spaces.values()))
+    sizes = " or ".join(f"{size}" for size in sorted({len(one.distributions) for one in spaces.values()}))
     lines = [
-        f"search: {len(space.distributions)} weights of {len(models.refs.sources)} models,"
-        f" {models.refs.n_layers} layers, {config.genome.merge_method}",
+        f"search: {sizes} weights of {len(models.refs.sources)} models, {models.refs.n_layers} layers,"
+        f" {' or '.join(spaces)}",
         f"scoring: {tasks.n_documents} documents in {tasks.n_chunks} chunks, {held_out} held out;"
         f" {models.refs.dtype} on {device}; chat template {tasks.chat_template_reason}",
     ]
+    if len(spaces) > 1:
+        lines.append(f"search: begins with {describe_race(config, spaces, scorer)}")
     if config.search.start == "ascent":
         lines.append(f"search: begins {describe_ascent(config, models, space, scorer.n_chunks)}")
     if warm_start := config.search.warm_start:
@@ -57,6 +60,16 @@ def describe_ascent(config: StudyConfig, models: StudyModels, space: SearchSpace
     if config.search.profile == "tensor":
         moved = f"{AscentSpace(space, models.places, 'tensor').n} weights of single tensors"
     return f"with an ascent, {n_steps} steps along the gradient of {moved}"
+
+
+def describe_race(config: StudyConfig, spaces: Spaces, scorer: Scorer) -> str:
+    """The race of a study's methods, in a sentence.
+
+    Raises:
+        StudyError: If the study has too few trials for it.
+    """
+    documents = [scorer.n_documents_in(chunk) for chunk in range(scorer.n_chunks)]
+    return RaceSchedule.make(spaces, config.study.n_trials, documents, str(config.path)).describe(documents)
 
 
 def _population_line(config: StudyConfig, space: SearchSpace) -> str:

@@ -14,7 +14,7 @@ from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import StudyError
 from optuna_merge.merging.export import export
 from optuna_merge.merging.merger import Merger
-from optuna_merge.search.space import SearchSpace
+from optuna_merge.search.race import make_spaces, space_of
 from optuna_merge.storage import attributes
 from optuna_merge.storage.fingerprint import refuse_differences
 from optuna_merge.storage.trials import best_merge, score_of
@@ -73,9 +73,9 @@ def export_trial(
     """
     trial = _find_trial(study, config, number)
     models = StudyModels.open(config)
-    space = SearchSpace(config, models.refs)
-    refuse_differences(study, merge_fingerprint(config, models, space))
-    recipe = recorded_recipe(trial, space, models, shared_profile(study.get_trials(deepcopy=False)))
+    spaces = make_spaces(config, models.refs)
+    refuse_differences(study, merge_fingerprint(config, models, spaces))
+    recipe = recorded_recipe(trial, space_of(trial, spaces), models, shared_profile(study.get_trials(deepcopy=False)))
     state = trial.state.name.lower()
     score = score_of(trial) if state == "complete" else None
     description = f"study {study.study_name}, trial {trial.number}, "

@@ -11,17 +11,17 @@ from typing import Any
 from optuna_merge.config.search import IsotropicPrior
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.scorer import Scorer
-from optuna_merge.search.space import SearchSpace
+from optuna_merge.search.race import Spaces
 from optuna_merge.storage import attributes
 from optuna_merge.study.judges import make_judge
 from optuna_merge.study.models import StudyModels
 
 
-def study_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpace, scorer: Scorer) -> dict[str, Any]:
+def study_fingerprint(config: StudyConfig, models: StudyModels, spaces: Spaces, scorer: Scorer) -> dict[str, Any]:
     """Readable name to a JSON value, for everything that a resumed study must not change."""
     has_several_objectives = len(config.objectives) > 1
     return {
-        **merge_fingerprint(config, models, space),
+        **merge_fingerprint(config, models, spaces),
         "tasks": [
             f"{task.weight:g} x {task.name} {task.metric}"
             + (f" for {config.objective_of(task)}" if has_several_objectives else "")
@@ -40,12 +40,14 @@ def study_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpa
     }
 
 
-def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpace) -> dict[str, Any]:
+def merge_fingerprint(config: StudyConfig, models: StudyModels, spaces: Spaces) -> dict[str, Any]:
     """The part of a study's fingerprint that decides which merge a trial's parameters stand for."""
     genome, refs, contents = config.genome, models.refs, models.contents
+    labels = next(iter(spaces.values())).labels
+    methods = list(spaces)
     return {
-        "genome.models": list(space.labels),
-        "genome.merge_method": genome.merge_method,
+        "genome.models": list(labels),
+        "genome.merge_method": methods if len(methods) > 1 else methods[0],
         "genome.layer_granularity": genome.layer_granularity,
         "genome.filters": list(genome.filters),
         "genome.normalize": genome.normalize,
@@ -54,14 +56,11 @@ def merge_fingerprint(config: StudyConfig, models: StudyModels, space: SearchSpa
         "genome.tokenizer_source": genome.tokenizer_source,
         "search.embed_group": config.search.embed_group,
         "search constants": {name: r.low for name, r in config.search.ranges.items() if r.is_constant},
-        "search space": {name: [d.low, d.high] for name, d in space.distributions.items()},
+        "search space": {name: [d.low, d.high] for space in spaces.values() for name, d in space.distributions.items()},
         "study.seed": config.study.seed,
         "dtype": refs.dtype,
         "content of base_model": None if refs.base is None else contents[refs.base][:16],
-        **{
-            f"content of {label}": contents[source][:16]
-            for label, source in zip(space.labels, refs.sources, strict=True)
-        },
+        **{f"content of {label}": contents[source][:16] for label, source in zip(labels, refs.sources, strict=True)},
     }
 
 

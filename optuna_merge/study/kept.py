@@ -44,17 +44,19 @@ def matrices_folder(config: StudyConfig) -> Path:
 
 
 def plan_kept(config: StudyConfig, shapes: Iterable[Sequence[int]]) -> KeptPlan | None:
-    """Calculate what a study's method keeps; None if it keeps nothing.
+    """Calculate what a study's methods keep; None if they keep nothing.
 
     Args:
         config: The study file.
         shapes: Shapes of the merged model's tensors.
     """
-    keeps, n_models = config.method.keeps, len(config.sources)
+    n_models = len(config.sources)
+    costs = {"nothing": (0, 0), "a matrix": (1, 1), "a matrix for each model": (n_models, n_models + 2)}
+    found = [costs[method.keeps] for method in config.methods]
+    n_kept, n_decomposed = (sum(part) for part in zip(*found, strict=True))
     matrices = [(max(shape), min(shape)) for shape in shapes if len(shape) == 2 and min(shape) > 0]
-    if keeps == "nothing" or not matrices:
+    if not n_kept or not matrices:
         return None
-    n_kept, n_decomposed = (1, 1) if keeps == "a matrix" else (n_models, n_models + 2)
     n_elements = [n_rows * n_columns for n_rows, n_columns in matrices]
     eigen, product = _seconds_of_a_sample()
     # Eigenvectors of n columns take time in proportion to n^3, products of [m, n] by n columns to m n^2.

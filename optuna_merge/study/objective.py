@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -31,11 +31,12 @@ from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.internals.optuna import known_state, known_trials, trial_id
 from optuna_merge.merging.mergekit import to_mergekit
 from optuna_merge.recipe import Recipe
-from optuna_merge.search.build import first_points, make_pruner, make_sampler
+from optuna_merge.search.build import first_points, make_pruner, make_study_sampler
 from optuna_merge.search.profile import Profile
 from optuna_merge.search.pruner import paired_estimate
-from optuna_merge.search.space import SearchSpace
+from optuna_merge.search.race import Race, RaceSchedule, make_spaces, space_of
 from optuna_merge.storage import attributes
+from optuna_merge.storage.claims import Planned, enqueue
 from optuna_merge.storage.documents import DocumentScores, TrialDocuments
 from optuna_merge.study.ascent import Climber, OnStep
 from optuna_merge.study.description import describe_study
@@ -66,7 +67,8 @@ class MergeObjective:
     Attributes:
         config: The study file, with ``search.start`` settled.
         models: The checkpoints that are merged.
-        space: The search space; ``space.distributions`` are the trial parameters.
+        spaces: The search space of each merge method; the study races them if there are several.
+        space: The search space of the first method; ``space.distributions`` are its trial parameters.
         loader: Merges a recipe into the resident model.
         scorer: The eval tasks, prepared for the resident model.
         directions: ``"maximize"`` for each objective of the study file.
@@ -75,7 +77,8 @@ class MergeObjective:
     def __init__(self, config: StudyConfig, models: StudyModels, loader: RecipeLoader, scorer: Scorer) -> None:
         self.config, self._why_uniform = settle_start(config, scorer)
         self.models = models
-        self.space = SearchSpace(config, models.refs)
+        self.spaces = make_spaces(config, models.refs)
+        self.space = next(iter(self.spaces.values()))
         self.loader = loader
         self.scorer = scorer
         self.directions = [attributes.DIRECTION] * len(config.objectives)
@@ -107,7 +110,7 @@ class MergeObjective:
         """
         check_study_judge(config)
         models = StudyModels.open(config)
-        make_sampler(config, SearchSpace(config, models.refs))  # reports a bad sampler before the slow steps
+        make_study_sampler(config, make_spaces(config, models.refs))  # reports a bad sampler before the slow steps
         loader, scorer = make_loader(config, models)
         return cls(config, models, loader, scorer)
 
@@ -181,7 +184,7 @@ class MergeObjective:
             StudyError: If the study file no longer decodes the trial to the recipe that was scored.
         """
         profile = self._profile if study is None else shared_profile(study.get_trials(deepcopy=False))
-        return recorded_recipe(trial, self.space, self.models, profile)
+        return recorded_recipe(trial, space_of(trial, self.spaces), self.models, profile)
 
     def merge_file(self, trial: FrozenTrial, comment: Sequence[str] = (), study: optuna.Study | None = None) -> str:
         """The mergekit YAML of a trial, with the models as the study file names them.
@@ -200,14 +203,14 @@ class MergeObjective:
             comment=comment,
         )
 
-    def sampler(self, population: int | None = None) -> optuna.samplers.BaseSampler:
+    def sampler(self, population: int | Mapping[str, int] | None = None) -> optuna.samplers.BaseSampler:
         """The sampler that the study file asks for.
 
         Args:
-            population: Trials in a generation of CMA-ES. Default: the study file's, or one that follows from the
-                numbers of weights and workers.
+            population: Trials in a generation of CMA-ES, for each method if there are several. Default: the study
+                file's, or one that follows from the numbers of weights and workers.
         """
-        return make_sampler(self.config, self.space, population)
+        return make_study_sampler(self.config, self.spaces, population)
 
     def pruner(self) -> optuna.pruners.BasePruner:
         """The pruner that the study file asks for.
@@ -221,23 +224,46 @@ class MergeObjective:
         """Enqueue the trials with which a study begins, if it has no trials yet.
 
         These are the ascent, if the study file asks for it, and what the search must beat: uniform merges, each source,
-        the base.
+        the base. Of a race they are one uniform merge, the sources and the base; :meth:`plan` says what follows.
+
+        Raises:
+            StudyError: If the study has too few trials for a race.
         """
         if study.get_trials(deepcopy=False):
             return
         if self.config.search.start == "ascent":
             study.enqueue_trial({}, user_attrs={attributes.ASCENT: True})
+        if len(self.spaces) > 1:
+            enqueue(study, [Race(self.spaces).first(self.schedule())])
         for baseline in self.space.baselines:
-            labels = {attributes.BASELINE: baseline.name, attributes.BASELINE_KIND: baseline.kind}
-            study.enqueue_trial(dict(baseline.params), user_attrs=labels)
+            if len(self.spaces) == 1 or baseline.kind != "uniform":
+                labels = {attributes.BASELINE: baseline.name, attributes.BASELINE_KIND: baseline.kind}
+                study.enqueue_trial(dict(baseline.params), user_attrs=labels)
+
+    def schedule(self) -> RaceSchedule:
+        """The schedule of the race that a new study begins with.
+
+        Raises:
+            StudyError: If the study has too few trials for it.
+        """
+        documents = [self.scorer.n_documents_in(chunk) for chunk in range(self.scorer.n_chunks)]
+        return RaceSchedule.make(self.spaces, self.config.study.n_trials, documents, str(self.config.path))
+
+    def plan(self, trials: Sequence[FrozenTrial]) -> list[Planned] | None:
+        """What a study with these trials does next when none of them waits, see :data:`Plan`.
+
+        ``run_study`` follows it. A loop of your own over a race must do so as well: pass what it returns to
+        ``storage.claims.enqueue`` before each ``study.ask``.
+        """
+        return Race(self.spaces).plan(trials) if len(self.spaces) > 1 else None
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides what a score of this study means; see :func:`study_fingerprint`."""
-        return study_fingerprint(self.config, self.models, self.space, self.scorer)
+        return study_fingerprint(self.config, self.models, self.spaces, self.scorer)
 
     def describe(self) -> list[str]:
         """What is about to be searched and scored, in a few lines."""
-        lines = describe_study(self.config, self.models, self.space, self.scorer, self.loader.device)
+        lines = describe_study(self.config, self.models, self.spaces, self.scorer, self.loader.device)
         return [*lines, f"search: begins at a uniform merge; {self._why_uniform}"] if self._why_uniform else lines
 
     def close(self) -> None:
@@ -255,7 +281,7 @@ class MergeObjective:
             merge_s = self.load(recipe)
             trial.set_user_attr(attributes.MERGE_SECONDS, round(merge_s, 4))
             is_drawn = attributes.BASELINE not in known and attributes.ASCENT not in known
-            is_prunable = is_drawn and len(self.directions) == 1
+            is_prunable = is_drawn and len(self.directions) == 1 and attributes.RACE_CHUNKS not in known
             score = self._score(trial, digest, on_chunk, is_prunable=is_prunable)
         except (NonFiniteMergeError, EngineDiedError) as exc:
             self._loaded = None
@@ -278,6 +304,13 @@ class MergeObjective:
         known = known_state(trial).user_attrs
         if attributes.BASELINE in known:
             return self._baseline_recipe(trial, known[attributes.BASELINE])
+        if len(self.spaces) > 1:
+            if attributes.METHOD not in known:
+                raise StudyError(
+                    f"{self.config.path}: genome.merge_method must be one method in a loop that does not plan a race,"
+                    f" got {', '.join(self.spaces)}; use run-study, or see MergeObjective.plan"
+                )
+            return space_of(known_state(trial), self.spaces).suggest(trial)
         if self.config.search.start == "uniform":
             return self.space.suggest(trial)
         if attributes.ASCENT in known:
@@ -297,9 +330,10 @@ class MergeObjective:
         climber.climb(trial, list(first_points(trial.study, self.config, self.space)), on_step)
 
     def _baseline_recipe(self, trial: optuna.Trial, name: str) -> Recipe:
-        recipe = self.space.baseline_recipe(name)
+        space = space_of(known_state(trial), self.spaces)
+        recipe = space.baseline_recipe(name)
         if trial.user_attrs.get(attributes.BASELINE_KIND) == "uniform":
-            self.space.suggest(trial)  # records the enqueued values as the trial's parameters
+            space.suggest(trial)  # records the enqueued values as the trial's parameters
         return recipe
 
     def _score(self, trial: optuna.Trial, digest: str, on_chunk: Callable[[int], None], *, is_prunable: bool) -> Score:
@@ -308,18 +342,16 @@ class MergeObjective:
         spent_s = known_state(trial).user_attrs.get(attributes.EVALUATION_SECONDS, 0.0)
         scored = self._read_scored(trial, digest, reported)
         results: list[ChunkResult] = []
+        n_chunks = known_state(trial).user_attrs.get(attributes.RACE_CHUNKS, self.scorer.n_chunks)
         with self._documents.begin(trial.number, digest, [line for line, _ in scored.values()]) as documents:
-            for chunk in range(self.scorer.n_chunks):
+            for chunk in range(n_chunks):
                 if chunk in reported and chunk in scored:
                     results.append(scored[chunk][1])
                     continue
                 # also asks what a killed process did not come to ask
                 if is_prunable and results and chunk not in reported and trial.should_prune():
                     self._record_cost(trial, spent_s, results, documents)
-                    estimate = paired_estimate(trial.study, [result.score for result in results])
-                    if estimate is not None:
-                        trial.set_user_attr(attributes.PAIRED_ESTIMATE, estimate)
-                    raise optuna.TrialPruned
+                    self._end_early(trial, results)
                 start = time.perf_counter()
                 result = scored[chunk][1] if chunk in scored else self.scorer.score_chunk(chunk)
                 spent_s += time.perf_counter() - start
@@ -330,7 +362,15 @@ class MergeObjective:
                     self._report(trial, result.score, chunk)
                 on_chunk(len(results))
             self._record_cost(trial, spent_s, results, documents)
+            if n_chunks < self.scorer.n_chunks:
+                self._end_early(trial, results)
         return self.scorer.total(results, stderr=True)
+
+    def _end_early(self, trial: optuna.Trial, results: Sequence[ChunkResult]) -> NoReturn:
+        estimate = paired_estimate(trial.study, [result.score for result in results])
+        if estimate is not None:
+            trial.set_user_attr(attributes.PAIRED_ESTIMATE, estimate)
+        raise optuna.TrialPruned
 
     def _read_scored(
         self, trial: optuna.Trial, digest: str, reported: Mapping[int, float]

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import OptunaMergeError, TrialTakenError
-from optuna_merge.search.samplers import StableCmaEsSampler
+from optuna_merge.search.build import population_of
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
 from optuna_merge.storage.ascent import AscentStep
@@ -132,8 +132,9 @@ def _prepare(study: optuna.Study, config: StudyConfig, objective: MergeObjective
 def _sampler(study: optuna.Study, objective: MergeObjective) -> optuna.samplers.BaseSampler:
     """The sampler, with the population size of the worker that began the study. The caller holds the lock."""
     sampler = objective.sampler(study.user_attrs.get(attributes.POPULATION))
-    if attributes.POPULATION not in study.user_attrs and isinstance(sampler, StableCmaEsSampler):
-        study.set_user_attr(attributes.POPULATION, sampler.population_size)
+    population = population_of(sampler)
+    if attributes.POPULATION not in study.user_attrs and population is not None:
+        study.set_user_attr(attributes.POPULATION, population)
     return sampler
 
 
@@ -143,7 +144,7 @@ def _run_trials(claims: Claims, objective: MergeObjective, watcher: Watcher, dea
         while True:
             if time.monotonic() >= deadline and n_finished(claims.study) < n_trials:
                 return Outcome(n_finished(claims.study), timed_out=True)
-            claim = claims.next(n_trials)
+            claim = claims.next(n_trials, objective.plan)
             if claim is not None:
                 _run_trial(claims, claim, objective, watcher)
                 pause = _FIRST_PAUSE_S
