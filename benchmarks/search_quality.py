@@ -39,6 +39,7 @@ from optuna_merge.evaluation.results import ChunkResult, Score, TaskScore
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import PASSTHROUGH, Recipe
 from optuna_merge.search.space import ModelRefs
+from optuna_merge.storage.claims import enqueue
 from optuna_merge.storage.trials import best_merge, documents_spent, score_or_worst
 from optuna_merge.study.engines import build_scorer, make_engine
 from optuna_merge.study.loaders import LocalLoader
@@ -49,6 +50,8 @@ ROOT = Path(__file__).resolve().parents[1]
 N_MODELS = 3
 PEER = "pycma"
 DEFAULT = "cmaes, wilcoxon"
+METHODS = ("task_arithmetic", "ties", "dare_ties", "della")
+"""The methods of the race; the studies' own is the first."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class Arm:
 
     Attributes:
         settings: Dotted key to value; replaces what the study file says.
-        needs_gradient: Whether it is left out on landscapes without a model.
+        needs_models: Whether it is left out on landscapes without models.
     """
 
     settings: dict[str, Any]
-    needs_gradient: bool = False
+    needs_models: bool = False
 
 
 def _arms() -> dict[str, Arm]:
@@ -72,7 +75,10 @@ def _arms() -> dict[str, Arm]:
             arms[f"{name}, {pruner}"] = Arm({"study.sampler": name, "study.pruner": pruner})
     for profile in ("tensor", "group"):
         settings = {"search.start": "ascent", "search.profile": profile}
-        arms[f"ascent, {profile}"] = Arm(settings, needs_gradient=True)
+        arms[f"ascent, {profile}"] = Arm(settings, needs_models=True)
+    for method in METHODS[1:]:
+        arms[method] = Arm({"genome.merge_method": method}, needs_models=True)
+    arms["race"] = Arm({"genome.merge_method": list(METHODS)}, needs_models=True)
     return arms
 
 
@@ -134,7 +140,7 @@ def main() -> None:
     figures = {}
     for name in names:
         landscape = Quickstart(options.quickstart) if name == "quickstart" else Synthetic(int(name[-2:]))
-        own = [arm for arm in arms if name == "quickstart" or arm == PEER or not ARMS[arm].needs_gradient]
+        own = [arm for arm in arms if name == "quickstart" or arm == PEER or not ARMS[arm].needs_models]
         runs: dict[str, list[Run]] = {arm: [] for arm in own}
         for seed in range(options.seeds):
             for arm in own:
@@ -156,7 +162,7 @@ def quiet() -> None:
 def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
     """Run one study whose budget is the documents of ``merges`` full merges."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = ARMS[arm].settings if arm != PEER else {}
+        settings = {"study.n_trials": merges, **ARMS[arm].settings} if arm != PEER else {}
         objective = landscape.objective(seed, Path(folder), settings)
         budget = merges * objective.scorer.n_documents
         if arm == PEER:
@@ -166,6 +172,9 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
         steps: list[Step] = []
         documents = 0
         while True:
+            trials = study.get_trials(deepcopy=False)
+            if all(trial.state != optuna.trial.TrialState.WAITING for trial in trials):
+                enqueue(study, objective.plan(trials) or [])
             trial = study.ask()
             try:
                 study.tell(trial, objective(trial))

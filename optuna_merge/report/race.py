@@ -104,7 +104,7 @@ def race_picture(trials: Sequence[FrozenTrial], standing: RaceStanding) -> Chart
             entrant = ranking([trial], [row.method], standing.n_chunks, standing.round)[0]
             if entrant.chunks:
                 xs.append(spent)
-                ys.append(max(entrant.score, *ys[-1:]))
+                ys.append(max([entrant.score, *ys[-1:]]))
         if xs:
             role = _ROLES[min(index, len(_ROLES) - 1)]
             series.append(Series(row.method, role, xs, ys, is_line=True, is_step=True))

@@ -100,9 +100,11 @@ class RaceSchedule:
                 " all trials and a quarter of all documents: raise it or name fewer methods"
             )
         most = math.floor(n_trials * min(_SHARE_OF_TRIALS, _SHARE_OF_DOCUMENTS / share))
-        each = (most - n_uniform) // len(rounds)
-        n_draws = tuple(max(_LEAST_DRAWS, each // n_methods) for n_methods in rounds)
-        return cls(tuple(spaces), n_uniform, n_chunks, n_draws)
+        left, n_draws = most - n_uniform, list[int]()
+        for index, n_methods in enumerate(rounds):
+            n_draws.append(max(_LEAST_DRAWS, left // (len(rounds) - index) // n_methods))
+            left -= n_draws[-1] * n_methods
+        return cls(tuple(spaces), n_uniform, n_chunks, tuple(n_draws))
 
     def describe(self, documents: Sequence[int]) -> str:
         """The race in one sentence.

@@ -221,7 +221,7 @@ class MergeObjective:
         return make_pruner(self.config, self.scorer.n_chunks)
 
     def enqueue_baselines(self, study: optuna.Study) -> None:
-        """Enqueue the trials with which a study begins, if it has no trials yet.
+        """Enqueue the trials with which a study begins, if it has none yet, or not all of them.
 
         These are the ascent, if the study file asks for it, and what the search must beat: uniform merges, each source,
         the base. Of a race they are one uniform merge, the sources and the base; :meth:`plan` says what follows.
@@ -229,16 +229,23 @@ class MergeObjective:
         Raises:
             StudyError: If the study has too few trials for a race.
         """
-        if study.get_trials(deepcopy=False):
+        trials = study.get_trials(deepcopy=False)
+        if not all(
+            attributes.BASELINE in trial.user_attrs or attributes.ASCENT in trial.user_attrs for trial in trials
+        ):
             return
-        if self.config.search.start == "ascent":
-            study.enqueue_trial({}, user_attrs={attributes.ASCENT: True})
+        enqueue(study, self._first_trials()[len(trials) :])  # all, unless a process died while it enqueued them
+
+    def _first_trials(self) -> list[Planned]:
+        first = [Planned({}, {attributes.ASCENT: True})] if self.config.search.start == "ascent" else []
+        baselines = self.space.baselines
         if len(self.spaces) > 1:
-            enqueue(study, [Race(self.spaces).first(self.schedule())])
-        for baseline in self.space.baselines:
-            if len(self.spaces) == 1 or baseline.kind != "uniform":
-                labels = {attributes.BASELINE: baseline.name, attributes.BASELINE_KIND: baseline.kind}
-                study.enqueue_trial(dict(baseline.params), user_attrs=labels)
+            first = [Race(self.spaces).first(self.schedule())]
+            baselines = tuple(baseline for baseline in baselines if baseline.kind != "uniform")
+        return first + [
+            Planned(one.params, {attributes.BASELINE: one.name, attributes.BASELINE_KIND: one.kind})
+            for one in baselines
+        ]
 
     def schedule(self) -> RaceSchedule:
         """The schedule of the race that a new study begins with.
