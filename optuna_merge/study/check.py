@@ -108,7 +108,8 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     tasks = scorer.describe()
     spaces = make_spaces(config, models.refs)
     space = next(iter(spaces.values()))
-    counts = {**_describe_space(config, models, spaces, scorer), "why_uniform": why_uniform or None}
+    counts = _describe_space(config, models, spaces, scorer)
+    counts["why_uniform"] = why_uniform if why_uniform and len(spaces) == 1 else None
     memory = plan_memory(config, models, engine, card, tasks)
     memory.check(tasks.longest + 1)
     device = config.engine.device

@@ -271,7 +271,9 @@ class MergeObjective:
     def describe(self) -> list[str]:
         """What is about to be searched and scored, in a few lines."""
         lines = describe_study(self.config, self.models, self.spaces, self.scorer, self.loader.device)
-        return [*lines, f"search: begins at a uniform merge; {self._why_uniform}"] if self._why_uniform else lines
+        if self._why_uniform and len(self.spaces) == 1:
+            lines.append(f"search: begins at a uniform merge; {self._why_uniform}")
+        return lines
 
     def close(self) -> None:
         """Free the device's memory."""
