@@ -55,6 +55,7 @@ class TensorFiles:
         self.files = tuple(files)
         self._stamps = {file: _stamp(file) for file in self.files}
         self._home: dict[str, Any] = {}  # name -> the open file that holds it
+        self._maps: dict[str, Tensor] = {}
         for file in self.files:
             handle = _open(file)
             self._home.update(dict.fromkeys(handle.offset_keys(), handle))
@@ -83,9 +84,10 @@ class TensorFiles:
 
     def get(self, name: str) -> Tensor:
         """A tensor as a live map of the file; it costs no memory of its own and must never be written to."""
-        self._slice(name)
-        tensor: Tensor = self._home[name].get_tensor(name)
-        return tensor
+        if name not in self._maps:
+            self._slice(name)
+            self._maps[name] = self._home[name].get_tensor(name)
+        return self._maps[name]
 
     def prefetch(self, name: str) -> None:
         """Ask the operating system to read a tensor ahead, and return at once."""

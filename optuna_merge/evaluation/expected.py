@@ -83,6 +83,7 @@ class ExpectedChunk:
         engine: DifferentiableEngine,
         terms: Sequence[Term],
         parts: Sequence[tuple[Leaf, list[int]]],
+        prepared: Prepared,
         *,
         uses_chat_template: bool,
     ) -> None:
@@ -92,6 +93,7 @@ class ExpectedChunk:
             engine: Answers and differentiates.
             terms: What is scored.
             parts: Each leaf that has documents here, and their numbers.
+            prepared: The requests of these documents, as they are prepared for scoring.
             uses_chat_template: Whether prompts were rendered with the chat template.
 
         Raises:
@@ -118,8 +120,13 @@ class ExpectedChunk:
         targets = Targets(engine.eot_text, uses_chat_template, len(requests))
         with quietly():
             self.goal = ExpectedScore(list(_parts(terms, parts, targets, numbers)))
-        self._prepared: Prepared = engine.prepare([*requests, *targets.requests])
+        is_same = not targets.requests and not self._generated and prepared.n_requests == len(requests)
+        self._prepared: Prepared = prepared if is_same else engine.prepare([*requests, *targets.requests])
         self._prepared_texts: Prepared | None = None
+
+    def value(self) -> float:
+        """The expected score of the weights that the engine holds, without its gradient."""
+        return self.goal.value(_log_likelihoods(self._engine.respond(self._prepared)))
 
     def differentiate(self, sink: Sink, *, generate: bool) -> tuple[Array, Documents | None]:
         """Differentiate the expected score by the weights that the engine holds.
@@ -133,7 +140,7 @@ class ExpectedChunk:
             texts were needed for them and not generated.
         """
         responses = self._engine.respond_with_gradient(self._prepared, self.goal, sink)
-        log_likelihoods = np.array([r[0] if isinstance(r, tuple) else r for r in responses], dtype=np.float64)
+        log_likelihoods = _log_likelihoods(responses)
         if self._generated and not generate:
             return log_likelihoods, None
         return log_likelihoods, self._documents(responses, self._texts())
@@ -151,6 +158,10 @@ class ExpectedChunk:
 
         with quietly():
             return {leaf.name: leaf.score(doc_ids, iter(found(leaf))) for leaf, doc_ids in self._parts}
+
+
+def _log_likelihoods(responses: Sequence[Response]) -> Array:
+    return np.array([r[0] if isinstance(r, tuple) else r for r in responses], dtype=np.float64)
 
 
 def has_stand_in(term: Term, eos: str, uses_chat_template: bool) -> bool:

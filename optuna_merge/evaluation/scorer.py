@@ -192,6 +192,24 @@ class Scorer:
         Raises:
             TaskError, EngineError: As :meth:`score_chunk`, and if the engine cannot differentiate.
         """
+        expected = self._expected_chunk(chunk)
+        log_likelihoods, documents = expected.differentiate(sink, generate=generate)
+        tasks = expected.goal.tasks(log_likelihoods)
+        value = expected.goal.value(log_likelihoods)
+        return Expectation(value, tasks, None if documents is None else self._result(chunk, documents))
+
+    def expected_score(self, chunk: int) -> float:
+        """The expected score of one chunk by itself, which costs a third of :meth:`differentiate_chunk`.
+
+        Args:
+            chunk: As in :meth:`score_chunk`.
+
+        Raises:
+            TaskError, EngineError: As :meth:`differentiate_chunk`.
+        """
+        return self._expected_chunk(chunk).value()
+
+    def _expected_chunk(self, chunk: int) -> ExpectedChunk:
         if chunk not in self._expected:
             if not self._differentiates:
                 raise EngineError("engine: must differentiate, but this one does not; use engine.backend: transformers")
@@ -199,13 +217,10 @@ class Scorer:
                 cast("DifferentiableEngine", self._engine),
                 self._terms,
                 self._chunks[chunk].parts,
+                self._chunks[chunk].prepared,
                 uses_chat_template=self._chat_template,
             )
-        expected = self._expected[chunk]
-        log_likelihoods, documents = expected.differentiate(sink, generate=generate)
-        tasks = expected.goal.tasks(log_likelihoods)
-        value = expected.goal.value(log_likelihoods)
-        return Expectation(value, tasks, None if documents is None else self._result(chunk, documents))
+        return self._expected[chunk]
 
     def score_all(self, *, stderr: bool = False) -> Score:
         """Score the weights that the engine holds on every searched document."""

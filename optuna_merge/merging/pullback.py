@@ -1,7 +1,8 @@
 """From the gradient of a scalar by each merged tensor to its derivative by each number of the recipe.
 
-Knows recipes and the merge; knows nothing of what the scalar is, of how its gradient is made, and of trials. Reads the
-models in the order in which gradients arrive, each byte once, and holds a few float32 pieces of bounded size.
+Knows recipes and the merge; knows nothing of what the scalar is, of how its gradient is made, and of trials. Gradients
+that come again and again are added up as far as a bounded memory goes, so that the models are read once; those of large
+tensors are multiplied with the models at once. The arithmetic holds a few float32 pieces of bounded size.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from optuna_merge.duals import dual
 from optuna_merge.errors import MergeError
 from optuna_merge.merging.merger import Merger
 from optuna_merge.merging.plan import MergePlan, MergeStep, Numbers
-from optuna_merge.merging.sizes import SLOPE_ELEMENTS
+from optuna_merge.merging.sizes import HELD_BYTES, SLOPE_ELEMENTS
 from optuna_merge.methods import MethodParameter
 from optuna_merge.methods.slope import Slope
 from optuna_merge.recipe import Recipe, RecipeNumber
@@ -73,6 +74,8 @@ class Pullback:
             applied = method.parameters_for(has_base=plan.base is not None)
             self._smooth = tuple(parameter for parameter in applied if parameter.is_smooth)
         self._slopes: dict[str, list[Slope]] = {}
+        self._held: dict[str, Tensor] = {}
+        self._n_free = HELD_BYTES
         self._last: str | None = None
 
     def add(self, name: str, gradient: Tensor) -> None:
@@ -80,11 +83,11 @@ class Pullback:
 
         Args:
             name: The tensor's name in the stream of :meth:`.merger.Merger.merge`.
-            gradient: Of the tensor's shape, of any floating dtype, on any device; not needed after the call.
+            gradient: Of the tensor's shape, of any floating dtype, on any device; it is handed over, nobody else may
+                use it after the call.
 
         Raises:
-            MergeError: If there is no such tensor, it has another shape, the method fails, or it cannot be
-                differentiated by a parameter that it declares smooth.
+            MergeError: If there is no such tensor, or it has another shape; and as :meth:`result`.
         """
         step = self._steps.get(name)
         if step is None:
@@ -94,19 +97,24 @@ class Pullback:
             raise MergeError(f"{name}: gradient must have shape {list(shape)}, got {list(gradient.shape)}")
         if step.numbers is None or not self._smooth or not gradient.numel():
             return
-        numbers = self._dual(step.numbers)
-        tensors = self._merger.take(self._plan, name)
-        if (following := self._expected_after(name)) is not None:
-            self._merger.begin(self._plan, following)
-        slope = self._merger.fitting(name, lambda: self._slope(name, gradient, numbers, tensors))
-        self._slopes.setdefault(name, []).append(slope)
+        if name in self._held:
+            self._held[name] += gradient
+        elif (n_bytes := 4 * gradient.numel()) <= self._n_free:
+            self._n_free -= n_bytes
+            self._held[name] = gradient.detach().float()
+        else:
+            self._pull(name, step.numbers, gradient)
 
     def result(self) -> MergeGradient:
         """The derivatives by everything that was given; waits for the device.
 
         Raises:
+            MergeError: If the method fails, or cannot be differentiated by a parameter that it declares smooth.
             CheckpointError: If a file of weights was overwritten since it was opened.
         """
+        for name, step in self._steps.items():
+            if name in self._held and step.numbers is not None:
+                self._pull(name, step.numbers, self._held.pop(name))
         self._merger.end(self._plan)
         recipe, stack = self._plan.recipe, self._plan.template.layer_stack
         tensors: dict[str, dict[TensorNumber, float]] = {}
@@ -125,6 +133,15 @@ class Pullback:
                 number = RecipeNumber(group, part, parameter, model)
                 numbers[number] = numbers.get(number, 0.0) + value
         return MergeGradient(recipe, tensors, numbers)
+
+    def _pull(self, name: str, numbers: Numbers, gradient: Tensor) -> None:
+        """Multiply a gradient with the models."""
+        own = self._dual(numbers)
+        tensors = self._merger.take(self._plan, name)
+        if (following := self._expected_after(name)) is not None:
+            self._merger.begin(self._plan, following)
+        slope = self._merger.fitting(name, lambda: self._slope(name, gradient, own, tensors))
+        self._slopes.setdefault(name, []).append(slope)
 
     def _zeros(self) -> dict[TensorNumber, float]:
         """0 for each number of a tensor, also of a base among the models, whose numbers have no influence."""

@@ -119,6 +119,32 @@ class _Combination:
             total = total * scale
         return base + total
 
+    def derivatives(
+        self,
+        stored: tuple[Tensor, ...],
+        extras: tuple[Tensor, ...],
+        floats: Tensor,
+        integers: Tensor,
+        gradient: Tensor,
+    ) -> Tensor | None:
+        """Of a weighted sum, from the product of each sparse task vector with the gradient; see ``Differentiated``."""
+        if self.combine is not _added or self.select is not None or self.n_floats != 1:
+            return None
+        base, *models = stored
+        base = base.float()
+        n = len(models)
+        products = []
+        for index, model in enumerate(models):
+            own_integers = integers[index * self.n_integers : (index + 1) * self.n_integers]
+            sparse = self.thinning(model.float() - base, floats[:0], own_integers, extras[index] if extras else None)
+            products.append(torch.dot(sparse, gradient))
+        found = torch.stack(products).double()
+        wide = floats.double()
+        divisor, scale, weights, factors = wide[:1], wide[1:2], wide[2 : 2 + n], wide[2 + n :]
+        total = (weights * factors * found).sum(0, keepdim=True) / divisor
+        found = found * scale / divisor
+        return torch.cat([-total * scale / divisor, total, found * factors, found * weights])
+
 
 def _write(
     inputs: MergeInput,

@@ -44,13 +44,11 @@ class Slope:
         value: The expected score.
         gradient: Its derivatives by the coordinates of the ascent, ``[n]``.
         n_documents: How many documents.
-        seconds: Time that it took, with the merge.
     """
 
     value: float
     gradient: Array
     n_documents: int
-    seconds: float
 
 
 class Climber:
@@ -108,27 +106,26 @@ class Climber:
     def _climb(
         self, trial: optuna.Trial, starts: Sequence[dict[str, float]], steps: list[AscentStep], on_step: OnStep
     ) -> AscentEnd:
-        others, points = starts[0], [self._coordinates.point(start) for start in starts]
-        state, slope, spent = read_state(trial), None, []
-        if state is None:
-            spent = [self._slope(point, others, self._schedule.batches[0]) for point in points]
-            best = int(np.argmax([found.value for found in spent]))
-            point, slope = points[best], spent.pop(best)
-        else:
-            point = points[0]
+        others = starts[0]
+        state, begun, n_tried = read_state(trial), time.perf_counter(), 0
+        first = starts[0]
+        if state is None and len(starts) > 1:
+            values = [self._expected(start, self._schedule.batches[0]) for start in starts]
+            first, n_tried = starts[int(np.argmax(values))], len(starts)
+        point = self._coordinates.point(first)
         own = self._coordinates
         ascent = Ascent(point, own.low, own.high, own.scale, self._schedule.n_steps)
         if state is not None:
             ascent.resume(state)
         while True:
-            slope = slope or self._slope(ascent.point, others, self._schedule.batches[ascent.n_done])
+            slope = self._slope(ascent.point, others, self._schedule.batches[ascent.n_done])
             ascent.step(slope.gradient)
             reached = ascent.end() if ascent.is_done else ascent.point
             params, profile = own.split(reached, others)
             step = AscentStep(
                 expected=slope.value,
-                n_documents=sum(found.n_documents for found in [*spent, slope]),
-                seconds=round(math.fsum(found.seconds for found in [*spent, slope]), _DIGITS),
+                n_documents=slope.n_documents * (1 + n_tried),
+                seconds=round(time.perf_counter() - begun, _DIGITS),
                 params={name: round(value, _DIGITS) for name, value in params.items()},
                 slope={name: round(value, _DIGITS) for name, value in own.slope(slope.gradient).items()},
             )
@@ -138,11 +135,15 @@ class Climber:
             on_step(step, ascent.n_done, self._schedule.n_steps)
             if end is not None:
                 return end
-            slope, spent = None, []
+            begun, n_tried = time.perf_counter(), 0
+
+    def _expected(self, start: dict[str, float], chunks: Sequence[int]) -> float:
+        """The expected score of a start on some chunks."""
+        self._load(self._space.decode(start))
+        return math.fsum(self._scorer.expected_score(chunk) for chunk in chunks)
 
     def _slope(self, point: Array, others: dict[str, float], chunks: Sequence[int]) -> Slope:
         """The slope at a point, on the documents of some chunks."""
-        begun = time.perf_counter()
         params, profile = self._coordinates.split(point, others)
         recipe = self._space.decode(params, profile)
         self._load(recipe)
@@ -165,4 +166,4 @@ class Climber:
                 " use engine.dtype: bfloat16 or float32, or search.start: uniform"
             )
         n_documents = sum(self._scorer.n_documents_in(chunk) for chunk in chunks)
-        return Slope(value, gradient, n_documents, time.perf_counter() - begun)
+        return Slope(value, gradient, n_documents)

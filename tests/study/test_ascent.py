@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -63,9 +64,9 @@ def test_a_study_begins_with_the_ascent_and_goes_on_from_its_end(objective: Merg
     assert end.params == first.params
     assert steps[-1].params == pytest.approx(first.params, abs=1e-4)
     assert all(step.slope.keys() == first.params.keys() for step in steps)
-    # three passes, and on the first documents two more starts
+    # three passes, and on the first documents three starts
     half = objective.scorer.n_documents // 2
-    assert first.user_attrs[attributes.ASCENT_DOCUMENTS] == (N_STEPS + 2) * half
+    assert first.user_attrs[attributes.ASCENT_DOCUMENTS] == (N_STEPS + 3) * half
     assert first.user_attrs[attributes.ASCENT_SECONDS] == pytest.approx(sum(step.seconds for step in steps), abs=1e-3)
     # the expected score has risen on all documents
     profile = Profile.from_json(end.profile)
@@ -135,24 +136,25 @@ class Killed(Watcher):
 def test_a_study_that_is_killed_again_and_again_is_the_same(
     objective: MergeObjective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    differentiate = objective.scorer.differentiate_chunk
+    passes = {name: getattr(objective.scorer, name) for name in ("differentiate_chunk", "expected_score")}
 
-    def run(watcher: Watcher | None = None, n_gradients: int = -1) -> Outcome:
-        left = itertools.count(n_gradients, -1)
+    def run(watcher: Watcher | None = None, n_passes: int = -1) -> Outcome:
+        left = itertools.count(n_passes, -1)
 
-        def counted(*args: Any, **options: Any) -> Any:
-            found = differentiate(*args, **options)
+        def counted(name: str, *args: Any, **options: Any) -> Any:
+            found = passes[name](*args, **options)
             if next(left) == 0:
                 os._exit(9)  # after the pass, before its step is recorded
             return found
 
-        monkeypatch.setattr(objective.scorer, "differentiate_chunk", counted)
+        for name in passes:
+            monkeypatch.setattr(objective.scorer, name, functools.partial(counted, name))
         return run_study(objective.config, objective, watcher)
 
     kills: list[Callable[[], Any]] = [
-        lambda: run(n_gradients=1),  # while it compares starts
+        lambda: run(n_passes=1),  # while it compares starts
         lambda: run(Killed("step", 1)),
-        lambda: run(n_gradients=1),
+        lambda: run(n_passes=1),
         lambda: run(Killed("step", 2)),
         lambda: run(Killed("step", 2)),  # the last step
         lambda: run(Killed("chunk", 1)),  # while its end is scored

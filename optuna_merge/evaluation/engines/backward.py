@@ -32,6 +32,41 @@ from optuna_merge.evaluation.engines.hf_weights import ResidentModel
 from optuna_merge.evaluation.engines.language import Encoded
 
 
+class Planned:
+    """Rows that are computed together; laid out as a forward pass when they are first needed, and kept."""
+
+    def __init__(self, rows: Sequence[Row], encoded: Encoded, device: torch.device) -> None:
+        """Remember what to lay out.
+
+        Args:
+            rows: At least one.
+            encoded: The requests.
+            device: Where the tensors go.
+        """
+        self.rows = rows
+        self._encoded = encoded
+        self._device = device
+
+    @functools.cached_property
+    def batch(self) -> Batch:
+        """The inputs of the forward pass."""
+        return Batch.of_rows(self.rows, self._encoded.items, self._device)
+
+    @property
+    def n_padded(self) -> int:
+        """Tokens, padding included."""
+        return len(self.rows) * max(map(len, self.rows))
+
+    def parts(self, limit: int | None) -> list[Planned]:
+        """The same rows in parts of at most ``limit`` tokens, padding included, or of one row; None: in one."""
+        if limit is None or len(self.rows) == 1 or self.n_padded <= limit:
+            return [self]
+        by_length = sorted(self.rows, key=len, reverse=True)
+        middle = (len(by_length) + 1) // 2
+        halves = (Planned(rows, self._encoded, self._device) for rows in (by_length[:middle], by_length[middle:]))
+        return [part for half in halves for part in half.parts(limit)]
+
+
 class Backward:
     """Backward passes of one model.
 
@@ -54,9 +89,7 @@ class Backward:
         self.recomputes = False
         self.n_most_tokens: int | None = None
 
-    def run(
-        self, encoded: Encoded, batches: Sequence[Sequence[Row]], goal: Goal, sink: Sink
-    ) -> list[tuple[float, bool]]:
+    def run(self, encoded: Encoded, batches: Sequence[Planned], goal: Goal, sink: Sink) -> list[tuple[float, bool]]:
         """Score items and differentiate; see ``DifferentiableEngine.respond_with_gradient``.
 
         Args:
@@ -69,16 +102,16 @@ class Backward:
             The log-probability of each item, and whether greedy decoding would give it.
         """
         run = _Run(self, encoded, goal, sink)
-        for rows in _torn(batches, encoded, goal):
-            run.score(rows)
+        for planned in _torn(batches, encoded, goal):
+            run.score(planned)
         with run.hooked(self._weights):
-            for rows in batches:
-                run.differentiate(rows)
+            for planned in batches:
+                run.differentiate(planned)
         return run.answers
 
-    def batch(self, rows: Sequence[Row], encoded: Encoded) -> Batch:
-        """Lay out rows as one forward pass."""
-        return Batch.of_rows(rows, encoded.items, self._device)
+    def plan(self, encoded: Encoded, batches: Sequence[Sequence[Row]]) -> list[Planned]:
+        """What :meth:`run` takes; to be kept for the next run on the same requests."""
+        return [Planned(rows, encoded, self._device) for rows in batches]
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of a batch, with a graph that leads back to the parameters."""
@@ -90,7 +123,7 @@ class Backward:
         with torch.no_grad():
             return batch.answers(*self._forward.score(batch))
 
-    def save_memory(self, rows: Sequence[Row], exc: Exception) -> None:
+    def save_memory(self, planned: Planned, exc: Exception) -> None:
         """Need less memory from now on, after a batch did not fit.
 
         Raises:
@@ -98,13 +131,13 @@ class Backward:
         """
         if not self.recomputes:
             self.recomputes = True
-        elif len(rows) == 1:
+        elif len(planned.rows) == 1:
             raise EngineError(
-                f"engine: the gradient of a sequence of {len(rows[0])} tokens does not fit into the memory of"
+                f"engine: the gradient of a sequence of {planned.n_padded} tokens does not fit into the memory of"
                 f" {self._device}; use shorter prompts, a smaller dtype or a larger device"
             ) from exc
         else:
-            self.n_most_tokens = _n_padded(rows) // 2
+            self.n_most_tokens = planned.n_padded // 2
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -127,11 +160,11 @@ class _Run:
             self._request_of[items] = request
         self.answers: list[tuple[float, bool]] = [(0.0, False)] * len(encoded.items)
 
-    def score(self, rows: Sequence[Row]) -> None:
+    def score(self, planned: Planned) -> None:
         """Learn the log-likelihoods of a batch."""
-        for part in self._parts(rows):
+        for part in planned.parts(self._backward.n_most_tokens):
             try:
-                self._learn(self._backward.score(self._backward.batch(part, self._encoded)))
+                self._learn(self._backward.score(part.batch))
             except (MemoryError, RuntimeError) as exc:
                 if not is_out_of_memory(exc):
                     raise
@@ -140,20 +173,20 @@ class _Run:
                 continue
             self.score(part)
 
-    def differentiate(self, rows: Sequence[Row], came: frozenset[str] = frozenset()) -> None:
+    def differentiate(self, planned: Planned, came: frozenset[str] = frozenset()) -> None:
         """Take a batch back.
 
         Args:
-            rows: The batch.
+            planned: The batch.
             came: Tensors whose gradients have come for it, before memory ran out on the way back.
         """
-        parts = self._parts(rows)
+        parts = planned.parts(self._backward.n_most_tokens)
         if len(parts) > 1:
-            self.score(rows)  # a document's requests may be in different parts
+            self.score(planned)  # a document's requests may be in different parts
         for part in parts:
             self._came = set(came)
             try:
-                self._take_back(part)
+                self._take_back(part.batch)
             except (MemoryError, RuntimeError) as exc:
                 if self._fault is not None or not is_out_of_memory(exc):
                     raise
@@ -180,8 +213,7 @@ class _Run:
                 parameter.grad = None
                 parameter.requires_grad_(False)
 
-    def _take_back(self, rows: Sequence[Row]) -> None:
-        batch = self._backward.batch(rows, self._encoded)
+    def _take_back(self, batch: Batch) -> None:
         logits = self._backward.logits(batch)
         self._learn(batch.answers(*batch.read(logits.detach())))
         slopes = self._slopes(batch)
@@ -215,18 +247,11 @@ class _Run:
         slopes = self._goal.gradient(of_requests)[self._request_of[batch.items]]
         return np.repeat(slopes, np.diff([*batch.starts, len(batch.wanted)]))
 
-    def _parts(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        limit = self._backward.n_most_tokens
-        if limit is None or len(rows) == 1 or _n_padded(rows) <= limit:
-            return [rows]
-        by_length = sorted(rows, key=len, reverse=True)
-        middle = (len(rows) + 1) // 2
-        return [*self._parts(by_length[:middle]), *self._parts(by_length[middle:])]
 
-
-def _torn(batches: Sequence[Sequence[Row]], encoded: Encoded, goal: Goal) -> list[Sequence[Row]]:
+def _torn(batches: Sequence[Planned], encoded: Encoded, goal: Goal) -> list[Planned]:
     """Batches that hold a part of a group: their log-likelihoods must be known before any of them is taken back."""
-    batch_of = {item: number for number, rows in enumerate(batches) for row in rows for item, _ in row.scored}
+    rows_of = [(number, row) for number, planned in enumerate(batches) for row in planned.rows]
+    batch_of = {item: number for number, row in rows_of for item, _ in row.scored}
     batches_of = {request: {batch_of[item] for item in items} for request, items, _ in encoded.scored}
     torn: set[int] = set()
     for group in goal.together:
@@ -264,7 +289,3 @@ def _recomputing(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _n_padded(rows: Sequence[Row]) -> int:
-    return len(rows) * max(map(len, rows))

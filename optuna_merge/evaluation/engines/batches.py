@@ -206,7 +206,8 @@ class _Batch:
         return True
 
     def _with_room(self, part: Row) -> int | None:
-        return next((i for i, row in enumerate(self.rows) if _fits_behind(row, part, self._length)), None)
+        length = self._length
+        return next((i for i, row in enumerate(self.rows) if _fits_behind(row, part, length)), None)
 
 
 def _fits_behind(row: Row, part: Row, length: int) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from optuna_merge.errors import EngineError, is_out_of_memory
 from optuna_merge.evaluation.engine import Goal, Prepared, Request, Response, Sink
-from optuna_merge.evaluation.engines.backward import Backward
+from optuna_merge.evaluation.engines.backward import Backward, Planned
 from optuna_merge.evaluation.engines.batches import PASS_TOKENS, Item, Row, make_batches, make_rows, one_by_one
 from optuna_merge.evaluation.engines.beginnings import NO_BEGINNINGS, Beginnings, choose_beginnings
 from optuna_merge.evaluation.engines.forward import Batch, Forward, attempt
@@ -67,6 +67,7 @@ class HFPrepared:
     text_cost: float
     generation: tuple[tuple[int, Beginnings], Generation]
     plan: tuple[Any, list[Batch]] | None = field(default=None, repr=False)
+    whole_plan: tuple[Any, list[Planned]] | None = field(default=None, repr=False)
 
     @property
     def n_requests(self) -> int:
@@ -260,8 +261,11 @@ class HFEngine:
                 self._find_out_if_causal(encoded.items[0].context)
             if self._shares is None:
                 self._shares = self._try_sharing(encoded.items)
-        batches = self._cut(encoded.items, self._shares is not False, whole=True)
-        return encoded.responses(self._backward.run(encoded, batches, goal, sink), [])
+        key = self._plan_key()
+        if prepared.whole_plan is None or prepared.whole_plan[0] != key:
+            rows = self._cut(encoded.items, self._shares is not False, whole=True)
+            prepared.whole_plan = key, self._backward.plan(encoded, rows)
+        return encoded.responses(self._backward.run(encoded, prepared.whole_plan[1], goal, sink), [])
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -304,11 +308,13 @@ class HFEngine:
             prepared.generation = key, self._generator.plan(prepared.encoded.generated, self.batch_tokens)
         return prepared.generation[1]
 
+    def _plan_key(self) -> tuple[Any, ...]:
+        return self._shares is not False, self._is_causal, self.batch_tokens, self._prefixes.beginnings
+
     def _batches(self, prepared: HFPrepared) -> list[Batch]:
-        share = self._shares is not False
-        key = (share, self._is_causal, self.batch_tokens, self._prefixes.beginnings)
+        key = self._plan_key()
         if prepared.plan is None or prepared.plan[0] != key:
-            prepared.plan = key, self._planned(prepared.encoded.items, share)
+            prepared.plan = key, self._planned(prepared.encoded.items, self._shares is not False)
         return prepared.plan[1]
 
     def _planned(self, items: Sequence[Item], share: bool) -> list[Batch]:
