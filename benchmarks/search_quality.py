@@ -9,6 +9,8 @@ of the merge that the search would hand over: on the quickstart over all documen
 synthetic landscapes over a population that no search sees.
 
 ``quickstart``: real merges of its models; left out unless ``make quickstart-models`` has made them.
+``quickstart-60``, ``quickstart-20``: the same with 60 and 20 searched documents a task, and all others held out; only
+on demand. An arm that begins with an ascent also shows its price, in full evaluations, and the score at its end.
 ``synthetic-12``, ``synthetic-48``: three sources of 4 and 16 layers, with one weight for each source and layer.
 Whether a document is passed depends on its difficulty, on how near the weights are to what its task wants (its own
 source near 1 and the others near 0, to a degree that varies by layer), and on a random direction in weight space.
@@ -52,6 +54,9 @@ PEER = "pycma"
 DEFAULT = "cmaes, wilcoxon"
 METHODS = ("task_arithmetic", "ties", "dare_ties", "della")
 """The methods of the race; the studies' own is the first."""
+KINDS = ("searched", "true", "held_out")
+QUICKSTARTS = {"quickstart": 200, "quickstart-60": 60, "quickstart-20": 20}
+"""Landscape to the searched documents of each task."""
 
 
 @dataclass(frozen=True)
@@ -92,32 +97,40 @@ class Landscape(Protocol):
         """The objective of one study on this landscape."""
         ...
 
-    def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
-        """The true score of a merge."""
+    def truth(self, objective: MergeObjective, recipe: Recipe) -> tuple[float, float]:
+        """The true score of a merge, and its score on documents that no search sees."""
         ...
 
 
 @dataclass(frozen=True)
 class Step:
-    """A new best merge of a search: documents scored so far, its score on the searched ones, its true score."""
+    """A new best merge of a search: documents scored so far, its score on the searched ones, true and held out."""
 
     documents: int
     searched: float
     true: float
+    held_out: float
 
 
 @dataclass(frozen=True)
 class Run:
-    """One search: its successive best merges, at least one, and how many documents it was allowed to score."""
+    """One search.
+
+    Attributes:
+        steps: Its successive best merges, at least one.
+        budget: How many documents it was allowed to score.
+        price: Of the ascent that it began with, without scoring its end, in full evaluations; None without one.
+    """
 
     steps: list[Step]
     budget: int
+    price: float | None = None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quickstart", type=Path, default=ROOT / "studies" / "quickstart_models", metavar="DIR")
-    parser.add_argument("--landscape", action="append", choices=["quickstart", "synthetic-12", "synthetic-48"])
+    parser.add_argument("--landscape", action="append", choices=[*QUICKSTARTS, "synthetic-12", "synthetic-48"])
     parser.add_argument("--seeds", type=int, default=10, metavar="N")
     parser.add_argument("--merges", type=int, default=100, metavar="N", help="merges of pycma; sets the budget of all")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, PEER], metavar="NAME", help=", ".join([*ARMS, PEER]))
@@ -131,16 +144,19 @@ def main() -> None:
         arms = [arm for arm in arms if not arm.startswith("gp")]
     if options.seeds < 2:
         parser.error(f"--seeds must be at least 2, got {options.seeds}")
-    if "quickstart" in names and not (options.quickstart / "base" / "config.json").is_file():
+    if QUICKSTARTS.keys() & set(names) and not (options.quickstart / "base" / "config.json").is_file():
         if options.landscape:
             parser.error(f"{options.quickstart} must hold the quickstart's models; run make quickstart-models")
         print("quickstart: left out, because its models have not been made", file=sys.stderr)
-        names.remove("quickstart")
+        names = [name for name in names if name not in QUICKSTARTS]
     quiet()
     figures = {}
     for name in names:
-        landscape = Quickstart(options.quickstart) if name == "quickstart" else Synthetic(int(name[-2:]))
-        own = [arm for arm in arms if name == "quickstart" or arm == PEER or not ARMS[arm].needs_models]
+        is_real = name in QUICKSTARTS
+        landscape: Landscape = (
+            Quickstart(options.quickstart, QUICKSTARTS[name]) if is_real else Synthetic(int(name[-2:]))
+        )
+        own = [arm for arm in arms if is_real or arm == PEER or not ARMS[arm].needs_models]
         runs: dict[str, list[Run]] = {arm: [] for arm in own}
         for seed in range(options.seeds):
             for arm in own:
@@ -162,7 +178,7 @@ def quiet() -> None:
 def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
     """Run one study whose budget is the documents of ``merges`` full merges."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"study.n_trials": merges, **ARMS[arm].settings} if arm != PEER else {}
+        settings = {"study.n_trials": merges, "search.start": "uniform", **ARMS[arm].settings} if arm != PEER else {}
         objective = landscape.objective(seed, Path(folder), settings)
         budget = merges * objective.scorer.n_documents
         if arm == PEER:
@@ -171,6 +187,7 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
         objective.enqueue_baselines(study)
         steps: list[Step] = []
         documents = 0
+        price = None
         while True:
             trials = study.get_trials(deepcopy=False)
             if all(trial.state != optuna.trial.TrialState.WAITING for trial in trials):
@@ -181,12 +198,14 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
             except optuna.TrialPruned:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             documents += round(documents_spent(study.get_trials(deepcopy=False)[trial.number]))
+            if trial.number == 0 and objective.config.search.start == "ascent":
+                price = documents / objective.scorer.n_documents - 1
             if documents > budget:
-                return Run(steps, budget)
+                return Run(steps, budget, price)
             best = best_merge(study)
             if best is not None and best.number == trial.number:
-                true = landscape.truth(objective, objective.recipe(best, study))
-                steps.append(Step(documents, score_or_worst(best), true))
+                scores = landscape.truth(objective, objective.recipe(best, study))
+                steps.append(Step(documents, score_or_worst(best), *scores))
 
 
 def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: int) -> list[Step]:
@@ -207,8 +226,8 @@ def pycma(landscape: Landscape, objective: MergeObjective, seed: int, merges: in
             n_scored += 1
             losses.append(-value)
             if n_scored <= merges and (not steps or value > steps[-1].searched):
-                true = landscape.truth(objective, recipe)
-                steps.append(Step(n_scored * objective.scorer.n_documents, value, true))
+                scores = landscape.truth(objective, recipe)
+                steps.append(Step(n_scored * objective.scorer.n_documents, value, *scores))
         return losses
 
     options = {"maxfevals": merges, "seed": seed + 1, "verbose": -9, "verb_log": 0}
@@ -227,9 +246,17 @@ def summary(runs: dict[str, list[Run]]) -> dict[str, Any]:
             "true": float(final.mean()),
             "stderr": standard_error(final),
             "searched": float(np.mean([run.steps[-1].searched for run in runs[arm]])),
+            "held_out": float(np.mean([run.steps[-1].held_out for run in runs[arm]])),
             "difference": float(behind.mean()),
             "difference_stderr": standard_error(behind),
         }
+        prices = [run.price for run in runs[arm] if run.price is not None]
+        if prices:
+            ends = [run.steps[0] for run in runs[arm]]
+            result["arms"][arm]["ascent"] = {
+                "price": float(np.median(prices)),
+                **{kind: float(np.mean([getattr(end, kind) for end in ends])) for kind in KINDS},
+            }
     if DEFAULT in runs and PEER in runs:
         for kind in ("true", "searched"):
             shares = [share_needed(ours, theirs, kind) for ours, theirs in zip(runs[DEFAULT], runs[PEER], strict=True)]
@@ -249,12 +276,18 @@ def share_needed(ours: Run, theirs: Run, kind: str) -> float:
 
 
 def report(name: str, figures: dict[str, Any]) -> None:
-    print(f"{name}: final true score, difference from {DEFAULT} (paired by seed), score on the searched documents")
+    print(f"{name}: final true score, difference from {DEFAULT} (paired by seed), searched and held-out score")
     for arm, row in figures["arms"].items():
         print(
             f"  {arm:16} {row['true']:.4f} ± {row['stderr']:.4f}   {row['difference']:+.4f} ±"
-            f" {row['difference_stderr']:.4f}   {row['searched']:.4f}"
+            f" {row['difference_stderr']:.4f}   {row['searched']:.4f} {row['held_out']:.4f}"
         )
+        if "ascent" in row:
+            end = row["ascent"]
+            print(
+                f"    its ascent: price {end['price']:.1f} evaluations, true {end['true']:.4f}, searched"
+                f" {end['searched']:.4f}, held out {end['held_out']:.4f}"
+            )
     for kind in ("true", "searched"):
         if f"share_{kind}" in figures:
             shares = figures[f"share_{kind}"]
@@ -264,10 +297,19 @@ def report(name: str, figures: dict[str, Any]) -> None:
 
 
 class Quickstart:
-    """Real merges of the quickstart's models, scored with transformers."""
+    """Real merges of the quickstart's models, scored with transformers.
 
-    def __init__(self, models: Path) -> None:
+    Args:
+        models: Their folder.
+        n_searched: Documents of each task that are searched; all others are held out.
+    """
+
+    N_DOCUMENTS = 400
+
+    def __init__(self, models: Path, n_searched: int) -> None:
+        self._share = n_searched / self.N_DOCUMENTS
         self._genome = {
+            "holdout": 1 - self._share,
             "genome.models": [str(models.resolve() / skill) for skill in ("reverse", "next", "last")],
             "genome.base_model": str(models.resolve() / "base"),
         }
@@ -284,10 +326,11 @@ class Quickstart:
             self._seed = seed
         return MergeObjective(config, self._models, self._loader, self._scorer)
 
-    def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
-        """The mean over all documents: the holdout has as many as the search."""
+    def truth(self, objective: MergeObjective, recipe: Recipe) -> tuple[float, float]:
+        """The means over all documents and over the holdout."""
         objective.load(recipe)
-        return (objective.scorer.score_all().value + objective.scorer.score_holdout().value) / 2
+        searched, held_out = objective.scorer.score_all().value, objective.scorer.score_holdout().value
+        return self._share * searched + (1 - self._share) * held_out, held_out
 
 
 class SyntheticModels(StudyModels):
@@ -326,10 +369,11 @@ class Synthetic:
         scorer: Any = SyntheticScorer(model, [f"task_{k}" for k in range(N_MODELS)])
         return MergeObjective(config, SyntheticModels(refs, {}, {}, ()), model, scorer)
 
-    def truth(self, objective: MergeObjective, recipe: Recipe) -> float:
+    def truth(self, objective: MergeObjective, recipe: Recipe) -> tuple[float, float]:
         objective.load(recipe)
         scorer: Any = objective.scorer
-        return float(scorer.model.passed(scorer.model.population).mean())
+        passed = float(scorer.model.passed(scorer.model.population).mean())
+        return passed, passed
 
 
 @dataclass(frozen=True)

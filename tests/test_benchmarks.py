@@ -38,9 +38,10 @@ def test_search_quality() -> None:
 def test_the_share_of_documents_by_hand() -> None:
     quality = benchmark("search_quality")
     ours = quality.Run(
-        [quality.Step(600, 0.5, 0.6), quality.Step(3000, 0.7, 0.65), quality.Step(9000, 0.8, 0.75)], 60000
+        [quality.Step(600, 0.5, 0.6, 0.6), quality.Step(3000, 0.7, 0.65, 0.65), quality.Step(9000, 0.8, 0.75, 0.75)],
+        60000,
     )
-    theirs = quality.Run([quality.Step(600, 0.4, 0.4), quality.Step(30000, 0.75, 0.65)], 60000)
+    theirs = quality.Run([quality.Step(600, 0.4, 0.4, 0.4), quality.Step(30000, 0.75, 0.65, 0.65)], 60000)
     assert quality.share_needed(ours, theirs, "true") == 0.05
     assert quality.share_needed(ours, theirs, "searched") == 0.15
     assert quality.share_needed(theirs, ours, "searched") == 2.0
@@ -56,7 +57,7 @@ def test_the_synthetic_landscape_is_worth_what_its_documents_say(tmp_path: Path)
         recipe = objective.space.baseline_recipe(baseline.name)
         objective.load(recipe)
         searched = objective.scorer.score_all().value
-        totals[baseline.name] = landscape.truth(objective, recipe)
+        totals[baseline.name], _ = landscape.truth(objective, recipe)
         assert searched == pytest.approx(totals[baseline.name], abs=0.06)
     # Each expert knows only its own task, so a scaled merge of all of them beats each alone.
     assert totals["base"] < totals["expert_0"] < totals["uniform x1.5"]
