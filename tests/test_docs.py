@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -269,3 +270,9 @@ def test_the_readmes_show_the_same_commands() -> None:
         for page in ("README.md", "README.ja.md")
     }
     assert "optuna-merge quickstart" in shown["README.ja.md"] <= shown["README.md"]
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")), ids=lambda picture: picture.name)
+def test_a_picture_is_well_formed_and_on_a_page(picture: Path) -> None:
+    assert ElementTree.parse(picture).getroot().attrib["viewBox"]
+    assert any(f"{picture.name})" in page.read_text() for page in PAGES)

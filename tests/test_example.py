@@ -141,7 +141,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(tmp_path: Path, monkeypatc
     assert lines.pop(0) == "quickstart work --models-only"
     write_quickstart(Path("work"), lambda _: None, Settings(**TINY))
     for line in lines:
-        few = ("--n-trials", "8") if line.startswith("run-study") else ()
+        few = ("--n-trials", "18") if line.startswith("run-study") else ()
         result = invoke(*line.split(), *few)
         assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} >= {"study.yaml", "report.html", "merged_model"}
