@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -25,6 +25,10 @@ from optuna_merge.study.kept import matrices_folder
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader, WorkerLoader
 from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
 from optuna_merge.study.models import StudyModels
+from optuna_merge.study.start import settle_start
+
+if TYPE_CHECKING:
+    from optuna_merge.evaluation.engines.hf import HFEngine
 
 _ON_A_GPU = re.compile("fp4|fp8")
 """Quantizations that vLLM's CPU build lists and cannot compute."""
@@ -44,7 +48,7 @@ def make_loader(config: StudyConfig, models: StudyModels) -> tuple[RecipeLoader,
     device = merge_device(config, engine.device)
     _require_device(device)
     scorer = build_scorer(config, engine)
-    plan = plan_memory(config, models, engine, tasks=scorer.describe())
+    plan = plan_memory(settle_start(config, scorer)[0], models, engine, tasks=scorer.describe())
     merger = Merger(
         models.views,
         device=device,
@@ -106,7 +110,7 @@ def plan_memory(
     """How a study would fill the memory of its GPU.
 
     Args:
-        config: The study file.
+        config: The study file, with ``search.start`` settled.
         models: Its checkpoints.
         engine: Its engine, with or without weights.
         card: Bytes of the GPU's memory; 0: no GPU. Default: those of the GPU that the study would run on.
@@ -118,6 +122,10 @@ def plan_memory(
     n_models, model_config = len(models.checkpoints), models.template.config
     if config.engine.backend == "hf":
         assert tasks is not None
+        gradient = (0, 0)
+        if config.search.start == "ascent":
+            planned = engine if engine.device == "meta" else make_describing_engine(config, models, card)
+            gradient = cast("HFEngine", planned).gradient_bytes(tasks.longest, tasks.n_scored)
         return plan_hf(
             shapes,
             model_config,
@@ -126,6 +134,7 @@ def plan_memory(
             n_padded=tasks.n_padded,
             n_scored=tasks.n_scored,
             n_cached=tasks.n_cached,
+            gradient=gradient,
             card=card,
         )
     options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if card == 0 else {}

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optuna_merge.errors import EngineError
 from optuna_merge.evaluation.engines.key_values import elements_of_a_token
-from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS, SCRATCH_PIECES, STAGED_BYTES
+from optuna_merge.merging.sizes import HELD_BYTES, KERNEL_ELEMENTS, PIECE_ELEMENTS, SCRATCH_PIECES, STAGED_BYTES
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -50,6 +50,7 @@ class MemoryPlan:
         weights: The resident model.
         merge_buffer: Tensors that are being merged and loaded.
         scoring: Activations and logits of the largest forward pass.
+        gradient: What a step of the ascent needs to differentiate; 0 without an ascent.
         kv_cache: Keys and values of the prompts in flight; 0 for an engine that keeps none.
         kv_token: Keys and values of one token.
         runtime: Driver and libraries.
@@ -62,6 +63,7 @@ class MemoryPlan:
     weights: int
     merge_buffer: int
     scoring: int
+    gradient: int = 0
     kv_cache: int = 0
     kv_token: int = 0
     runtime: int = 0
@@ -73,7 +75,7 @@ class MemoryPlan:
     def working(self) -> int:
         """What merging and scoring need."""
         if self.takes_turns:
-            return max(self.merge_buffer, self.scoring)
+            return max(self.merge_buffer, self.scoring, self.gradient)
         return self.merge_buffer + self.scoring
 
     @property
@@ -106,6 +108,7 @@ class MemoryPlan:
         ways = f"engine.vllm.quantization: fp8 or engine.vllm.tensor_parallel_size: {2 * self.n_cards}"
         if self.takes_turns:
             ways = "a smaller engine.batch_size, or engine.backend: vllm with quantization"
+            ways = f"search.start: uniform, {ways}" if self.working == self.gradient else ways
         raise EngineError(
             f"engine: the study must fit into the card's {gib(self.card)}, needs {gib(self.used + lacking)}:"
             f" {self.parts(lacking)}; use a larger card, engine.dtype: bfloat16, {ways}"
@@ -118,11 +121,15 @@ class MemoryPlan:
             "KV cache": self.kv_cache + lacking,
             "merging": 0 if self.takes_turns else self.merge_buffer,
             "scoring": 0 if self.takes_turns else self.scoring,
-            "merging, then scoring": self.working if self.takes_turns else 0,
+            self._turns: self.working if self.takes_turns else 0,
             "sources": self.sources,
             "runtime": self.runtime,
         }
         return " + ".join(f"{gib(n_bytes)} {name}" for name, n_bytes in parts.items() if n_bytes)
+
+    @property
+    def _turns(self) -> str:
+        return "merging, then scoring or a step of the ascent" if self.gradient else "merging, then scoring"
 
     def describe(self) -> str:
         """The plan in one line."""
@@ -146,6 +153,7 @@ def plan_hf(
     n_padded: int,
     n_scored: int,
     n_cached: int = 0,
+    gradient: tuple[int, int] = (0, 0),
     card: int = 0,
 ) -> MemoryPlan:
     """Plan the memory of the transformers engine; a merge is written straight into its tensors.
@@ -158,12 +166,13 @@ def plan_hf(
         n_padded: Most tokens in one forward pass, including padding.
         n_scored: Most positions in one forward pass whose logits are needed.
         n_cached: Most tokens whose keys and values are held at once.
+        gradient: Bytes that a gradient pass needs, see ``HFEngine.gradient_bytes``; zeros without an ascent.
         card: Bytes of the card's memory; 0 if unknown.
     """
     hidden, inner, vocabulary = _hidden(config), _inner(config), int(config.get("vocab_size") or 0)
     layer = max(HIDDEN_IN_NORM * hidden, HIDDEN_IN_FEED_FORWARD * hidden + 3 * inner) * n_padded * itemsize
     head = n_scored * vocabulary * LOGIT_BYTES  # by then the activations of the layers are freed
-    return MemoryPlan(
+    plan = MemoryPlan(
         card=card,
         weights=_weights(shapes, itemsize),
         merge_buffer=_merging(shapes, itemsize, n_models, card) + _waiting(shapes, itemsize),
@@ -171,6 +180,11 @@ def plan_hf(
         runtime=RUNTIME if card else 0,
         takes_turns=True,
     )
+    if not any(gradient):
+        return plan
+    kept, least = (n_bytes + _pulling_back(shapes) for n_bytes in gradient)
+    with_all = replace(plan, gradient=kept)
+    return replace(plan, gradient=least) if card and with_all.left < 0 else with_all
 
 
 def plan_vllm(
@@ -255,6 +269,12 @@ def _merging(shapes: Shapes, itemsize: int, n_models: int, card: int) -> int:
     in_pieces = n_models * min(KERNEL_ELEMENTS, max(sizes)) * itemsize if max(in_all_models) > STAGED_BYTES else 0
     scratch = SCRATCH_PIECES * min(PIECE_ELEMENTS, max(sizes)) * 4
     return scratch + staged + max(staged, in_pieces)
+
+
+def _pulling_back(shapes: Shapes) -> int:
+    """Bytes of gradients in float32: those that are added up, and the largest one."""
+    sizes = [4 * math.prod(shape) for shape in shapes.values()]
+    return min(HELD_BYTES, sum(sizes)) + max(sizes)
 
 
 def _waiting(shapes: Shapes, itemsize: int) -> int:

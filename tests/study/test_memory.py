@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.cli.app import app
 from optuna_merge.errors import EngineError
-from optuna_merge.evaluation.engines.hf import HFEngine
+from optuna_merge.evaluation.engines.hf import HFEngine, HFPrepared
+from optuna_merge.evaluation.engines.live_bytes import LiveBytes
 from optuna_merge.merging import staging
 from optuna_merge.merging.merger import Merger
 from optuna_merge.merging.sizes import KERNEL_ELEMENTS, PIECE_ELEMENTS
@@ -23,7 +24,6 @@ from optuna_merge.merging.staging import Stage
 from optuna_merge.study import memory
 from optuna_merge.study.memory import MemoryPlan, parse_size, plan_hf, plan_vllm
 from optuna_merge.testing.models import write_tiny_models
-from tests.live import LiveBytes
 from tests.merging.test_merger import recipe_of
 
 GB = 10**9
@@ -201,6 +201,53 @@ def test_generating_takes_what_is_planned(n_most_cached: int, tmp_path: Path) ->
         engine.respond(prepared)
     print(live.peak, plan.scoring, live.peak / plan.scoring)
     assert 0.8 * plan.scoring <= live.peak <= 1.05 * plan.scoring
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_gradient_takes_what_is_planned(tmp_path: Path, recomputes: bool) -> None:
+    base, _ = write_tiny_models(tmp_path, 0)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config |= {"head_dim": 16, "num_hidden_layers": 6, "max_position_embeddings": 512}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "model.safetensors").unlink()
+    engine = HFEngine(base, device="cpu", batch_tokens=512)
+    shapes = {name: tuple(tensor.shape) for name, tensor in engine._weights.model.state_dict().items()}
+    torch.manual_seed(0)
+    engine.load_weights((name, 0.1 * torch.randn(shape)) for name, shape in shapes.items())
+    # one batch: rows as long as one another, each with two endings behind one beginning
+    texts = [f"{number} " + "the cat sat on the mat " * 10 for number in range(8)]
+    asked = [Instance("loglikelihood", {}, (text, end), 0) for text in texts for end in (" dog", " the hat")]
+    prepared = engine.prepare(asked)
+    assert isinstance(prepared, HFPrepared)
+    planned = HFEngine.tokenizer_only(base, batch_tokens=prepared.n_padded)
+    kept, least = planned.gradient_bytes(prepared.longest, prepared.n_scored)
+    assert least < 0.3 * kept
+    plan = plan_hf(shapes, config, itemsize=4, n_models=4, n_padded=1, n_scored=1, gradient=(kept, least))
+    assert plan.gradient > kept
+    small = replace(plan, card=plan.used - 1)
+    assert "or a step of the ascent" in small.describe()
+    with pytest.raises(EngineError, match=r"use a larger card, .* search\.start: uniform"):
+        small.check()
+    tight = plan_hf(
+        shapes, config, itemsize=4, n_models=4, n_padded=1, n_scored=1, gradient=(kept, least), card=small.card
+    )
+    assert plan.gradient - tight.gradient == kept - least
+
+    class Sum:
+        together: tuple[tuple[int, ...], ...] = ()
+
+        def gradient(self, log_likelihoods: Any) -> Any:
+            return log_likelihoods * 0 + 1
+
+    engine._backward.recomputes = recomputes
+    engine.respond_with_gradient(prepared, Sum(), lambda *_: None)
+    with LiveBytes() as live:
+        engine.respond_with_gradient(prepared, Sum(), lambda *_: None)
+    if recomputes:
+        assert live.peak < 0.5 * kept
+    else:
+        assert 0.9 * kept <= live.peak <= 1.05 * kept
 
 
 def test_a_merge_takes_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

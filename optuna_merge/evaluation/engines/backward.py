@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -26,10 +27,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from optuna_merge.errors import EngineError, is_out_of_memory
 from optuna_merge.evaluation.engine import Goal, Sink
-from optuna_merge.evaluation.engines.batches import Row
+from optuna_merge.evaluation.engines.batches import Item, Row, end_to_end
 from optuna_merge.evaluation.engines.forward import Batch, Forward, at_least_float32
 from optuna_merge.evaluation.engines.hf_weights import ResidentModel
 from optuna_merge.evaluation.engines.language import Encoded
+from optuna_merge.evaluation.engines.live_bytes import LiveBytes
 
 
 class Planned:
@@ -122,6 +124,34 @@ class Backward:
         """The answer to each item of a batch, without a graph."""
         with torch.no_grad():
             return batch.answers(*self._forward.score(batch))
+
+    def peak_bytes(self, n_rows: int, length: int, n_scored: int) -> int:
+        """Most bytes that taking a batch back needs at once, beside the weights; nothing is computed on ``meta``.
+
+        Args:
+            n_rows: Rows of the batch.
+            length: Tokens of each row.
+            n_scored: Scored tokens of each row; below ``length``.
+        """
+        half = length // 2
+        row = end_to_end(Row.of_prompt(0, [0] * half), Row.of_prompt(1, [0] * (length - half)))  # with a mask
+        rows = [replace(row, scored=[(0, list(range(length - n_scored, length)))]) for _ in range(n_rows)]
+        batch = Batch.of_rows(rows, [Item((0,), (0,) * n_scored)], self._device)
+        parameters = [parameter for _, parameter in self._weights.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        handles = [cast(Any, each).register_post_accumulate_grad_hook(_drop) for each in parameters]
+        try:
+            with _kernel_for_attention(), LiveBytes() as live:
+                logits = self.logits(batch)
+                slopes = np.zeros(len(batch.wanted))
+                torch.autograd.backward(logits, _gradient_of_logits(batch, logits.detach(), slopes))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        return int(live.peak)
 
     def save_memory(self, planned: Planned, exc: Exception) -> None:
         """Need less memory from now on, after a batch did not fit.
@@ -269,6 +299,35 @@ def _gradient_of_logits(batch: Batch, logits: Tensor, slopes: np.ndarray[Any, An
     gradient.mul_(-by_place.unsqueeze(1))
     gradient.index_put_((batch.places, batch.wanted), by_token, accumulate=True)
     return gradient.to(logits.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """What attention in one kernel holds for the way back: not the probabilities. On ``meta`` torch holds these."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextlib.contextmanager
+def _kernel_for_attention() -> Iterator[None]:
+    functional: Any = torch.nn.functional
+    usual, attention = functional.scaled_dot_product_attention, cast(Any, _Attention)
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: attention.apply(query, key, value)
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = usual
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _scale(slopes: np.ndarray[Any, Any], dtype: torch.dtype) -> float:

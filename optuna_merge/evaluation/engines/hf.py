@@ -267,6 +267,31 @@ class HFEngine:
             prepared.whole_plan = key, self._backward.plan(encoded, rows)
         return encoded.responses(self._backward.run(encoded, prepared.whole_plan[1], goal, sink), [])
 
+    def gradient_bytes(self, longest: int, n_scored: int) -> tuple[int, int]:
+        """Bytes that a gradient pass needs beside the weights, without computing one.
+
+        Args:
+            longest: Tokens of the longest sequence.
+            n_scored: Most positions in one pass whose logits are needed.
+
+        Returns:
+            For a batch whose activations are kept, and for the least that is tried when memory is short: a single
+            sequence whose layers are computed again on the way back.
+
+        Raises:
+            EngineError: If the engine holds weights.
+        """
+        if self.device != "meta":
+            raise EngineError("engine: must hold no weights to be planned for; use tokenizer_only")
+        longest = max(2, longest)
+        n_rows = max(1, self.batch_tokens // longest)
+        n_in_row = min(longest - 1, max(1, n_scored // n_rows))
+        kept = self._backward.peak_bytes(n_rows, longest, n_in_row)
+        self._backward.recomputes = True
+        least = self._backward.peak_bytes(1, longest, n_in_row)
+        self._backward.recomputes = False
+        return kept, least
+
     def close(self) -> None:
         """Free the model's memory."""
         if hasattr(self, "_weights"):
