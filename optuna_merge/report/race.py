@@ -85,9 +85,7 @@ def race_standing(trials: Sequence[FrozenTrial]) -> RaceStanding | None:
     ranked = ranking(trials, schedule.methods, schedule.n_chunks, last)
     leader = ranked[0] if winner is None else next(entrant for entrant in ranked if entrant.method == winner)
     rows = [
-        _row(
-            trials, entrant, leader, max(n for n, methods in enumerate(rounds[: last + 1]) if entrant.method in methods)
-        )
+        _row(trials, entrant, leader, max(n for n, left in enumerate(rounds[: last + 1]) if entrant.method in left))
         for entrant in ranked
     ]
     rows.sort(key=lambda row: (row.method != winner, -row.last_round))
@@ -121,7 +119,7 @@ def race_picture(trials: Sequence[FrozenTrial], standing: RaceStanding) -> Chart
 
 def _row(trials: Sequence[FrozenTrial], entrant: Entrant, leader: Entrant, last_round: int) -> RaceRow:
     own = _of(trials, entrant.method)
-    n_chunks = len(entrant.chunks) or len(leader.chunks)
+    n_chunks = len(leader.chunks)
     stderr = None
     ahead = entrant.behind(leader) if entrant.chunks and leader.chunks else []
     if entrant is not leader and len(ahead) > 1:

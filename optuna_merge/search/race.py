@@ -106,12 +106,14 @@ class RaceSchedule:
             left -= n_draws[-1] * n_methods
         return cls(tuple(spaces), n_uniform, n_chunks, tuple(n_draws))
 
-    def describe(self, documents: Sequence[int]) -> str:
+    def describe(self, spaces: Spaces, documents: Sequence[int]) -> str:
         """The race in one sentence.
 
         Args:
+            spaces: Its methods.
             documents: Number of documents in each chunk.
         """
+        methods = ", ".join(f"{name} ({len(space.distributions)} weights)" for name, space in spaces.items())
         in_rounds = list(_halves(len(self.methods)))
         rounds = ", then ".join(
             f"{n_draws} of each of {n_methods} methods"
@@ -120,7 +122,7 @@ class RaceSchedule:
         n_merges = self.n_uniform + sum(map(int.__mul__, in_rounds, self.n_draws))
         cost = n_merges * sum(documents[: self.n_chunks]) / sum(documents)
         return (
-            f"a race of {', '.join(self.methods)}: {self.n_uniform} uniform merges and draws, {rounds}; {n_merges}"
+            f"a race of {methods}: {self.n_uniform} uniform merges and draws, {rounds}; {n_merges}"
             f" merges on the first {self.n_chunks} of {len(documents)} chunks, as many documents as {cost:.1f} full"
             " trials; then the winner alone"
         )

@@ -42,7 +42,8 @@ class Check:
         n_tensors, n_parameters: Of each model.
         n_trials: Trials in total.
         space: ``n_dimensions``, ``population``, ``n_baselines``, the ``first`` and ``last`` parameter name, and a
-            description of ``warm_start`` and of the ascent (None without one).
+            description of ``warm_start``, of the ascent and of the race (None without one), in which the others are
+            those of the first method.
         tasks: ``name``, ``weight`` (None for a task that only the holdout has), ``metric``, ``metrics``,
             ``n_searched``, ``n_holdout``, and ``has_gradient``: whether the metric has a differentiable stand-in (None
             for a task that only the holdout has).
@@ -165,7 +166,9 @@ def _describe_space(config: StudyConfig, models: StudyModels, spaces: Spaces, sc
     return {
         "n_dimensions": len(names),
         "population": sampler.population_size if isinstance(sampler, StableCmaEsSampler) else 1,
-        "n_baselines": len(space.baselines),
+        "n_baselines": len(space.baselines)
+        if len(spaces) == 1
+        else 1 + sum(b.kind != "uniform" for b in space.baselines),
         "first": names[0] if names else "",
         "last": names[-1] if names else "",
         "warm_start": warm_start and warm_start.describe(len(names)),

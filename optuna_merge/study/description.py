@@ -69,7 +69,7 @@ def describe_race(config: StudyConfig, spaces: Spaces, scorer: Scorer) -> str:
         StudyError: If the study has too few trials for it.
     """
     documents = [scorer.n_documents_in(chunk) for chunk in range(scorer.n_chunks)]
-    return RaceSchedule.make(spaces, config.study.n_trials, documents, str(config.path)).describe(documents)
+    return RaceSchedule.make(spaces, config.study.n_trials, documents, str(config.path)).describe(spaces, documents)
 
 
 def _population_line(config: StudyConfig, space: SearchSpace) -> str:

@@ -88,9 +88,9 @@ def test_the_better_half_of_the_methods_stays_in_each_round_and_the_search_goes_
 ) -> None:
     objective = ties_wins(race_file())
     assert "".join(objective.describe()).count(
-        "begins with a race of task_arithmetic, ties, dare_ties, della: 8 uniform merges and draws, 2 of each of 4"
-        " methods, then 2 of each of 2 methods; 20 merges on the first 5 of 20 chunks, as many documents as 5.0 full"
-        " trials; then the winner alone"
+        "begins with a race of task_arithmetic (2 weights), ties (2 weights), dare_ties (2 weights), della (2 weights):"
+        " 8 uniform merges and draws, 2 of each of 4 methods, then 2 of each of 2 methods; 20 merges on the first 5 of"
+        " 20 chunks, as many documents as 5.0 full trials; then the winner alone"
     )
     assert run_study(objective.config, objective) == Outcome(N_TRIALS)
     study = open_started(objective.config)
@@ -133,11 +133,12 @@ def test_the_better_half_of_the_methods_stays_in_each_round_and_the_search_goes_
 
 
 def test_its_reports_show_the_race(race_file: Callable[..., Path], tmp_path: Path) -> None:
-    objective = ties_wins(race_file(["ties", "task_arithmetic"], study={"n_trials": 30}, holdout=None))
+    few = {"n_documents": 24, "n_chunks": 8, "holdout": None, "study": {"n_trials": 26}}
+    objective = ties_wins(race_file(["ties", "task_arithmetic"], **few))
     run_study(objective.config, objective)
     file, page = str(objective.config.path), tmp_path / "page.html"
     shown = invoke("report", file, "--html", str(page))
-    line = r"race: ties has won against task_arithmetic; \d+ merges on 5 chunks, \d+ documents"
+    line = r"race: ties has won against task_arithmetic; \d+ merges on 4 chunks, \d+ documents"
     assert re.search(line, shown)
     assert re.search(r"\n task_arithmetic .* -0\.\d+ ± 0\.\d+", shown)
     assert "uniform x1.5 (task_arithmetic)" not in shown  # never scored in full
@@ -153,7 +154,7 @@ def test_its_reports_show_the_race(race_file: Callable[..., Path], tmp_path: Pat
     race = [t for t in study.trials if attributes.RACE_CHUNKS in t.user_attrs or attributes.RACE in t.user_attrs]
     own = [t for t in race if t.user_attrs[attributes.METHOD] == "task_arithmetic"]
     assert row["n_merges"] == len(own)
-    assert row["value"] == pytest.approx(max(sum(t.intermediate_values[c] for c in range(5)) / 5 for t in own))
+    assert row["value"] == pytest.approx(max(sum(t.intermediate_values[c] for c in range(4)) / 4 for t in own))
     dashboard.refresh(study, objective.config)
 
 
@@ -268,10 +269,9 @@ def test_a_plain_loop_can_run_a_race_if_it_plans(race_file: Callable[..., Path])
     assert winner_of(study.trials) == "ties"
 
 
-def test_a_race_whose_merges_all_fail_still_ends(
-    race_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    objective = ties_wins(race_file(["ties", "task_arithmetic"], holdout=None, study={"n_trials": 30}))
+def test_a_method_whose_merges_all_fail_loses(race_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"n_documents": 12, "n_chunks": 8, "holdout": None, "study": {"n_trials": 26}}
+    objective = ties_wins(race_file(["ties", "task_arithmetic"], **few))
     load = objective.loader.load
 
     def spoilt(recipe: Any) -> None:
@@ -280,7 +280,7 @@ def test_a_race_whose_merges_all_fail_still_ends(
         load(recipe)
 
     monkeypatch.setattr(objective.loader, "load", spoilt)
-    assert run_study(objective.config, objective) == Outcome(30)
+    assert run_study(objective.config, objective) == Outcome(26)
     study = open_started(objective.config)
     assert winner_of(study.trials) == "task_arithmetic"
     assert best_merge(study).user_attrs[attributes.METHOD] == "task_arithmetic"
@@ -331,9 +331,9 @@ def test_each_method_takes_the_keys_that_it_has(race_file: Callable[..., Path]) 
 def test_auto_names_methods_that_suit_the_models(race_file: Callable[..., Path], tiny_models: Path) -> None:
     assert load_study(race_file("auto")).method_names == tuple(METHODS)
     no_base = {"base_model": None}
-    assert load_study(race_file("auto", genome=no_base)).method_names == ("linear", "slerp", "multislerp")
+    assert load_study(race_file("auto", genome=no_base, search={})).method_names == ("linear", "slerp", "multislerp")
     three = {**no_base, "models": [str(tiny_models / name) for name in ("model_0", "model_1", "base")]}
-    assert load_study(race_file("auto", genome=three)).method_names == ("linear", "multislerp")
+    assert load_study(race_file("auto", genome=three, search={})).method_names == ("linear", "multislerp")
     assert load_study(race_file(["ties"])).genome.merge_method == "ties"
 
 
