@@ -185,12 +185,10 @@ def ascent_problems(config: StudyConfig) -> Iterator[Problem]:
         yield Problem(key, f"{rule} {config.engine.backend}", "ascent", "it has no gradients: use engine.backend: hf")
     if config.random_init:
         yield Problem(key, f"{rule} random_init", "ascent", "remove one of the two")
-    method, *others = config.methods
-    if others:
-        yield Problem(key, f"{rule} several merge methods", "ascent", "remove it or name one method")
-    elif not any(_is_followed(config, each) for each in method.parameters_for(config.genome.base_model is not None)):
+    has_base = config.genome.base_model is not None
+    if not any(_is_followed(config, each) for method in config.methods for each in method.parameters_for(has_base)):
         fix = "no parameter that is searched has a derivative: remove it, or see optuna-merge methods"
-        yield Problem(key, f"{rule} {method.name}", "ascent", fix)
+        yield Problem(key, f"{rule} {_names(config.methods)}", "ascent", fix)
 
 
 def _is_followed(config: StudyConfig, parameter: MethodParameter) -> bool:

@@ -18,7 +18,7 @@ from optuna_merge.errors import StudyError
 from optuna_merge.internals.optuna import known_trials
 from optuna_merge.search.named import GP_EVERY, make_gp, make_named_sampler
 from optuna_merge.search.pruner import SignedRankPruner
-from optuna_merge.search.race import Spaces
+from optuna_merge.search.race import Spaces, without_race_after_ascent
 from optuna_merge.search.race_sampler import RaceSampler
 from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler, population_size, with_estimate
 from optuna_merge.search.space import UNIFORM_TOTALS, SearchSpace
@@ -60,10 +60,10 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
 
     def start(study: optuna.Study) -> Mapping[str, float]:
         with starting:  # threads of study.optimize may draw their first points at the same time
-            key = f"{attributes.START} {space.prefix}".rstrip()
+            end = end_of_ascent(known_trials(study))
+            key = f"{attributes.START} {space.prefix}".rstrip() if end is None else attributes.START
             recorded: Mapping[str, float] | None = study.user_attrs.get(key)
             if recorded is None:
-                end = end_of_ascent(known_trials(study))
                 if end is None:
                     uniform = best_uniform(study, space)
                     recorded = _point(study, config, space, uniform, np.random.default_rng(seed))
@@ -85,6 +85,7 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
         popsize=population or options.popsize or population_size(len(space.distributions), config.study.n_workers),
         injected=make_gp(list(space.distributions), seed) if every else None,
         inject_every=every or 1,
+        learns_from=without_race_after_ascent if has_ascent else None,
     )
 
 

@@ -20,6 +20,7 @@ from optuna_merge.errors import StudyError
 from optuna_merge.search.pruner import signed_rank_p
 from optuna_merge.search.space import Baseline, ModelRefs, SearchSpace
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import end_of_ascent
 from optuna_merge.storage.claims import Planned
 
 Spaces = Mapping[str, SearchSpace]
@@ -106,12 +107,13 @@ class RaceSchedule:
             left -= n_draws[-1] * n_methods
         return cls(tuple(spaces), n_uniform, n_chunks, tuple(n_draws))
 
-    def describe(self, spaces: Spaces, documents: Sequence[int]) -> str:
+    def describe(self, spaces: Spaces, documents: Sequence[int], *, ascends: bool) -> str:
         """The race in one sentence.
 
         Args:
             spaces: Its methods.
             documents: Number of documents in each chunk.
+            ascends: Whether the winner's search begins with an ascent.
         """
         methods = ", ".join(f"{name} ({len(space.distributions)} weights)" for name, space in spaces.items())
         in_rounds = list(_halves(len(self.methods)))
@@ -124,7 +126,7 @@ class RaceSchedule:
         return (
             f"a race of {methods}: {self.n_uniform} uniform merges and draws, {rounds}; {n_merges}"
             f" merges on the first {self.n_chunks} of {len(documents)} chunks, as many documents as {cost:.1f} full"
-            " trials; then the winner alone"
+            f" trials; then the winner alone{', which begins with an ascent' if ascends else ''}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -229,15 +231,31 @@ def trials_of_winner(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [trial for trial in trials if winner is not None and trial.user_attrs.get(attributes.METHOD) == winner]
 
 
+def without_race_after_ascent(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials without those of a race, if an ascent has followed the race: these lie elsewhere."""
+    if end_of_ascent(trials) is None:
+        return list(trials)
+    return [trial for trial in trials if attributes.RACE_ROUND not in trial.user_attrs]
+
+
+def best_of_race(trials: Sequence[FrozenTrial], method: str) -> list[dict[str, float]]:
+    """Parameters of a method's best merge of the race; nothing without a race or if no merge was scored."""
+    schedule = recorded_schedule(trials)
+    best = None if schedule is None else _entrant(trials, method, schedule.n_chunks, len(schedule.n_draws)).trial
+    return [] if best is None else [best.params]
+
+
 class Race:
     """Plans the trials of a study that races methods.
 
     Args:
         spaces: At least two methods.
+        ascends: Whether the winner's search begins with an ascent, if the winner has a parameter that can follow it.
     """
 
-    def __init__(self, spaces: Spaces) -> None:
+    def __init__(self, spaces: Spaces, *, ascends: bool = False) -> None:
         self._spaces = spaces
+        self._ascends = ascends
 
     def first(self, schedule: RaceSchedule) -> Planned:
         """The first trial: a uniform merge on all documents, with which the others are compared."""
@@ -271,9 +289,13 @@ class Race:
     def _finals(
         self, winner: str, number: int, earlier: Sequence[FrozenTrial], schedule: RaceSchedule
     ) -> list[Planned]:
-        """The winner's uniform merges and its best merge, on all documents unless they were scored on all."""
+        """The winner's ascent, uniform merges and best merge, on all documents unless they were scored on all."""
         complete = [trial.params for trial in earlier if trial.state == TrialState.COMPLETE]
         planned = [
+            Planned({}, {attributes.ASCENT: True, attributes.METHOD: winner, attributes.RACE_ROUND: number})
+            for _ in range(self._ascends and bool(self._spaces[winner].smooth))
+        ]
+        planned += [
             _uniform(winner, baseline, number)
             for method, baseline in _uniform_merges(self._spaces)
             if method == winner and dict(baseline.params) not in complete

@@ -82,6 +82,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         injected: Draws each trial whose number is a multiple of ``inject_every``. If it proposes no point, or not a
             whole one, the point of CMA-ES is used.
         inject_every: At least 1.
+        learns_from: Given all trials that CMA-ES could learn from, returns those that it learns from; None: all.
 
     Attributes:
         drawn_for: The study that a point is drawn for; None, except in the copy that draws it.
@@ -100,6 +101,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         popsize: int | None = None,
         injected: BaseSampler | None = None,
         inject_every: int = 5,
+        learns_from: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]] | None = None,
     ) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {seed}")
@@ -129,6 +131,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         self._covariance = covariance
         self._injected = injected
         self._inject_every = inject_every
+        self._learns_from = learns_from
         self.drawn_for: optuna.Study | None = None
 
     @property
@@ -190,7 +193,8 @@ class StableCmaEsSampler(OpenCmaEsSampler):
 
     def trials_to_learn_from(self, study: optuna.Study) -> list[FrozenTrial]:
         """Complete trials with every parameter of the search space, and such pruned ones with an estimate."""
-        trials = [with_estimate(trial) for trial in known_trials(study)]
+        known = known_trials(study)
+        trials = map(with_estimate, known if self._learns_from is None else self._learns_from(known))
         names = self._fixed_space.keys()
         return [trial for trial in trials if trial.state == TrialState.COMPLETE and names <= trial.params.keys()]
 

@@ -172,7 +172,9 @@ def _describe_space(config: StudyConfig, models: StudyModels, spaces: Spaces, sc
         "first": names[0] if names else "",
         "last": names[-1] if names else "",
         "warm_start": warm_start and warm_start.describe(len(names)),
-        "ascent": None if config.search.start == "uniform" else describe_ascent(config, models, space, scorer.n_chunks),
+        "ascent": describe_ascent(config, models, space, scorer.n_chunks)
+        if config.search.start == "ascent" and len(spaces) == 1
+        else None,
         "race": describe_race(config, spaces, scorer) if len(spaces) > 1 else None,
     }
 

@@ -38,7 +38,7 @@ def describe_study(config: StudyConfig, models: StudyModels, spaces: Spaces, sco
     ]
     if len(spaces) > 1:
         lines.append(f"search: begins with {describe_race(config, spaces, scorer)}")
-    if config.search.start == "ascent":
+    elif config.search.start == "ascent":
         lines.append(f"search: begins {describe_ascent(config, models, space, scorer.n_chunks)}")
     if warm_start := config.search.warm_start:
         lines.append(f"search: starts from the {warm_start.n_best} best trials of {warm_start.label}")
@@ -69,7 +69,9 @@ def describe_race(config: StudyConfig, spaces: Spaces, scorer: Scorer) -> str:
         StudyError: If the study has too few trials for it.
     """
     documents = [scorer.n_documents_in(chunk) for chunk in range(scorer.n_chunks)]
-    return RaceSchedule.make(spaces, config.study.n_trials, documents, str(config.path)).describe(spaces, documents)
+    return RaceSchedule.make(spaces, config.study.n_trials, documents, str(config.path)).describe(
+        spaces, documents, ascends=config.search.start == "ascent"
+    )
 
 
 def _population_line(config: StudyConfig, space: SearchSpace) -> str:

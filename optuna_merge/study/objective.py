@@ -34,7 +34,8 @@ from optuna_merge.recipe import Recipe
 from optuna_merge.search.build import first_points, make_pruner, make_study_sampler
 from optuna_merge.search.profile import Profile
 from optuna_merge.search.pruner import paired_estimate
-from optuna_merge.search.race import Race, RaceSchedule, make_spaces, space_of
+from optuna_merge.search.race import Race, RaceSchedule, best_of_race, make_spaces, space_of
+from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
 from optuna_merge.storage.claims import Planned, enqueue
 from optuna_merge.storage.documents import DocumentScores, TrialDocuments
@@ -237,7 +238,7 @@ class MergeObjective:
         enqueue(study, self._first_trials()[len(trials) :])  # all, unless a process died while it enqueued them
 
     def _first_trials(self) -> list[Planned]:
-        first = [Planned({}, {attributes.ASCENT: True})] if self.config.search.start == "ascent" else []
+        first = [Planned({}, {attributes.ASCENT: True})] if self._ascends else []
         baselines = self.space.baselines
         if len(self.spaces) > 1:
             first = [Race(self.spaces).first(self.schedule())]
@@ -262,7 +263,11 @@ class MergeObjective:
         ``run_study`` follows it. A loop of your own over a race must do so as well: pass what it returns to
         ``storage.claims.enqueue`` before each ``study.ask``.
         """
-        return Race(self.spaces).plan(trials) if len(self.spaces) > 1 else None
+        return Race(self.spaces, ascends=self._ascends).plan(trials) if len(self.spaces) > 1 else None
+
+    @property
+    def _ascends(self) -> bool:
+        return self.config.search.start == "ascent"
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides what a score of this study means; see :func:`study_fingerprint`."""
@@ -313,30 +318,31 @@ class MergeObjective:
         known = known_state(trial).user_attrs
         if attributes.BASELINE in known:
             return self._baseline_recipe(trial, known[attributes.BASELINE])
-        if len(self.spaces) > 1:
-            if attributes.METHOD not in known:
-                raise StudyError(
-                    f"{self.config.path}: genome.merge_method must be one method in a loop that does not plan a race,"
-                    f" got {', '.join(self.spaces)}; use run-study, or see MergeObjective.plan"
-                )
-            return space_of(known_state(trial), self.spaces).suggest(trial)
-        if self.config.search.start == "uniform":
-            return self.space.suggest(trial)
+        if len(self.spaces) > 1 and attributes.METHOD not in known:
+            raise StudyError(
+                f"{self.config.path}: genome.merge_method must be one method in a loop that does not plan a race,"
+                f" got {', '.join(self.spaces)}; use run-study, or see MergeObjective.plan"
+            )
+        space = space_of(known_state(trial), self.spaces)
+        if not self._ascends or (attributes.RACE_ROUND in known and attributes.ASCENT not in known):
+            return space.suggest(trial)
         if attributes.ASCENT in known:
-            self._climb(trial, on_step)
+            self._climb(trial, space, on_step)
             trials = [known_state(trial)]
         else:
             trials = known_trials(trial.study)
         profile = self._profile = self._profile or shared_profile(trials)
         if profile is not None:
             trial.set_user_attr(attributes.PROFILE, profile.digest)
-        return self.space.suggest(trial, profile)
+        return space.suggest(trial, profile)
 
-    def _climb(self, trial: optuna.Trial, on_step: OnStep) -> None:
+    def _climb(self, trial: optuna.Trial, space: SearchSpace, on_step: OnStep) -> None:
         if not isinstance(self.loader, LocalLoader):
             raise StudyError("search.start: must be uniform for this engine, got ascent; use engine.backend: hf")
-        climber = Climber(self.config, self.space, self.models.places, self.scorer, self.loader.merger, self.load)
-        climber.climb(trial, list(first_points(trial.study, self.config, self.space)), on_step)
+        climber = Climber(self.config, space, self.models.places, self.scorer, self.loader.merger, self.load)
+        starts = list(first_points(trial.study, self.config, space))
+        starts += [best for best in best_of_race(known_trials(trial.study), space.prefix) if best not in starts]
+        climber.climb(trial, starts, on_step)
 
     def _baseline_recipe(self, trial: optuna.Trial, name: str) -> Recipe:
         space = space_of(known_state(trial), self.spaces)

@@ -23,7 +23,9 @@ from optuna_merge.errors import ConfigError, NonFiniteMergeError, StudyError
 from optuna_merge.merging.merger import Merger
 from optuna_merge.report import dashboard
 from optuna_merge.search.race import make_spaces, ranking, recorded_schedule, rounds_of, winner_of
+from optuna_merge.search.space import AFTER_ASCENT_SIGMA
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import AscentStep, ascent_trial, end_of_ascent
 from optuna_merge.storage.claims import enqueue
 from optuna_merge.storage.trials import best_merge, generation
 from optuna_merge.study.engines import build_scorer
@@ -178,6 +180,9 @@ class Killed(Watcher):
     def trial_started(self, trial: optuna.Trial) -> None:
         self._count("start")
 
+    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
+        self._count("step")
+
     def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
         self._count("chunk")
 
@@ -269,6 +274,36 @@ def test_a_plain_loop_can_run_a_race_if_it_plans(race_file: Callable[..., Path])
     assert winner_of(study.trials) == "ties"
 
 
+def test_the_winners_search_begins_with_an_ascent(study_file: Callable[..., Path], tiny_models: Path) -> None:
+    """With real gradients; the race is scored on both chunks, so all of its merges are complete."""
+    models = [str(tiny_models / "model_0"), str(tiny_models / "model_1")]
+    genome = {"models": models, "base_model": str(tiny_models / "base"), "merge_method": ["della", "task_arithmetic"]}
+    study_options = {"name": "tiny", "n_trials": 36, "seed": 3, "n_chunks": 2}
+    path = study_file(n_documents=16, genome=genome, study=study_options, search={"start": "ascent"}, holdout=None)
+    objective = MergeObjective.from_file(path)
+    assert "then the winner alone, which begins with an ascent" in "".join(objective.describe())
+    with forked(lambda: run_study(objective.config, objective, Killed("step", 3))) as [process]:
+        process.join(120)
+        assert process.exitcode == 9
+    assert run_study(objective.config, objective) == Outcome(36)
+    study = open_started(objective.config)
+    trials, winner = study.trials, winner_of(study.trials)
+    first, end = ascent_trial(trials), end_of_ascent(trials)
+    assert first.user_attrs[attributes.METHOD] == winner
+    assert all(attributes.RACE_ROUND in t.user_attrs or t.number in (1, 2, 3) for t in trials[: first.number])
+    assert first.params == end.params
+    drawn = [t for t in trials[first.number :] if attributes.RACE_ROUND not in t.user_attrs]
+    assert len(drawn) > 5
+    for trial in drawn:  # CMA-ES begins anew at the end of the ascent, and learns nothing from the race's points
+        assert trial.user_attrs[attributes.METHOD] == winner
+        assert trial.user_attrs[attributes.PROFILE] == first.user_attrs[attributes.PROFILE]
+        away = [abs(trial.params[name] - value) for name, value in end.params.items() if name.endswith(".weight")]
+        assert 0 < max(away) < 5 * AFTER_ASCENT_SIGMA
+    assert all(attributes.PROFILE not in t.user_attrs for t in trials if t.number != first.number and t not in drawn)
+    for trial in trials:
+        objective.recipe(trial, study)
+
+
 def test_a_method_whose_merges_all_fail_loses(race_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"n_documents": 12, "n_chunks": 8, "holdout": None, "study": {"n_trials": 26}}
     objective = ties_wins(race_file(["ties", "task_arithmetic"], **few))
@@ -305,9 +340,6 @@ def test_config_errors(race_file: Callable[..., Path]) -> None:
     assert re.search(r"yaml:\d+: genome.base_model must be given for ties, got nothing", no_base)
     assert "study.goal must be sum for several merge methods, got pareto" in problems(
         METHODS, study={"goal": "pareto", "sampler": "tpe"}
-    )
-    assert "search.start must be uniform for several merge methods, got ascent" in problems(
-        METHODS, search={"start": "ascent"}
     )
     assert "search.warm_start must be absent for several merge methods" in problems(
         METHODS, search={"warm_start": "other.yaml"}
