@@ -87,6 +87,7 @@ def _lines(result: Check) -> list[str]:
         *_kept_lines(result.kept),
         *([] if result.judge is None else [_judge_line(**result.judge)]),
         *([] if result.trial_seconds is None else [_seconds_line(**result.trial_seconds)]),
+        *_ascent_lines(result),
     ]
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
 
@@ -100,6 +101,13 @@ def _seconds_line(merging: float, choices: float, texts: float) -> str:
     parts = {"merging": merging, "choices": choices, "generated texts at their longest": texts}
     shown = ", ".join(f"{seconds:.2g} s {name}" for name, seconds in parts.items() if seconds)
     return f"trial      about {merging + choices + texts:.2g} s on all documents: {shown} (by samples)"
+
+
+def _ascent_lines(result: Check) -> list[str]:
+    if result.ascent_seconds is None or result.trial_seconds is None:
+        return []
+    times = result.ascent_seconds / (sum(result.trial_seconds.values()) or 1)
+    return [f"ascent     about {result.ascent_seconds:.2g} s, as long as {times:.0f} trials"]
 
 
 def _sources_line(sources: dict[str, Any] | None) -> str:

@@ -129,7 +129,7 @@ def print_summary(summary: Summary) -> None:
     """Print the tables of a study, and the sentences that follow from them, on stdout."""
     from optuna_merge.report.lengths import answers_split, answers_table, length_warnings
     from optuna_merge.report.summary import ascent_line, verdict
-    from optuna_merge.report.tables import front_table, held_rows, race_table, searched_table
+    from optuna_merge.report.tables import ascent_table, front_table, held_rows, race_table, searched_table
 
     typer.echo(
         f"study {summary.study}: {summary.state_counts};"
@@ -152,6 +152,9 @@ def print_summary(summary: Summary) -> None:
         _print_holdout(held, "holdout documents")
         typer.echo("± is one standard error; differences are paired by document.")
         typer.echo(verdict(summary))
+    if summary.ascent:
+        steps = ascent_table(summary)
+        output.print_table(steps.header, steps.rows)
     if answers := answers_table(summary, f"answers, {answers_split(summary)} documents"):
         output.print_table(answers.header, answers.rows)
         for warning in length_warnings(summary):

@@ -158,7 +158,7 @@ class Judgements:
         return True
 
     def _lock_file(self) -> int:
-        """Descriptor of the file of locks; it stays open, because closing it once would end all locks of this process."""
+        """Descriptor of the file of locks; it stays open: closing it once would end all locks of this process."""
         with self._opening:
             if self._locks is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,9 @@ from optuna_merge.storage.trials import FINISHED, best_merges, front_of, score_o
 from optuna_merge.study.holdout_file import Answers, HoldoutRow, read_holdout
 from optuna_merge.study.judges import JudgeCost, judge_cost
 
-Kind = Literal["source", "base", "uniform", "runner-up", "best"]
+Kind = Literal["source", "base", "uniform", "ascent", "runner-up", "best"]
+
+_END = "end of the ascent"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Summary:
         study: Name of the study.
         n_trials: Total number of trials that the latest run was asked for.
         states: Trial state to number of trials.
-        rows: Sources, base, uniform merges, runners-up and best merge, in this order.
+        rows: Sources, base, uniform merges, end of the ascent, runners-up and best merge, in this order.
         best_trial: Number of the best merge; None if no merge is scored yet.
         best_value: Its score on the searched documents.
         failures: Number of each failed trial to the reason.
@@ -242,14 +244,21 @@ def _rows(
         for trial in trials
         if trial.state == TrialState.COMPLETE and trial.user_attrs.get(attributes.BASELINE_KIND) == kind
     ]
+    end, ranked = ascent_trial(trials), {trial.number for trial in merges}
+    if end is not None and end.state == TrialState.COMPLETE and end.number not in ranked:
+        named.append((end, _END, "ascent"))
     for rank, trial in reversed(list(enumerate(merges[1:], start=2))):
-        named.append((trial, f"best merge, rank {rank}", "runner-up"))
-    named += [(trial, "best merge", "best") for trial in merges[:1]]
+        named.append((trial, f"best merge, rank {rank}{_of_ascent(trial)}", "runner-up"))
+    named += [(trial, f"best merge{_of_ascent(trial)}", "best") for trial in merges[:1]]
     order = [task.name for task in config.tasks]
     return [
         Row(name, kind, trial.number, _score(trial), _tasks(trial, order), holdout.get(trial.number))
         for trial, name, kind in named
     ]
+
+
+def _of_ascent(trial: FrozenTrial) -> str:
+    return f" ({_END})" if attributes.ASCENT in trial.user_attrs else ""
 
 
 def _score(trial: FrozenTrial) -> float:

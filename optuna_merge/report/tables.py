@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from optuna_merge.report.race import RaceStanding
 from optuna_merge.report.summary import Row, Summary, verdict
+from optuna_merge.search.space import split_parameter
 from optuna_merge.study.holdout_file import HoldoutRow
+
+_N_STEPS = 10
+"""Steps of an ascent that a table shows at most, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,26 @@ def race_table(race: RaceStanding, first: str) -> Table:
     return Table(header, rows, None if race.winner is None else 0)
 
 
+def ascent_table(summary: Summary) -> Table:
+    """Expected score and weights by step of the ascent: means over layer groups, at most :data:`_N_STEPS` steps.
+
+    Args:
+        summary: Of a study that began with an ascent.
+    """
+    steps = summary.ascent
+    columns: dict[str, list[str]] = {}
+    for name in sorted(steps[0].params):
+        columns.setdefault(split_parameter(name)[1].removesuffix(".weight"), []).append(name)
+    n_shown = min(_N_STEPS, len(steps))
+    shown = sorted({round(index * (len(steps) - 1) / max(1, n_shown - 1)) for index in range(n_shown)})
+    rows = []
+    for index in shown:
+        params = steps[index].params
+        means = [math.fsum(params[name] for name in names) / len(names) for names in columns.values()]
+        rows.append([f"{index + 1}", f"{steps[index].expected:.4f}", *(f"{mean:.3f}" for mean in means)])
+    return Table(["step of the ascent", "expected score before it", *columns], rows, None)
+
+
 def markdown_table(summary: Summary) -> str:
     """The figures of the report as markdown, for a model card; empty before the first complete trial."""
     if not summary.rows:
@@ -91,14 +116,12 @@ def markdown_table(summary: Summary) -> str:
             cells += [f"{row.holdout.value:.4f}", "" if row.kind == "best" else lead_text(row.holdout)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "± is one standard error, paired by document."]
-    if summary.front:
-        front = front_table(summary, "front", "trial")
-        lines += ["", f"| {' | '.join(front.header)} |", f"| --- |{' ---: |' * (len(front.header) - 1)}"]
-        lines += [f"| {' | '.join(cells)} |" for cells in front.rows]
-    if summary.race is not None:
-        race = race_table(summary.race, "race")
-        lines += ["", f"| {' | '.join(race.header)} |", f"| --- |{' ---: |' * (len(race.header) - 1)}"]
-        lines += [f"| {' | '.join(cells)} |" for cells in race.rows]
+    others = [front_table(summary, "front", "trial")] if summary.front else []
+    others += [race_table(summary.race, "race")] if summary.race is not None else []
+    others += [ascent_table(summary)] if summary.ascent else []
+    for table in others:
+        lines += ["", f"| {' | '.join(table.header)} |", f"| --- |{' ---: |' * (len(table.header) - 1)}"]
+        lines += [f"| {' | '.join(cells)} |" for cells in table.rows]
     if sentence := verdict(summary):
         lines += ["", sentence]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.merging.placement import PlacementPlan, free_host_bytes, merge_seconds
+from optuna_merge.search.ascent import Schedule
 from optuna_merge.search.build import make_sampler, never_prunes
 from optuna_merge.search.race import Spaces, make_spaces
 from optuna_merge.search.samplers import StableCmaEsSampler
@@ -28,8 +29,8 @@ from optuna_merge.study.judges import check_study_judge, most_questions
 from optuna_merge.study.kept import KeptPlan, plan_kept
 from optuna_merge.study.memory import MemoryPlan, gib
 from optuna_merge.study.models import StudyModels
-from optuna_merge.study.seconds import estimate_trial
-from optuna_merge.study.start import settle_start
+from optuna_merge.study.seconds import TrialSeconds, estimate_ascent, estimate_trial
+from optuna_merge.study.start import few_documents, settle_start
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Check:
         judge: ``model``, ``url``, ``budget`` and the ``most`` questions that the study can ask; None without a judge.
         trial_seconds: Expected seconds of a trial on all documents: ``merging``, ``choices`` and ``texts``, from
             samples that are run here; None with vLLM and for a device that is not here.
+        ascent_seconds: Expected seconds of the ascent, from the same samples; None without either.
         warnings: What is allowed, but probably not meant.
     """
 
@@ -84,6 +86,7 @@ class Check:
     memory_line: str
     judge: dict[str, Any] | None
     trial_seconds: dict[str, float] | None
+    ascent_seconds: float | None
     warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,7 +156,12 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
         memory_line=memory.describe(),
         judge=_describe_judge(config, tasks, counts["n_baselines"]),
         trial_seconds=None if seconds is None else asdict(seconds),
-        warnings=[*_warnings(config, space, tasks.n_chunks), *_kept_warnings(kept)],
+        ascent_seconds=_ascent_seconds(config, seconds, tasks.n_chunks),
+        warnings=[
+            *_warnings(config, space, tasks.n_chunks),
+            *filter(None, [few_documents(config, models, space, tasks.n_documents)]),
+            *_kept_warnings(kept),
+        ],
     )
 
 
@@ -177,6 +185,14 @@ def _describe_space(config: StudyConfig, models: StudyModels, spaces: Spaces, sc
         else None,
         "race": describe_race(config, spaces, scorer) if len(spaces) > 1 else None,
     }
+
+
+def _ascent_seconds(config: StudyConfig, trial: TrialSeconds | None, n_chunks: int) -> float | None:
+    if config.search.start == "uniform" or trial is None:
+        return None
+    schedule = Schedule.draw(n_chunks, config.study.seed)
+    n_passes = sum(map(len, schedule.batches)) / n_chunks
+    return estimate_ascent(trial, n_passes=n_passes, n_steps=schedule.n_steps)
 
 
 def _describe_tasks(tasks: Description, without_gradient: Sequence[str]) -> list[dict[str, Any]]:

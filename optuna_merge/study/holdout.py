@@ -47,7 +47,9 @@ def score_holdout(
     n_best: int = N_BEST,
     max_gen_toks: int | None = None,
 ) -> list[HoldoutRow]:
-    """Score the best merges and every finished baseline on the holdout, and write the figures to ``holdout.json``.
+    """Score the best merges, the end of the ascent and every finished baseline on the holdout.
+
+    The figures are written to ``holdout.json``.
 
     Scores are kept on disk by recipe and documents, so only new merges cost anything. Of several processes that share
     the study and its folder, one scores. The others wait for it and read its scores; if it dies, one of them goes on.
@@ -100,10 +102,12 @@ def _score_models(
     max_gen_toks: int | None,
 ) -> list[HoldoutRow]:
     best, *others = best_merges(study, n_best)
+    ranked = {trial.number for trial in (best, *others)}
     baselines = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if attributes.BASELINE in trial.user_attrs and trial.number != best.number
+        if (attributes.BASELINE in trial.user_attrs and trial.number != best.number)
+        or (attributes.ASCENT in trial.user_attrs and trial.number not in ranked)
     ]
     entries = [_Entry(trial, _score(trial, study, objective, note)) for trial in [best, *others, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]

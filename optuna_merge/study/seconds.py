@@ -21,6 +21,11 @@ from optuna_merge.study.models import StudyModels
 
 _MERGED_ELEMENTS = 1 << 24
 
+_SLOPE_PRICE = 3.0
+"""Time of differentiating documents over that of scoring them: 2.85 to 3.1 measured, see ``docs/log.md``."""
+_PULLBACK_PRICE = 2.0
+"""Time of leading the gradient back through a merge over that of the merge."""
+
 
 @dataclass(frozen=True)
 class TrialSeconds:
@@ -78,6 +83,17 @@ def estimate_trial(
         choices=tasks.choice_cost * speed.token + tasks.n_places * speed.place,
         texts=tasks.text_cost * speed.token,
     )
+
+
+def estimate_ascent(trial: TrialSeconds, *, n_passes: float, n_steps: int) -> float:
+    """Estimate how long an ascent takes, in seconds.
+
+    Args:
+        trial: What a trial takes.
+        n_passes: How often each document is differentiated; the comparison of starts is not counted.
+        n_steps: How often the model is merged, and the gradient led back through the merge.
+    """
+    return n_passes * _SLOPE_PRICE * (trial.choices + trial.texts) + n_steps * (1 + _PULLBACK_PRICE) * trial.merging
 
 
 def _typical_recipe(config: StudyConfig, space: SearchSpace) -> Recipe:

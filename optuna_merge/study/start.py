@@ -8,6 +8,9 @@ from __future__ import annotations
 from optuna_merge.config.contradictions import ascent_problems
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.scorer import Scorer
+from optuna_merge.search.ascent_space import AscentSpace
+from optuna_merge.search.space import SearchSpace
+from optuna_merge.study.models import StudyModels
 
 LEAST_DOCUMENTS = 150
 """Searched documents with which the ascent was measured to help held-out scores (docs/log.md)."""
@@ -34,6 +37,24 @@ def settle_start(config: StudyConfig, scorer: Scorer) -> tuple[StudyConfig, str]
     reason = _why_uniform(config, scorer)
     search = config.search.model_copy(update={"start": "uniform" if reason else "ascent"})
     return config.model_copy(update={"search": search}), reason
+
+
+def few_documents(config: StudyConfig, models: StudyModels, space: SearchSpace, n_documents: int) -> str:
+    """A warning if the study file asks for an ascent by fewer documents than were measured to suffice; else empty.
+
+    Args:
+        config: The study file, with ``search.start`` settled.
+        models: Its checkpoints.
+        space: Its search space.
+        n_documents: Searched documents.
+    """
+    if config.search.start == "uniform" or n_documents >= LEAST_DOCUMENTS:
+        return ""
+    n_weights = AscentSpace(space, models.places, config.search.profile).n
+    return (
+        f"the ascent moves {n_weights} weights by {n_documents} searched documents, fewer than {LEAST_DOCUMENTS}: it"
+        " may fit these documents alone; look at the holdout, raise limit or use search.start: uniform"
+    )
 
 
 def _why_uniform(config: StudyConfig, scorer: Scorer) -> str:

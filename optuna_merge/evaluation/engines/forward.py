@@ -234,8 +234,8 @@ class Forward:
         is_causal = self.agree(together, torch.cat(apart))
         if is_causal is False and not self.agree(together, self._at_ends(rows)):
             raise EngineError(
-                f"{type(self._model).__name__}: equal inputs must have equal scores, got others the second time; a model"
-                " that draws random numbers cannot be searched"
+                f"{type(self._model).__name__}: equal inputs must have equal scores, got others the second time; a"
+                " model that draws random numbers cannot be searched"
             )
         return is_causal
 

@@ -1,5 +1,7 @@
 """Peak bytes of tensors, counted on a CPU as a GPU's allocator would count them."""
 
+# mypy: untyped-calls-exclude=torch.utils._python_dispatch
+
 from __future__ import annotations
 
 import weakref
