@@ -1,6 +1,6 @@
 """Draw what a command printed as a picture of a terminal.
 
-    optuna-merge report studies/quickstart.yaml | python docs/terminal_picture.py docs/terminal.svg "optuna-merge quickstart"
+    optuna-merge report FILE | python docs/terminal_picture.py docs/terminal.svg "optuna-merge quickstart"
 
 The second argument is the command line that the picture shows above its output.
 """
@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 WIDTH = 126  # characters
+NO_BREAK = "\N{NO-BREAK SPACE}"  # several ordinary spaces would become one
 CHARACTER, LINE, MARGIN = 7.25, 17, 18  # pixels
 
 
@@ -30,13 +31,13 @@ def picture(lines: list[str]) -> str:
     width, height = round(WIDTH * CHARACTER + 2 * MARGIN), len(lines) * LINE + 2 * MARGIN
     texts = "\n".join(
         f'<text x="{MARGIN}" y="{MARGIN + LINE * (number + 0.75):.1f}" textLength="{len(line) * CHARACTER:.1f}"'
-        f"{_style(line)}>{escape(line)}</text>"
+        f"{_style(line)}>{escape(line).replace(' ', NO_BREAK)}</text>"
         for number, line in enumerate(lines)
         if line.strip()
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
-        ' font-family="ui-monospace, Menlo, Consolas, monospace" font-size="12" fill="#d8dee9" xml:space="preserve">\n'
+        ' font-family="ui-monospace, Menlo, Consolas, monospace" font-size="12" fill="#d8dee9">\n'
         f'<rect width="{width}" height="{height}" rx="8" fill="#20242c"/>\n{texts}\n</svg>\n'
     )
 
@@ -44,7 +45,7 @@ def picture(lines: list[str]) -> str:
 def _style(line: str) -> str:
     if line.startswith("$ "):
         return ' fill="#8fbcbb"'
-    return ' fill="#a3d9a5" font-weight="bold"' if line.strip().startswith("best merge") else ""
+    return ' fill="#a3d9a5"' if line.startswith(" best merge  ") else ""
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 BASE = "base"
 _BOS, _EOS, _PAD = "<s>", "</s>", "<pad>"
+_SILENT_S = 10.0
 _IGNORED = -100  # the label that transformers' loss leaves out
 
 Text = tuple[str, str]  # the part that is only read, and the part that is learned
@@ -131,7 +132,7 @@ def make_models(out: Path, settings: Settings, n_processes: int = 1, say: Callab
     started = time.monotonic()
     if BASE in missing:
         say(f"training {BASE} ({settings.base_steps} steps)")
-        train_base(out / BASE, settings)
+        train_base(out / BASE, settings, say)
     skills = [name for name in missing if name != BASE]
     say(f"training {', '.join(skills)} ({settings.skill_steps} steps each); {time.monotonic() - started:.0f} s so far")
     _train_skills(out, skills, settings, n_processes)
@@ -175,8 +176,8 @@ def _train_skill_alone(folder: Path, base: Path, skill: str, settings: Settings)
     train_skill(folder, base, skill, settings)
 
 
-def train_base(folder: Path, settings: Settings) -> None:
-    """Train the tokenizer and the base from scratch; write both to ``folder``."""
+def train_base(folder: Path, settings: Settings, say: Callable[[str], None] = lambda _: None) -> None:
+    """Train the tokenizer and the base from scratch; write both to ``folder``. ``say`` is called every ten seconds."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -200,7 +201,15 @@ def train_base(folder: Path, settings: Settings) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    _train(model, tokenizer, texts, settings.base_steps, settings.base_learning_rate, settings.batch_size)
+    said = time.monotonic()
+
+    def on_step(step: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > _SILENT_S:
+            said = time.monotonic()
+            say(f"{BASE}: {step} of {settings.base_steps} steps")
+
+    _train(model, tokenizer, texts, settings.base_steps, settings.base_learning_rate, settings.batch_size, on_step)
     _save(model, tokenizer, folder, settings)
 
 
@@ -245,14 +254,21 @@ def _train_tokenizer(texts: list[str]) -> Any:
 
 
 def _train(
-    model: Any, tokenizer: Any, texts: Iterator[Text], n_steps: int, learning_rate: float, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    texts: Iterator[Text],
+    n_steps: int,
+    learning_rate: float,
+    batch_size: int,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> None:
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, n_steps))
     model.train()
-    for _ in range(n_steps):
+    for step in range(n_steps):
+        on_step(step)
         tokens, labels = _batch(tokenizer, [next(texts) for _ in range(batch_size)])
         model(input_ids=tokens, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
