@@ -73,7 +73,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which tests a plain run leaves out; those that are skipped name what they need in their reasons above."""
     if "not vllm" in terminalreporter.config.option.markexpr:
         terminalreporter.write_line(
-            "deselected: the tests of the vLLM engine; make test-vllm installs vLLM and runs them"
+            "deselected: the tests of the vLLM engine (make test-vllm installs vLLM and runs them) and of the wheel"
+            " (make test-wheel)"
         )
 
 
