@@ -80,7 +80,7 @@ PUBLIC = {
         load_study run_study
     """.split(),
     "optuna_merge.data": ["read_sample"],
-    "optuna_merge.judging": ["Rubric"],
+    "optuna_merge.judging": ["Pairwise", "Rubric"],
     "optuna_merge.methods": ["METHODS", "MergeMethod", "find_method"],
     "optuna_merge.testing": [
         "EngineConformance",

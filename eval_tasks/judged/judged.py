@@ -1,7 +1,7 @@
-"""Questions whose answers a stronger model judges: documents, rubric and score of ``judged_questions``.
+"""Questions whose answers a stronger model judges: documents, rubrics and scores.
 
-To judge questions of your own, copy this folder, put them into ``questions.jsonl``, and say below what a good answer
-is.
+``judged_questions`` has each answer rated, ``judged_pairs`` has it compared with a fixed answer. To judge questions of
+your own, copy this folder, put them into ``questions.jsonl``, and say below what a good answer is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from optuna_merge.judging import Rubric
+from optuna_merge.judging import Pairwise, Rubric
 
 if TYPE_CHECKING:
     import datasets
@@ -29,12 +29,18 @@ example: other answers may be as good.""",
     highest=5,
 )
 
+pairwise = Pairwise(
+    """You are comparing two answers of assistants to a question. Prefer the one that is correct, complete and easy to
+follow. Length is no merit: an answer that says the same in fewer words is as good."""
+)
+
 
 def documents(questions: str = "questions.jsonl", **_: Any) -> dict[str, datasets.Dataset]:
     """The questions, as documents.
 
     Args:
-        questions: JSON lines with ``question`` and, if there is one, ``reference``; relative to this folder.
+        questions: JSON lines with ``question`` and, if there is one, ``reference``; for ``judged_pairs`` with
+            ``rival``, the fixed answer, which ``rivals.py`` adds. Relative to this folder.
     """
     import datasets
 
@@ -46,3 +52,8 @@ def documents(questions: str = "questions.jsonl", **_: Any) -> dict[str, dataset
 def process(document: dict[str, Any], scores: list[list[float]]) -> dict[str, float]:
     """The mean score of a document's answers."""
     return {"judge_score": fmean(scores[0])}
+
+
+def compare(document: dict[str, Any], scores: list[list[float]]) -> dict[str, float]:
+    """How often a document's answers are preferred to the fixed one, a tie counting half."""
+    return {"preferred": fmean(scores[0])}

@@ -50,7 +50,7 @@ class Description:
         n_places: Of one full evaluation; see ``Prepared``.
         choice_cost, text_cost: What one full evaluation costs, in tokens: scoring continuations, with the beginnings
             that are computed once, and generating texts; see ``Prepared``.
-        n_judged, n_judged_holdout: Answers of one full evaluation that a judge is asked about, searched and held out.
+        n_judged, n_judged_holdout: Questions that a judge is asked in one full evaluation, searched and held out.
         chat_template: Whether prompts go through the tokenizer's chat template.
         chat_template_reason: Why, in words.
     """

@@ -115,9 +115,10 @@ class Leaf:
         """Whether made-up answers must not be processed: a judge would be asked, or code be run."""
         return runs_generated_code(self.task) or bool(self.rubrics)
 
-    def n_answers(self, doc_ids: Sequence[int]) -> int:
-        """Answers to some documents, repeated ones included."""
-        return sum(i.repeats or 1 for doc_id in doc_ids for i in self.instances[doc_id])
+    def n_judged(self, doc_ids: Sequence[int]) -> int:
+        """Questions that a judge is asked about the answers to some documents, repeated ones included."""
+        n_answers = sum(i.repeats or 1 for doc_id in doc_ids for i in self.instances[doc_id])
+        return n_answers * sum(rubric.n_questions for rubric in self.rubrics)
 
     def metrics(self) -> tuple[str, ...]:
         """Metrics as lm-eval would report them, ``metric,filter``, and ``n_tokens,none`` if the task generates.

@@ -337,10 +337,8 @@ class Scorer:
             n_places=sum(p.n_places for p in prepared),
             choice_cost=self._beginnings_cost + sum(p.cost - p.text_cost for p in prepared),
             text_cost=sum(p.text_cost for p in prepared),
-            n_judged=sum(leaf.n_answers(leaf.searched) for leaf in leaves_of(self._terms) if leaf.rubrics),
-            n_judged_holdout=sum(
-                leaf.n_answers(leaf.holdout) for leaf in leaves_of(self._holdout_terms) if leaf.rubrics
-            ),
+            n_judged=sum(leaf.n_judged(leaf.searched) for leaf in leaves_of(self._terms)),
+            n_judged_holdout=sum(leaf.n_judged(leaf.holdout) for leaf in leaves_of(self._holdout_terms)),
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,
         )

@@ -1,5 +1,5 @@
-"""Answers that a stronger model judges. A task's file declares a :class:`Rubric`; the study file names the judge."""
+"""Answers that a stronger model judges. A task's file declares how; the study file names the judge."""
 
-from optuna_merge.judging.rubric import Rubric
+from optuna_merge.judging.rubric import Pairwise, Rubric
 
-__all__ = ["Rubric"]
+__all__ = ["Pairwise", "Rubric"]

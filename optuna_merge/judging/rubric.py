@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from optuna_merge.errors import TaskError
 
@@ -26,6 +26,21 @@ Answer to rate:
 {answer}
 
 Explain your rating briefly. End with a line that holds nothing but the score, a number from {lowest:g} to {highest:g}:
+Score: <number>"""
+
+_COMPARED = """{rubric}
+
+Question:
+{question}
+{reference}
+Answer A:
+{first}
+
+Answer B:
+{second}
+
+Explain your choice briefly. End with a line that holds nothing but the score: 1 if answer A is better, 0 if answer B is
+better, 0.5 if neither is better:
 Score: <number>"""
 
 
@@ -79,6 +94,8 @@ class Rubric:
     question: str = "question"
     reference: str = "reference"
     ask: Callable[[Sequence[Question]], list[float]] | None = field(default=None, repr=False, compare=False)
+    n_questions: ClassVar[int] = 1
+    """What is asked about one answer."""
 
     def __post_init__(self) -> None:
         """Refuse a range without numbers.
@@ -108,25 +125,72 @@ class Rubric:
             [self.about(document, str(answer)) for answer in own]
             for own, document in zip(answers, documents, strict=True)
         ]
-        scores = iter(self.ask([question for own in asked for question in own]))
-        return [[next(scores) for _ in own] for own in asked]
+        scores = iter(self.ask([question for own in asked for questions in own for question in questions]))
+        return [[self.score([next(scores) for _ in questions]) for questions in own] for own in asked]
 
-    def about(self, document: Mapping[str, Any], answer: str) -> Question:
-        """The question about one answer to a document.
+    def about(self, document: Mapping[str, Any], answer: str) -> list[Question]:
+        """What is asked about one answer to a document.
 
         Raises:
             TaskError: If the document lacks its question.
         """
-        if self.question not in document:
-            fields = ", ".join(map(str, document))
-            raise TaskError(f"rubric: question must name a field of the documents ({fields}), got '{self.question}'")
+        return [self._question(_ASKED, document, answer=_shown(answer), lowest=self.lowest, highest=self.highest)]
+
+    def score(self, scores: Sequence[float]) -> float:
+        """The score of an answer, from those of what is asked about it."""
+        [score] = scores
+        return score
+
+    def _question(self, form: str, document: Mapping[str, Any], **parts: Any) -> Question:
         reference = document.get(self.reference)
-        text = _ASKED.format(
+        text = form.format(
             rubric=self.text.strip(),
-            question=document[self.question],
+            question=self._field(document, "question"),
             reference=f"\nA good answer:\n{reference}\n" if reference else "",
-            answer=answer.strip() or "(no answer)",
-            lowest=self.lowest,
-            highest=self.highest,
+            **parts,
         )
         return Question((("user", text),), self.lowest, self.highest)
+
+    def _field(self, document: Mapping[str, Any], name: str) -> Any:
+        value = document.get(getattr(self, name))
+        if value is None:
+            fields = ", ".join(map(str, document))
+            raise TaskError(
+                f"rubric: {name} must name a field of the documents ({fields}), got '{getattr(self, name)}'"
+            )
+        return value
+
+
+@dataclass
+class Pairwise(Rubric):
+    """By what a judge compares answers with a fixed one, for tasks without references; otherwise as :class:`Rubric`.
+
+    The judge is asked twice, with each of the two answers first, so that a liking for the first place cancels out. The
+    score is the mean of both, 1 where the answer is better than the fixed one and 0 where it is worse.
+
+    Attributes:
+        rival: Field of a document that holds the fixed answer.
+    """
+
+    lowest: float = 0
+    highest: float = 1
+    rival: str = "rival"
+    n_questions: ClassVar[int] = 2
+
+    def about(self, document: Mapping[str, Any], answer: str) -> list[Question]:
+        """The two questions about one answer to a document; the answer is A in the first one.
+
+        Raises:
+            TaskError: If the document lacks its question or the fixed answer.
+        """
+        pair = _shown(answer), _shown(str(self._field(document, "rival")))
+        return [self._question(_COMPARED, document, first=a, second=b) for a, b in (pair, pair[::-1])]
+
+    def score(self, scores: Sequence[float]) -> float:
+        """The mean over both orders."""
+        first, second = scores
+        return (first + 1 - second) / 2
+
+
+def _shown(answer: str) -> str:
+    return answer.strip() or "(no answer)"

@@ -27,7 +27,10 @@ LOCK = threading.Lock()
 
 
 def score(prompt: str) -> int:
-    """From 1 to 5; the same for the same prompt."""
+    """From 1 to 5, the same for the same prompt. Of two answers that with ``right`` in it is better, else the first."""
+    if "Answer A:" in prompt:
+        first, second = prompt.split("Answer A:")[1].split("Answer B:")
+        return int("right" in first or "right" not in second)
     return 1 + hashlib.sha256(prompt.encode()).digest()[0] % 5
 
 

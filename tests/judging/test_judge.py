@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from optuna_merge.errors import JudgeBudgetError, JudgeError, JudgementError, TaskError
-from optuna_merge.judging import Rubric, client
+from optuna_merge.judging import Pairwise, Rubric, client
 from optuna_merge.judging.client import JudgeOptions, check_judge
 from optuna_merge.judging.judge import Judge
 from optuna_merge.judging.rubric import Question
@@ -37,7 +37,8 @@ def options(server: JudgeServer, **changes: Any) -> JudgeOptions:
 
 def questions(n: int) -> list[Question]:
     rubric = Rubric("Rate it.")
-    return [rubric.about({"question": f"What is {i}?", "reference": str(i)}, f"It is {i}.") for i in range(n)]
+    asked = [rubric.about({"question": f"What is {i}?", "reference": str(i)}, f"It is {i}.") for i in range(n)]
+    return [question for [question] in asked]
 
 
 def expected(asked: Sequence[Question]) -> list[float]:
@@ -174,6 +175,28 @@ def test_scores_are_read_strictly(reply: str, score_or_fault: float | str) -> No
     else:
         with pytest.raises(ValueError, match=score_or_fault):
             question.read(reply)
+
+
+def test_a_fixed_answer_is_compared_in_both_orders(tmp_path: Path) -> None:
+    rubric = Pairwise("Which is better?")
+    documents = [{"question": f"What is {i}?", "rival": f"Surely {i}."} for i in range(6)]
+    answers = [["It is.", "Nobody knows."]] * 6
+    with judge(tmp_path / "server") as server:
+        rubric.ask = Judge(options(server), Judgements(tmp_path / "store")).ask
+        scores = rubric(answers, documents)
+        prompts = [line["prompt"] for line in server.log()]
+        n_asked = len(prompts)
+        assert rubric(answers, documents) == scores  # nothing is asked again
+        assert len(server.log()) == n_asked == 6 * 2 * rubric.n_questions
+    is_first = [p.index("It is.") < p.index("Surely") for p in prompts if "It is." in p]
+    assert sorted(is_first) == [False] * 6 + [True] * 6
+    # the judge prefers whatever is answer A: a tie in both orders together
+    assert scores == [[0.5, 0.5]] * 6
+    assert rubric.score([1, 0]) == 1
+    assert rubric.score([0, 1]) == 0
+    assert rubric.score([1, 0.5]) == 0.75
+    with pytest.raises(TaskError, match=r"rival must name a field of the documents \(question\), got 'rival'"):
+        rubric.about({"question": "?"}, "an answer")
 
 
 def test_a_rubric_that_cannot_be_used() -> None:

@@ -17,6 +17,7 @@ import optuna_merge
 from optuna_merge.cli.app import app
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import JudgeBudgetError
+from optuna_merge.report.answers import shown_documents
 from optuna_merge.report.artifacts import upload_answers
 from optuna_merge.report.summary import summarize
 from optuna_merge.storage import attributes
@@ -42,15 +43,21 @@ def make(study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_p
     """A function that makes the objective of a judged study: 24 questions searched, 6 held out."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
     shutil.copytree(TASKS, tmp_path / "judged")
-    questions = [{"question": f"What is {number} and {number}?"} for number in range(30)]
-    task = tmp_path / "judged" / "judged_questions.yaml"
-    task.write_text(task.read_text().replace("max_gen_toks: 512", "max_gen_toks: 8"))  # the models' window is 64
+    questions = [{"question": f"What is {number} and {number}?", "rival": "Two."} for number in range(30)]
+    for task in (tmp_path / "judged").glob("*.yaml"):
+        task.write_text(task.read_text().replace("max_gen_toks: 512", "max_gen_toks: 8"))  # the models' window is 64
     (tmp_path / "judged" / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 
-    def made(server: JudgeServer, out: str, n_trials: int = 12, **options: Any) -> MergeObjective:
+    def made(
+        server: JudgeServer,
+        out: str,
+        n_trials: int = 12,
+        task: tuple[str, str] = ("judged_questions", "judge_score"),
+        **options: Any,
+    ) -> MergeObjective:
         options = {"url": server.url, "model": MODEL, "key_variable": "JUDGE_KEY", "timeout": 1.0, **options}
         path = study_file(
-            tasks=[{"name": "judged_questions", "metric": "judge_score"}],
+            tasks=[{"name": task[0], "metric": task[1]}],
             task_search_path="judged",
             study={"name": "tiny", "n_trials": n_trials, "seed": 3, "n_chunks": 4},
             holdout=0.2,
@@ -145,6 +152,24 @@ def test_a_budget_stops_the_study_and_a_larger_one_ends_it(
         run_study(objective.config, objective)
         assert ended(objective) == undisturbed
         assert set(server.answered().values()) == {1}
+
+
+def test_answers_are_compared_with_a_fixed_one_in_both_orders(make: Make, tmp_path: Path) -> None:
+    with judge(tmp_path / "server") as server:
+        objective = make(server, "out", 6, ("judged_pairs", "preferred"))
+        run_study(objective.config, objective)
+        study = open_started(objective.config)
+        rows = score_holdout(study, objective)
+        answered = server.answered()
+    assert set(answered.values()) == {1}
+    assert 2 * 30 < len(answered) <= 2 * 2 * 30  # one or two different answers to 30 questions, in two orders
+    assert sum("Answer A:\nTwo." in prompt for prompt in answered) == len(answered) / 2
+    # an answer that is right is preferred; one that is as bad as the fixed answer ties
+    kept = shown_documents(study, summarize(study, objective.config), objective.config)
+    scores = {(answer.text, *answer.scores.values()) for document in kept for answer in document.answers}
+    assert scores == {("right", 1.0), ("", 0.5)}, scores
+    assert len(rows) == 6
+    assert objective.scorer.describe().n_judged == 2 * 24
 
 
 def test_nonsense_fails_trials_with_the_reason_and_scores_nothing(make: Make, tmp_path: Path) -> None:
