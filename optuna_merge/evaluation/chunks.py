@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lm_eval.api.instance import Instance
 
 from optuna_merge.errors import TaskError
-from optuna_merge.evaluation.engine import Engine, Prepared
+from optuna_merge.evaluation.engine import Engine, Prepared, Response
 from optuna_merge.evaluation.leaf import Leaf
 from optuna_merge.evaluation.quiet import quietly
 from optuna_merge.evaluation.results import Documents
@@ -40,12 +40,16 @@ class Chunk:
         self._counts = [sum(i.repeats or 1 for d in ids for i in leaf.instances[d]) for leaf, ids in self.parts]
         self.prepared: Prepared = engine.prepare(_requests(self.parts))
 
-    def score(self, engine: Engine, *, keep_answers: bool = False) -> Documents:
-        """Document values for the weights that the engine holds, with what was answered if that is to be kept."""
-        responses = iter(engine.respond(self.prepared))
+    def answer(self, engine: Engine) -> list[Response]:
+        """The responses to all requests for the weights that the engine holds."""
+        return engine.respond(self.prepared)
+
+    def values(self, responses: Sequence[Response], *, keep_answers: bool = False) -> Documents:
+        """Document values of what :meth:`answer` gave, with what was answered if that is to be kept."""
+        left = iter(responses)
         with quietly():
             return {
-                leaf.name: leaf.score(doc_ids, iter([next(responses) for _ in range(count)]), keep_answers=keep_answers)
+                leaf.name: leaf.score(doc_ids, iter([next(left) for _ in range(count)]), keep_answers=keep_answers)
                 for (leaf, doc_ids), count in zip(self.parts, self._counts, strict=True)
             }
 

@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 
 from optuna_merge.errors import TaskError
+from optuna_merge.evaluation.engine import Engine
 from optuna_merge.evaluation.faults import fault
 from optuna_merge.internals.lm_eval import TooFewExamplesError, take_instances, watch_rendering
 
@@ -49,6 +50,33 @@ def render(name: str, task: Task, selected: Sequence[int], **options: Any) -> di
         instances.sort(key=lambda instance: instance.idx)
     _remember_documents(task, [instances[0].doc for instances in requests.values()])
     return requests
+
+
+def choose_chat_template(engine: Engine, wanted: bool | None) -> tuple[bool, str]:
+    """Whether prompts go through the chat template, and why in words.
+
+    Raises:
+        TaskError: If it is wanted and there is none.
+    """
+    if wanted and not engine.has_chat_template:
+        raise TaskError(
+            "apply_chat_template must be false or left out, got true: the tokenizer has no chat template; remove it"
+        )
+    if wanted is not None:
+        return wanted, "applied, as asked" if wanted else "not applied, as asked"
+    if engine.has_chat_template:
+        return True, "applied: the tokenizer has one"
+    return False, "not applied: the tokenizer has none"
+
+
+def rendering_options(engine: Engine, uses_template: bool, fewshot_as_multiturn: bool) -> dict[str, Any]:
+    """Options of lm-eval's ``build_all_requests``."""
+    return {
+        "apply_chat_template": uses_template,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "chat_template": engine.apply_chat_template if uses_template else None,
+        "tokenizer_name": engine.tokenizer_name if uses_template else "",
+    }
 
 
 def _too_few_examples(name: str, task: Task, exc: TooFewExamplesError) -> TaskError:

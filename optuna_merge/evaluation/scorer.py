@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from optuna_merge.evaluation.expected import ExpectedChunk, has_stand_in
 from optuna_merge.evaluation.leaf import Leaf
 from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
+from optuna_merge.evaluation.rendering import choose_chat_template, rendering_options
 from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation, Score, join
 from optuna_merge.evaluation.selection import hold_out, select
 from optuna_merge.evaluation.term import EvalTask, Term, leaves_of, name_apart
@@ -51,6 +52,7 @@ class Scorer:
         n_documents: Searched documents, over all tasks.
         not_means: Terms whose metric is no mean over documents.
         has_holdout: Whether documents are held out for :meth:`score_holdout`.
+        judge: Whom the tasks ask about answers; None if none of them does.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scorer:
         beginnings_cost: float,
         chat_template: bool,
         chat_template_reason: str,
+        judge: Judge | None = None,
     ) -> None:
         self._engine = engine
         self._terms = tuple(terms)
@@ -73,6 +76,7 @@ class Scorer:
         self._chat_template_reason = chat_template_reason
         self._holdout: Chunk | None = None
         self._expected: dict[int, ExpectedChunk] = {}
+        self.judge = judge
         self.n_chunks = len(chunks)
         self.n_documents = sum(len(leaf.searched) for leaf in leaves_of(terms))
 
@@ -120,8 +124,8 @@ class Scorer:
             EngineError: If the engine cannot answer a request.
         """
         _refuse_options(tasks, limit, holdout)
-        uses_template, reason = _choose_chat_template(engine, apply_chat_template)
-        rendering = _rendering_options(engine, uses_template, fewshot_as_multiturn)
+        uses_template, reason = choose_chat_template(engine, apply_chat_template)
+        rendering = rendering_options(engine, uses_template, fewshot_as_multiturn)
         others = () if holdout is None or isinstance(holdout, float | int) else holdout
         loader = Loader(task_search_path, allow_unsafe_code)
         with quietly(), _lm_eval_seeds():
@@ -150,6 +154,7 @@ class Scorer:
             beginnings_cost=beginnings_cost,
             chat_template=uses_template,
             chat_template_reason=reason,
+            judge=judge if any(leaf.rubrics for leaf in leaves) else None,
         )
 
     @property
@@ -170,7 +175,17 @@ class Scorer:
             TaskError: If a task's own code raises; names the task and the document.
             EngineError: If the engine holds no complete weights or cannot answer.
         """
-        return self._result(chunk, self._chunks[chunk].score(self._engine))
+        return self.answer_chunk(chunk)()
+
+    def answer_chunk(self, chunk: int) -> Callable[[], ChunkResult]:
+        """Have the engine answer one chunk.
+
+        Returns:
+            Scores the answers and needs no engine: it may run in another thread while the next chunk is answered, but
+            not twice at a time.
+        """
+        responses = self._chunks[chunk].answer(self._engine)
+        return lambda: self._result(chunk, self._chunks[chunk].values(responses))
 
     def n_documents_in(self, chunk: int) -> int:
         """Number of documents of a chunk."""
@@ -263,7 +278,7 @@ class Scorer:
         if self._holdout is None:
             parts = [(leaf, leaf.holdout) for leaf in leaves_of(self._holdout_terms)]
             self._holdout = Chunk(self._engine, parts)
-        documents = self._holdout.score(self._engine, keep_answers=True)
+        documents = self._holdout.values(self._holdout.answer(self._engine), keep_answers=True)
         return _aggregate(self._holdout_terms, documents, stderr=stderr)
 
     def lengthen_holdout(self, max_gen_toks: int) -> None:
@@ -400,33 +415,11 @@ def _refuse_options(
         raise TaskError(f"limit must be above 0, got {limit}: no documents would be left; raise it or leave it out")
 
 
-def _choose_chat_template(engine: Engine, wanted: bool | None) -> tuple[bool, str]:
-    if wanted and not engine.has_chat_template:
-        raise TaskError(
-            "apply_chat_template must be false or left out, got true: the tokenizer has no chat template; remove it"
-        )
-    if wanted is not None:
-        return wanted, "applied, as asked" if wanted else "not applied, as asked"
-    if engine.has_chat_template:
-        return True, "applied: the tokenizer has one"
-    return False, "not applied: the tokenizer has none"
-
-
 def _connect(leaf: Leaf, judge: Judge | None) -> None:
     for rubric in leaf.rubrics:
         if judge is None:
             raise TaskError(f"task '{leaf.name}' is judged: the study must name a judge; add the section judge to it")
         rubric.ask = judge.ask
-
-
-def _rendering_options(engine: Engine, uses_template: bool, fewshot_as_multiturn: bool) -> dict[str, Any]:
-    """Options of lm-eval's ``build_all_requests``."""
-    return {
-        "apply_chat_template": uses_template,
-        "fewshot_as_multiturn": fewshot_as_multiturn,
-        "chat_template": engine.apply_chat_template if uses_template else None,
-        "tokenizer_name": engine.tokenizer_name if uses_template else "",
-    }
 
 
 def _hold_out_share(terms: list[Term], share: float, seed: int) -> list[Term]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from statistics import fmean
 
-from optuna_merge.errors import JudgeBudgetError, JudgementError
+from optuna_merge.errors import JudgeBudgetError, JudgeError, JudgementError
 from optuna_merge.judging.client import JudgeClient, JudgeOptions, Pace, Reply, connected
 from optuna_merge.judging.rubric import Message, Question
 from optuna_merge.judging.store import Judgements
@@ -38,6 +38,7 @@ class Judge:
         self._pace = Pace(options.requests_per_minute)
         self._lock = threading.Lock()
         self._n_open = 0
+        self._client: JudgeClient | None = None
 
     @property
     def identity(self) -> str:
@@ -65,12 +66,18 @@ class Judge:
             scores |= self._ask_all(missing)
         return [fmean(scores[key, n] for n in numbers) for key in keys]
 
+    def stop(self) -> None:
+        """Let :meth:`ask`, running in another thread, end as soon as the questions that are open have replies."""
+        if self._client is not None:
+            self._client.stopped.set()
+
     def _ask_all(self, missing: Mapping[_Place, Question]) -> dict[_Place, float]:
         found: dict[_Place, float] = {}
         with (
             connected(self.options, self._pace) as client,
             ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge") as pool,
         ):
+            self._client = client
             futures = {pool.submit(self._ask_once, client, place, missing[place]): place for place in missing}
             try:
                 for future in as_completed(futures):
@@ -84,6 +91,8 @@ class Judge:
 
     def _ask_once(self, client: JudgeClient, place: _Place, question: Question) -> float:
         """Ask, unless another process does so at this moment: then take the score that it gets."""
+        if client.stopped.is_set():
+            raise JudgeError("judge: must be asked to the end, got an end before; run the study again")
         with self._store.alone(*place, client.stopped):
             known = self._store.scores([place[0]])
             return known[place] if place in known else self._ask(client, place, question)

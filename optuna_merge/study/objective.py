@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial
 from optuna_merge.config.read import load_study
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.errors import EngineDiedError, JudgementError, NonFiniteMergeError, StudyError, TaskError
+from optuna_merge.evaluation.ahead import Ahead
 from optuna_merge.evaluation.results import ChunkResult, Score
 from optuna_merge.evaluation.scorer import Scorer
 from optuna_merge.internals.optuna import known_state, known_trials, trial_id
@@ -358,6 +359,7 @@ class MergeObjective:
         scored = self._read_scored(trial, digest, reported)
         results: list[ChunkResult] = []
         n_chunks = known_state(trial).user_attrs.get(attributes.RACE_CHUNKS, self.scorer.n_chunks)
+        ahead = Ahead(self.scorer)
         with self._documents.begin(trial.number, digest, [line for line, _ in scored.values()]) as documents:
             for chunk in range(n_chunks):
                 if chunk in reported and chunk in scored:
@@ -368,7 +370,8 @@ class MergeObjective:
                     self._record_cost(trial, spent_s, results, documents)
                     self._end_early(trial, results)
                 start = time.perf_counter()
-                result = scored[chunk][1] if chunk in scored else self.scorer.score_chunk(chunk)
+                following = next((n for n in range(chunk + 1, n_chunks) if n not in scored), None)
+                result = scored[chunk][1] if chunk in scored else ahead.score(chunk, following)
                 spent_s += time.perf_counter() - start
                 results.append(result)
                 if chunk not in scored:

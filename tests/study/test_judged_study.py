@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ import optuna_merge
 from optuna_merge.cli.app import app
 from optuna_merge.cli.options import open_started
 from optuna_merge.errors import JudgeBudgetError
+from optuna_merge.evaluation.ahead import Ahead
+from optuna_merge.judging.rubric import Question
 from optuna_merge.report.answers import shown_documents
 from optuna_merge.report.artifacts import upload_answers
 from optuna_merge.report.summary import summarize
 from optuna_merge.storage import attributes
 from optuna_merge.study.holdout import score_holdout
 from optuna_merge.study.judges import judge_cost
+from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import run_study
+from optuna_merge.testing.engine import FakeEngine
 from tests import processes
 from tests.judging.judge_server import KEY, MODEL
 from tests.judging.servers import JudgeServer, judge
@@ -170,6 +174,35 @@ def test_answers_are_compared_with_a_fixed_one_in_both_orders(make: Make, tmp_pa
     assert scores == {("right", 1.0), ("", 0.5)}, scores
     assert len(rows) == 6
     assert objective.scorer.describe().n_judged == 2 * 24
+
+
+def test_the_next_chunk_is_answered_while_one_is_judged(make: Make, tmp_path: Path) -> None:
+    with judge(tmp_path / "server") as server:
+        objective = make(server, "out")
+        objective.load(objective.space.baseline_recipe("uniform"))
+        scorer = objective.scorer
+        expected = [scorer.score_chunk(chunk) for chunk in range(scorer.n_chunks)]
+    assert isinstance(objective.loader, LocalLoader)
+    engine = objective.loader.engine
+    assert isinstance(engine, FakeEngine)
+    assert scorer.judge is not None
+    before, ask, n_asked = engine.n_responses, scorer.judge.ask, 0
+
+    def patient(questions: Sequence[Question]) -> list[float]:
+        """Score questions only when the engine has answered the next chunk."""
+        nonlocal n_asked
+        n_asked += len(questions)
+        deadline = time.monotonic() + 30
+        while engine.n_responses - before < min(n_asked + 6, 24):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return ask(questions)
+
+    [rubric] = scorer._terms[0].leaves[0].rubrics
+    rubric.ask = patient
+    ahead = Ahead(scorer)
+    assert [ahead.score(chunk, chunk + 1 if chunk < 3 else None) for chunk in range(4)] == expected
+    assert engine.n_responses - before == 24  # each chunk is answered once
 
 
 def test_nonsense_fails_trials_with_the_reason_and_scores_nothing(make: Make, tmp_path: Path) -> None:
