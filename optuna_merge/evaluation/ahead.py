@@ -6,10 +6,12 @@ The pruner decides as ever, between two chunks. If it ends the trial, the next c
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from optuna_merge.evaluation.results import ChunkResult
 from optuna_merge.evaluation.scorer import Scorer
+
+_PAUSE_S = 0.1
 
 
 class Ahead:
@@ -43,5 +45,6 @@ class Ahead:
                 self._answered[following] = self._scorer.answer_chunk(following)
                 return result.result()
             except BaseException:
-                judge.stop()  # which is then waited for, with the questions that are open
+                while not wait([result], _PAUSE_S).done:  # for the questions that are open
+                    judge.stop()
                 raise

@@ -92,7 +92,7 @@ def shown_documents(
     models = _models(study, summary, trial)
     if config.holdout is None or not models:
         return []
-    kept = read_answers(config.storage_path, study, {number: study.trials[number] for number in models})
+    kept = _kept(study, config, models)
     if _missing(models, kept):
         return []
     by_task: dict[str, list[AnsweredDocument]] = {}
@@ -113,7 +113,7 @@ def nothing_to_show(study: optuna.Study, summary: Summary, config: StudyConfig, 
     models = _models(study, summary, trial)
     if not models:
         return StudyError(f"study {summary.study!r} must have a merge with a score, got none; run it first")
-    kept = read_answers(config.storage_path, study, {number: study.trials[number] for number in models})
+    kept = _kept(study, config, models)
     return _not_kept(study, config, _missing(models, kept)[0])
 
 
@@ -154,14 +154,20 @@ def _models(study: optuna.Study, summary: Summary, trial: int | None) -> dict[in
     rows = [row for kind in ("base", "source") for row in summary.rows if row.kind == kind]
     models = {row.trial: row.name for row in rows}
     if trial is not None:
-        if not 0 <= trial < len(study.trials):
-            raise StudyError(f"--trial must be the number of a trial, got {trial}; there are {len(study.trials)}")
-        models.setdefault(trial, _name(study.trials[trial]))
+        trials = study.get_trials(deepcopy=False)
+        if not 0 <= trial < len(trials):
+            raise StudyError(f"--trial must be the number of a trial, got {trial}; there are {len(trials)}")
+        models.setdefault(trial, _name(trials[trial]))
     elif summary.best_trial is None:
         return {}
     else:
         models[summary.best_trial] = "best merge"
     return models
+
+
+def _kept(study: optuna.Study, config: StudyConfig, models: Mapping[int, str]) -> list[AnsweredDocument]:
+    trials = study.get_trials(deepcopy=False)
+    return read_answers(config.storage_path, study, {number: trials[number] for number in models})
 
 
 def _missing(models: Mapping[int, str], kept: Sequence[AnsweredDocument]) -> list[int]:
@@ -175,9 +181,10 @@ def _name(trial: FrozenTrial) -> str:
 
 def _not_kept(study: optuna.Study, config: StudyConfig, number: int) -> StudyError:
     """Says what to run, so that the answers of a trial are kept."""
-    merges = best_merges(study, len(study.trials))
+    trials = study.get_trials(deepcopy=False)
+    merges = best_merges(study, len(trials))
     rank = next((rank for rank, trial in enumerate(merges, start=1) if trial.number == number), None)
-    if rank is None and attributes.BASELINE not in study.trials[number].user_attrs:
+    if rank is None and attributes.BASELINE not in trials[number].user_attrs:
         return StudyError(f"--trial must be one that was scored on every document, got {number}, which was not")
     line = f"optuna-merge report {config.path}" + (f" --best {rank}" if rank is not None and rank > N_BEST else "")
     if number in read_holdout(config.storage_path, study, merges[0] if merges else None):
