@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,10 +53,10 @@ class Expression(Protocol):
     def __hash__(self) -> int: ...
 
 
-@runtime_checkable
-class Differentiated(Protocol):
-    """An expression whose derivatives are written out, at a fraction of autograd's time for small tensors."""
+class Differentiated(ABC):
+    """Base of an expression whose derivatives are written out, at a fraction of autograd's time for small tensors."""
 
+    @abstractmethod
     def derivatives(
         self,
         stored: tuple[Tensor, ...],
@@ -76,7 +77,6 @@ class Differentiated(Protocol):
         Returns:
             float64, of the shape of ``floats``; None if this expression is left to autograd.
         """
-        ...
 
 
 def write(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optuna_merge.methods.elementwise import write
+from optuna_merge.methods.elementwise import Differentiated, write
 from optuna_merge.methods.function import MergeInput, float32_sum
 from optuna_merge.methods.sparsifier import Sparsifier, Thinning
 
@@ -64,7 +64,7 @@ Combine = Callable[[list[Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Combination:
+class _Combination(Differentiated):
     """The expression of a method, from its thinning and its way to combine.
 
     Attributes:
