@@ -184,7 +184,9 @@ def is_untouched(name: str, tensor: Tensor, sources: Sequence[Any]) -> bool:
 
 def requests() -> list[TextRequest]:
     """Choices behind a long common beginning, a text that is scored, and two that are generated."""
-    beginning = "Question: which letter comes next? Answer: A\n\nthe cat sat on the mat and the dog ran after the cat\n\n"
+    beginning = (
+        "Question: which letter comes next? Answer: A\n\nthe cat sat on the mat and the dog ran after the cat\n\n"
+    )
     rests = ("one two three", "the dog", "Question: which letter comes after one two three four five six? Answer:")
     asked = [
         TextRequest("loglikelihood", (beginning + rest, choice))

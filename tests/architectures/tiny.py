@@ -25,17 +25,26 @@ WINDOW = 16
 
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|decoder_vocab_size|vocab_size_per_layer_input|unpadded_vocab_size", 320),
-    (r"hidden_size|d_model|n_embd|dim_model|embedding_size|word_embed_proj_dim|emb_dim|lru_width|embedding_dim", HIDDEN),
+    (
+        r"hidden_size|d_model|n_embd|dim_model|embedding_size|word_embed_proj_dim|emb_dim|lru_width|embedding_dim",
+        HIDDEN,
+    ),
     (r"(mamba_)?attention_hidden_size|backbone_hidden_size|input_embedding_size|output_embedding_size", HIDDEN),
     (r"(moe_)?(shared_)?(expert_)?(intermediate|ffn_hidden)_size(_mlp)?|n_inner|ffn_dim|dff|dim_ff|d_inner", 48),
-    (r"(encoder|decoder)_ffn_dim|ffn_hidden_size|feed_forward_size|(shared|dense|prefix_dense)_\w*intermediate_size", 48),
+    (
+        r"(encoder|decoder)_ffn_dim|ffn_hidden_size|feed_forward_size|(shared|dense|prefix_dense)_\w*intermediate_size",
+        48,
+    ),
     (r"(encoder|decoder)_layers|num_(hidden|encoder|decoder)_layers|n_layers?|num_layers|num_blocks", N_LAYERS),
     (r"(num|n|swa_num)_(attention_)?heads|n_head|\w*coder_attention_heads|n_mamba_heads", N_HEADS),
     (r"mamba_n_heads|mamba_num_heads|index_n_heads", 8),
     (r"mamba_d_ssm", 2 * HIDDEN),
     (r"linear_num_(key|value)_heads|num_query_groups", 2),
     (r"(num_key_value|swa_num_key_value|num_kv)_heads", N_KV_HEADS),
-    (r"(attention_|swa_)?head_dim|kv_channels|d_head|dim_head|attention_head_size|mamba_(d_head|head_dim|headdim)", HEAD_DIM),
+    (
+        r"(attention_|swa_)?head_dim|kv_channels|d_head|dim_head|attention_head_size|mamba_(d_head|head_dim|headdim)",
+        HEAD_DIM,
+    ),
     (r"global_head_dim|(linear_key|linear_value|linear|index)_head_dim|v_head_dim|qk_nope_head_dim", HEAD_DIM),
     (r"qk_rope_head_dim|rotary_dim", 4),
     (r"q_lora_rank|kv_lora_rank|o_lora_rank|laurel_rank|adapter_rank|gated_norm_rank|hidden_size_per_layer_input", 8),
@@ -43,8 +52,14 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts", 2),
     (r"n_group|topk_group|num_expert_group|n_groups|mamba_n_groups|mamba_ngroups", 1),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|num_nextn_predict_layers", 1),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_target_positions", 128),
-    (r"sliding_window|sliding_window_size|attention_window_size|window_size|local_attention|attention_chunk_size", WINDOW),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_target_positions",
+        128,
+    ),
+    (
+        r"sliding_window|sliding_window_size|attention_window_size|window_size|local_attention|attention_chunk_size",
+        WINDOW,
+    ),
     (r"state_size|mamba_d_state|ssm_state_size|mamba_dt_rank|time_step_rank", 8),
     (r"chunk_size|mamba_chunk_size|index_topk", 16),
     (r"image_size", 8),
@@ -56,8 +71,17 @@ _LEFT_OUT = set(
 )
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
-_ZAMBA = {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid"] * 2}
-_DOTS3 = {"head_dim": 16, "per_layer_config": {i: {"num_attention_heads": 2, "num_key_value_heads": 2, "qk_nope_head_dim": 12} for i in (2, 3)}}
+_ZAMBA = {
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+}
+_DOTS3 = {
+    "head_dim": 16,
+    "per_layer_config": {
+        i: {"num_attention_heads": 2, "num_key_value_heads": 2, "qk_nope_head_dim": 12} for i in (2, 3)
+    },
+}
 
 _GEMMA3N = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 _GEMMA3N |= {"intermediate_size": 48, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}

@@ -245,9 +245,7 @@ def test_architecture_and_depth_are_one_problem_each(tmp_path: Path) -> None:
     assert "number of layers must match" in problems[1]
 
 
-def test_quantized_weights_are_refused_with_the_way_back(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantized_weights_are_refused_with_the_way_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_file(folder / "model.safetensors")
     stored = dict(plain)
     for name in [name for name in plain if "_proj." in name]:
@@ -258,7 +256,9 @@ def test_quantized_weights_are_refused_with_the_way_back(
     config = json.loads((folder / "config.json").read_text())
     quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    with pytest.raises(CheckpointError, match=r"weights must not be quantized, got fp8; dequantize it once: ") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"weights must not be quantized, got fp8; dequantize it once: "
+    ) as caught:
         Checkpoint.open(str(folder))
     command = shlex.split(str(caught.value).partition("dequantize it once: ")[2])
     assert command[:2] == ["python", "-c"]

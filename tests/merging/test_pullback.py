@@ -139,9 +139,7 @@ def test_nearswap_while_no_element_reaches_the_model(firm: Path, study_file: Cal
 
 
 @pytest.mark.parametrize("share", [0.6, 0.2])
-def test_ramplus_tl_on_either_side_of_its_bound(
-    share: float, tmp_path: Path, study_file: Callable[..., Path]
-) -> None:
+def test_ramplus_tl_on_either_side_of_its_bound(share: float, tmp_path: Path, study_file: Callable[..., Path]) -> None:
     """Entries that one model changes alone are scaled; with few that both change, the bound has no influence."""
     base, models = write_tiny_models(tmp_path, 2, spread=0.5)
     original = load_file(base / "model.safetensors")
