@@ -3,7 +3,8 @@
     python benchmarks/merge_speed.py                              four checkpoints of 0.5 B parameters
     python benchmarks/merge_speed.py --n-layers 4 --methods ties  smaller, one method
     python benchmarks/merge_speed.py --no-mergekit --device cuda
-    python benchmarks/merge_speed.py --n-layers 2 --methods tsv_m,iso_c   "first" includes the decompositions
+
+Methods that decompose matrices are measured on two layers; "first" includes the decompositions.
 
 The checkpoints are random bfloat16, made by the run, and are read once before anything is measured. The copy bandwidth
 is measured in the same run: bytes read plus written when the same tensors are copied into the resident model. Each
@@ -40,19 +41,33 @@ N_SOURCES = 3
 HIDDEN, INTERMEDIATE, VOCABULARY = 1280, 3456, 32000
 DENSITY = 0.5
 METHODS_MEASURED = "linear,task_arithmetic,ties,dare_ties,della,breadcrumbs,ram,ramplus_tl,consensus_ta,consensus_ties"
+METHODS_THAT_DECOMPOSE = "tsv_m,iso_c"
+LAYERS_DECOMPOSED = 2
 EXTRA_MIB = 512
 
 
 def main() -> None:
     args = parse_arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        run(args, [str(path) for path in write_models(Path(folder), args.n_layers)])
+    given = args.methods
+    decomposing = METHODS_THAT_DECOMPOSE.split(",")
+    args.methods = ",".join(method for method in given.split(",") if method not in decomposing)
+    measure_all(args)
+    args.methods = ",".join(method for method in given.split(",") if method in decomposing)
+    args.n_layers = min(args.n_layers, LAYERS_DECOMPOSED)
+    measure_all(args)
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Write models of ``args.n_layers`` layers and measure ``args.methods`` on them, if there are any."""
+    if args.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            run(args, [str(path) for path in write_models(Path(folder), args.n_layers)])
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-layers", type=int, default=21)
-    parser.add_argument("--methods", default=METHODS_MEASURED)
+    parser.add_argument("--methods", default=f"{METHODS_MEASURED},{METHODS_THAT_DECOMPOSE}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--mergekit", action=argparse.BooleanOptionalAction, default=True)

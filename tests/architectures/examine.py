@@ -58,7 +58,7 @@ class Outcome:
     notes: str = ""
 
 
-class Wrong(Exception):
+class WrongResultError(Exception):
     """A result that differs from that of transformers or lm-eval."""
 
 
@@ -138,7 +138,7 @@ def check_merge(
     )
     lost = {name for path in paths for name in Checkpoint.open(str(path)).names} - set(merger.names)
     if lost:
-        raise Wrong(f"{sorted(lost)[0]} is in a source and not in the merge ({len(lost)} in all)")
+        raise WrongResultError(f"{sorted(lost)[0]} is in a source and not in the merge ({len(lost)} in all)")
     engine = HFEngine(base, device="cpu", names=merger.names, batch_tokens=64)
     engine.load_weights(merger.merge(recipe, engine.resident))
     asked = requests() if method == "linear" else requests()[::13]
@@ -150,7 +150,7 @@ def check_merge(
     if method == "linear":
         compare_states("arithmetic", exported.state_dict(), weighted_sum(sources, exported), TOLERANCE)
     elif untouched := [name for name, tensor in exported.named_parameters() if is_untouched(name, tensor, sources)]:
-        raise Wrong(f"{untouched[0]} is the base's, not merged ({len(untouched)} in all)")
+        raise WrongResultError(f"{untouched[0]} is the base's, not merged ({len(untouched)} in all)")
     slow = [
         *([] if engine._shares else ["each continuation in a row of its own"]),
         *([] if engine._continues else ["common beginnings computed again"]),
@@ -217,28 +217,28 @@ def by_lm_eval(folder: Path, asked: Sequence[TextRequest]) -> list[Any]:
 
 
 def compare_responses(ours: Sequence[Any], theirs: Sequence[Any], way: str) -> None:
-    """Raise :class:`Wrong` if a response is not lm-eval's."""
+    """Raise :class:`WrongResultError` if a response is not lm-eval's."""
     for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(their, str):
             if our != their:
-                raise Wrong(f"text {number} is {str(our)!r}, lm-eval generates {their!r} ({way})")
+                raise WrongResultError(f"text {number} is {str(our)!r}, lm-eval generates {their!r} ({way})")
             continue
         (a, our_greedy), (b, greedy) = (pair if isinstance(pair, tuple) else (pair, None) for pair in (our, their))
         if not abs(a - b) <= TOLERANCE * max(1.0, abs(b)):
-            raise Wrong(f"log-likelihood {number} is {a:.4f}, lm-eval says {b:.4f} ({way})")
+            raise WrongResultError(f"log-likelihood {number} is {a:.4f}, lm-eval says {b:.4f} ({way})")
         if our_greedy != greedy:
-            raise Wrong(f"log-likelihood {number} is greedy: {our_greedy}, lm-eval says {greedy} ({way})")
+            raise WrongResultError(f"log-likelihood {number} is greedy: {our_greedy}, lm-eval says {greedy} ({way})")
 
 
 def compare_states(what: str, ours: dict[str, Tensor], theirs: dict[str, Any], tolerance: float) -> None:
-    """Raise :class:`Wrong` if a tensor differs."""
+    """Raise :class:`WrongResultError` if a tensor differs."""
     for name, their in theirs.items():
         if name not in ours:
-            raise Wrong(f"{name} is missing in the {what}")
+            raise WrongResultError(f"{name} is missing in the {what}")
         our = ours[name]
         difference = (our.double() - their.double()).abs().max().item() if our.numel() else 0.0
         if not difference <= tolerance:
-            raise Wrong(f"{name} differs by {difference:.3g} from the {what}")
+            raise WrongResultError(f"{name} differs by {difference:.3g} from the {what}")
 
 
 def loaded(folder: Path) -> Any:
@@ -246,14 +246,16 @@ def loaded(folder: Path) -> Any:
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind, names in info.items():
         if names:
-            raise Wrong(f"transformers loads it with {kind}: {sorted(map(str, names))[0]} ({len(names)} in all)")
+            raise WrongResultError(
+                f"transformers loads it with {kind}: {sorted(map(str, names))[0]} ({len(names)} in all)"
+            )
     return model.eval()
 
 
 def said(exc: BaseException) -> str:
     """One line about an exception, and where it came from."""
     frames = traceback.extract_tb(exc.__traceback__)
-    where = "" if isinstance(exc, Wrong) else f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    where = "" if isinstance(exc, WrongResultError) else f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
     return f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}{where}"
 
 

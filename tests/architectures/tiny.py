@@ -148,8 +148,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     config = tiny_config(model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-    return model
+        return AutoModelForCausalLM.from_config(config)
 
 
 def write_models(model_type: str, folder: Path, n_models: int = 2) -> list[Path]:

@@ -81,6 +81,11 @@ class Language:
         """
         self.lm = _language_model(model, folder, trust_remote_code)
         self.window: int = self.lm.max_length
+        if self.window < 1:
+            raise EngineError(
+                f"{folder}: config.json must give a window of at least 1 token, got {self.window}; models without one"
+                " cannot be scored"
+            )
         self.eot_text = str(self.lm.tok_decode([self.lm.eot_token_id], skip_special_tokens=False))
 
     @property
