@@ -12,8 +12,8 @@ from optuna_merge.search.ascent_space import AscentSpace
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.study.models import StudyModels
 
-LEAST_DOCUMENTS = 150
-"""Searched documents with which the ascent was measured to help held-out scores (docs/log.md)."""
+LEAST_DOCUMENTS = 60
+"""Searched documents with which the ascent was measured to help held-out scores; fewer were not tried (docs/log.md)."""
 
 LEAST_TRIALS = 30
 """Trials of which the ascent, at the price of some ten full evaluations, does not take the larger part."""

@@ -94,7 +94,8 @@ def test_workers_that_want_generations_of_different_sizes_use_that_of_the_first(
 
 def test_killed_at_any_point_it_ends_as_if_it_had_run_through(study_file: Callable[..., Path], tmp_path: Path) -> None:
     """With the real command line and the real engine, killed by SIGKILL."""
-    file = study_file(study={"name": "tiny", "n_trials": 40, "seed": 3, "n_chunks": 10}, n_documents=200)
+    options = {"name": "tiny", "n_trials": 40, "seed": 3, "n_chunks": 10}
+    file = study_file(study=options, n_documents=200, search={"start": "uniform"})
     through = subprocess.run(
         [*RUN, "run-study", str(file), "--storage-path", str(tmp_path / "through")], capture_output=True, check=False
     )

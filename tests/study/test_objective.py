@@ -131,7 +131,8 @@ def test_a_refused_load_is_not_taken_for_loaded(objective: MergeObjective, monke
 
 
 def test_pruned_trials_carry_the_paired_estimate(study_file: Callable[..., Path]) -> None:
-    path = study_file(gold="0", study={"n_trials": 40, "seed": 1, "n_chunks": 15}, n_documents=80, holdout=None)
+    study_options = {"n_trials": 40, "seed": 1, "n_chunks": 15}
+    path = study_file(gold="0", study=study_options, search={"start": "uniform"}, n_documents=80, holdout=None)
     objective = fake_objective(path)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=2))
     study.pruner = objective.pruner()

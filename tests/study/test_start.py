@@ -19,7 +19,7 @@ from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import as_started, run_study
 
 STUDY = {"name": "tiny", "n_trials": 30, "seed": 3, "n_chunks": 2}
-N_ENOUGH = 100  # documents of each of two tasks, of which three quarters are searched
+N_ENOUGH = 40  # documents of each of two tasks, of which three quarters are searched
 
 
 def begin(file: Path, n_trials: int | None = None) -> MergeObjective:
@@ -37,7 +37,7 @@ def test_it_is_the_ascent_where_that_can_run_and_pays(study_file: Callable[..., 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"n_documents": N_ENOUGH - 4}, "an ascent needs 150 searched documents, here are 144"),
+        ({"n_documents": N_ENOUGH - 4}, "an ascent needs 60 searched documents, here are 54"),
         ({"study": {**STUDY, "n_trials": 29}}, "an ascent pays from 30 trials on, here are 29"),
         ({"study": {**STUDY, "sampler": "tpe"}}, "an ascent must not be used with tpe"),
         ({"search": {"weight": 0.5}}, "an ascent must not be used with task_arithmetic"),

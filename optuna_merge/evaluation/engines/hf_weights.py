@@ -182,7 +182,7 @@ class ResidentModel:
             cast("Any", tensor)._is_hf_initialized = True
         for module in self.model.modules():
             cast("Any", module)._is_hf_initialized = False
-        self.model.initialize_weights()
+        cast("Any", self.model).initialize_weights()
 
     def _map(self) -> None:
         self._resident = dict(self.model.state_dict(keep_vars=True))
