@@ -5,7 +5,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constrain
 # Two OpenMP threads on two busy cores can be far slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-dev setup-vllm quickstart quickstart-models smollm2 check test test-vllm test-wheel dist docs bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage bench-workers screenshots clean
+.PHONY: setup setup-dev setup-vllm quickstart quickstart-models smollm2 check test test-vllm test-wheel dist docs bench bench-vllm bench-eval bench-merge bench-quality bench-search peer bench-storage bench-workers models screenshots clean
 
 setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
@@ -104,6 +104,10 @@ $(VENV)-peer/installed: benchmarks/peer.txt
 	$(VENV)-peer/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(VENV)-peer/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/peer.txt
 	touch $@
+
+# docs/models.md: every causal architecture of transformers, an hour or so
+models: setup-dev
+	$(BIN)/python -m tests.architectures.walk
 
 bench-storage: setup-dev
 	$(BIN)/python -m benchmarks.storage_speed
