@@ -434,6 +434,7 @@ class SyntheticScorer:
     n_chunks = Synthetic.N_CHUNKS
     not_means = ()
     has_holdout = False
+    judge = None
 
     def __init__(self, model: SyntheticModel, tasks: Sequence[str]) -> None:
         self.model = model

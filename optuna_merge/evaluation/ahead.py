@@ -36,8 +36,10 @@ class Ahead:
             TaskError, EngineError, JudgeError: As ``Scorer.score_chunk``, for either chunk.
         """
         judge = self._scorer.judge
+        if judge is None:
+            return self._scorer.score_chunk(chunk)
         finish = self._answered.pop(chunk, None) or self._scorer.answer_chunk(chunk)
-        if judge is None or following is None:
+        if following is None:
             return finish()
         with ThreadPoolExecutor(1, thread_name_prefix="values") as pool:
             result = pool.submit(finish)
