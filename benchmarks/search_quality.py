@@ -436,6 +436,9 @@ class SyntheticScorer:
     has_holdout = False
     judge = None
 
+    def has_gradient(self) -> bool:
+        return False
+
     def __init__(self, model: SyntheticModel, tasks: Sequence[str]) -> None:
         self.model = model
         self._tasks = tasks

@@ -157,7 +157,7 @@ class Leaf:
         answered = list(responses)
         by_document = self._by_document(doc_ids, answered)
         columns |= measured(by_document)
-        if keep_answers:
+        if keep_answers and self.wanted:
             metric = self.wanted[0][0]
             columns[ANSWER] = [
                 answers(self.task, self.instances[doc_id], own, metric)

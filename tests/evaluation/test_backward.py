@@ -182,7 +182,7 @@ def test_beginnings_that_prompts_have_in_common_are_computed_once_in_a_row(
         return logits(batch)
 
     monkeypatch.setattr(engine._forward, "logits", watched)
-    engine._shares = True
+    engine._shares = engine._is_causal = True
     assert_same(gradients(engine, prepared, goal), expected)
     assert sum(sizes) < 0.75 * sum(len(plain._language.lm.tok_encode(question)) for question in questions)
 
