@@ -152,7 +152,7 @@ def check_merge(
     elif untouched := [name for name, tensor in exported.named_parameters() if is_untouched(name, tensor, sources)]:
         raise WrongResultError(f"{untouched[0]} is the base's, not merged ({len(untouched)} in all)")
     slow = [
-        *([] if engine._shares else ["each continuation in a row of its own"]),
+        *(["each continuation in a row of its own"] if engine._shares is False else []),
         *([] if engine._continues else ["common beginnings computed again"]),
         *([] if engine._generator._decodes else ["texts by lm-eval"]),
     ]
