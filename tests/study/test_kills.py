@@ -27,6 +27,7 @@ from optuna_merge.study.folder import BEST_CONFIG
 from optuna_merge.study.run import run_study
 from tests import processes
 from tests.study.killing import Doomed, share_and_kill, small, table
+from tests.study.test_objective import fake_objective
 
 RUN = [sys.executable, "-m", "optuna_merge"]
 
@@ -67,8 +68,10 @@ def test_workers_that_want_generations_of_different_sizes_use_that_of_the_first(
     both = multiprocessing.get_context("fork").Barrier(2)
     url = f"sqlite:///{tmp_path}/study.db"
 
+    file = small(study_file, tmp_path / "out", url, n_trials=40).config.path  # written before anyone reads it
+
     def work(n_workers: int) -> None:
-        objective = small(study_file, tmp_path / "out", url, n_trials=40)
+        objective = fake_objective(file, **{"storage_path": tmp_path / "out", "study.storage": url})
         options = objective.config.study.model_copy(update={"n_workers": n_workers})
         objective.config = objective.config.model_copy(update={"study": options})
         sampler = objective.sampler
