@@ -79,6 +79,7 @@ class Scorer:
         self.judge = judge
         self.n_chunks = len(chunks)
         self.n_documents = sum(len(leaf.searched) for leaf in leaves_of(terms))
+        self._without_gradient: tuple[str, ...] | None = None
 
     @classmethod
     def build(
@@ -378,9 +379,11 @@ class Scorer:
         Raises:
             TaskError: If the code of a task's ``gradient_target`` raises.
         """
-        with quietly():
-            found = {t.key: has_stand_in(t, self._engine.eot_text, self._chat_template) for t in self._terms}
-        return tuple(name for name, is_there in found.items() if not is_there)
+        if self._without_gradient is None:
+            with quietly():
+                found = {t.key: has_stand_in(t, self._engine.eot_text, self._chat_template) for t in self._terms}
+            self._without_gradient = tuple(name for name, is_there in found.items() if not is_there)
+        return self._without_gradient
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything about the tasks that decides a score.

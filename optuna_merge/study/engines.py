@@ -123,7 +123,7 @@ def plan_memory(
     if config.engine.backend == "hf":
         assert tasks is not None
         gradient = (0, 0)
-        if config.search.start == "ascent":
+        if config.search.start == "ascent" and (card or engine.device == "meta"):  # a run on a CPU plans nothing by it
             planned = engine if engine.device == "meta" else make_describing_engine(config, models, card)
             gradient = cast("HFEngine", planned).gradient_bytes(tasks.longest, tasks.n_scored)
         return plan_hf(
