@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from optuna_merge.cli.options import open_started
 from optuna_merge.storage import attributes
+from optuna_merge.storage.ascent import AscentStep
 from optuna_merge.storage.open import open_study
 from optuna_merge.storage.trials import FINISHED
 from optuna_merge.study.objective import MergeObjective
@@ -124,3 +125,27 @@ def share_and_kill(objectives: Sequence[MergeObjective], n_kills: int) -> list[i
     trials = open_started(objectives[0].config).trials
     assert all(len(t.intermediate_values) == 10 for t in trials if t.state == TrialState.COMPLETE)
     return [trial.number for trial in trials if trial.state in FINISHED]
+
+
+class Killed(Watcher):
+    """Ends the process at the n-th event of a kind, as a kill would."""
+
+    def __init__(self, event: str, number: int) -> None:
+        self._left = {event: number}
+
+    def _count(self, event: str) -> None:
+        self._left[event] = self._left.get(event, 0) - 1
+        if self._left[event] == 0:
+            os._exit(9)
+
+    def trial_started(self, trial: optuna.Trial) -> None:
+        self._count("start")
+
+    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
+        self._count("step")
+
+    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
+        self._count("chunk")
+
+    def trial_finished(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, is_best: bool) -> None:
+        self._count("trial")

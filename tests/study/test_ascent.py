@@ -31,6 +31,7 @@ from optuna_merge.study.run import Outcome, run_study
 from optuna_merge.study.watcher import Watcher
 from tests.merging.test_mergekit import run_mergekit
 from tests.processes import forked
+from tests.study.killing import Killed
 
 N_TRIALS, N_STEPS = 12, 6
 STUDY = {"name": "tiny", "n_trials": N_TRIALS, "seed": 3, "n_chunks": 2}
@@ -110,27 +111,6 @@ def expected(objective: MergeObjective, params: Any, profile: Profile | None = N
     objective.load(objective.space.decode(params, profile))
     chunks = range(objective.scorer.n_chunks)
     return sum(objective.scorer.differentiate_chunk(i, lambda *_: None, generate=False).value for i in chunks)
-
-
-class Killed(Watcher):
-    """Ends the process at an event, as a kill would."""
-
-    def __init__(self, event: str, number: int) -> None:
-        self._left = {event: number}
-
-    def _count(self, event: str) -> None:
-        self._left[event] = self._left.get(event, 0) - 1
-        if self._left[event] == 0:
-            os._exit(9)
-
-    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
-        self._count("step")
-
-    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
-        self._count("chunk")
-
-    def trial_finished(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, is_best: bool) -> None:
-        self._count("trial")
 
 
 def test_a_study_that_is_killed_again_and_again_is_the_same(

@@ -25,7 +25,7 @@ from optuna_merge.report import dashboard
 from optuna_merge.search.race import make_spaces, ranking, recorded_schedule, rounds_of, winner_of
 from optuna_merge.search.space import AFTER_ASCENT_SIGMA
 from optuna_merge.storage import attributes
-from optuna_merge.storage.ascent import AscentStep, ascent_trial, end_of_ascent
+from optuna_merge.storage.ascent import ascent_trial, end_of_ascent
 from optuna_merge.storage.claims import enqueue
 from optuna_merge.storage.trials import best_merge, generation
 from optuna_merge.study.engines import build_scorer
@@ -35,9 +35,9 @@ from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import Outcome, run_study
-from optuna_merge.study.watcher import Watcher
 from optuna_merge.testing.engine import FakeEngine
 from tests.processes import forked
+from tests.study.killing import Killed
 
 METHODS = ["task_arithmetic", "ties", "dare_ties", "della"]
 N_TRIALS = 60
@@ -164,30 +164,6 @@ def invoke(*arguments: str) -> str:
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-class Killed(Watcher):
-    """Ends the process at the n-th event of a kind, as a kill would."""
-
-    def __init__(self, event: str, number: int) -> None:
-        self._left = {event: number}
-
-    def _count(self, event: str) -> None:
-        self._left[event] = self._left.get(event, 0) - 1
-        if self._left[event] == 0:
-            os._exit(9)
-
-    def trial_started(self, trial: optuna.Trial) -> None:
-        self._count("start")
-
-    def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
-        self._count("step")
-
-    def chunk_scored(self, n_scored: int, n_chunks: int) -> None:
-        self._count("chunk")
-
-    def trial_finished(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, is_best: bool) -> None:
-        self._count("trial")
 
 
 def test_a_race_of_four_that_is_killed_at_twenty_points_is_the_same(
