@@ -32,7 +32,8 @@ class DashboardWatcher(Watcher):
     """Refreshes note and pictures, and gives each trial its artifacts.
 
     Note and pictures are refreshed at a new best merge and otherwise every 20 seconds, but so rarely that
-    refreshes take at most 1 % of the time. A file that cannot be written is reported once and does not stop the study.
+    refreshes take at most 1 % of the time. A file that cannot be written or a picture that cannot be drawn is reported
+    once and does not stop the study.
 
     Args:
         config: The study file.
@@ -90,6 +91,8 @@ class DashboardWatcher(Watcher):
             pass  # another worker of this study is refreshing
         except OSError as exc:
             self._warn_once(f"note and pictures cannot be refreshed: {reason(exc)}")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as exc:  # a defect of a picture
+            self._warn_once(f"note and pictures cannot be refreshed, the search goes on: {type(exc).__name__}: {exc}")
         end = time.monotonic()
         self._next_best = end + _SHARE * (end - start)
         self._next = max(self._next_best, end + _REFRESH_S)

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report.pictures import Bars, Chart, HeatMap, Picture, Role, Series
 from optuna_merge.report.race import race_picture
-from optuna_merge.report.summary import Row, SearchedTask, Summary
+from optuna_merge.report.summary import Kind, Row, SearchedTask, Summary
 from optuna_merge.search.ascent import N_PASSES
 from optuna_merge.search.profile import Profile, TensorPlace
 from optuna_merge.search.race import trials_of_winner
@@ -31,7 +31,14 @@ _N_COLUMNS = 40
 """Generations that a heat map shows at most, evenly spaced."""
 _N_PAIRS = 3
 """Pairs of tasks that are compared at most."""
-_ROLES: dict[str, Role] = {"source": "source", "base": "base", "uniform": "uniform", "best": "best"}
+_ROLES: dict[Kind, Role] = {
+    "source": "source",
+    "base": "base",
+    "uniform": "uniform",
+    "ascent": "merge",
+    "runner-up": "merge",
+    "best": "best",
+}
 
 _Points = list[tuple[float, float, str]]
 """x, y and label of each point."""

@@ -20,6 +20,9 @@ from optuna_merge.report.artifacts import write_documents
 from optuna_merge.report.dashboard import refresh
 from optuna_merge.report.dashboard_server import make_dashboard
 from optuna_merge.report.dashboard_watcher import DashboardWatcher
+from optuna_merge.report.pictures import Bars
+from optuna_merge.report.study_pictures import pictures_of_study
+from optuna_merge.report.summary import summarize
 from optuna_merge.storage import attributes
 from optuna_merge.storage.attributes import PAIRED_ESTIMATE
 from optuna_merge.storage.documents import DocumentScores
@@ -175,6 +178,29 @@ def test_artifacts_that_cannot_be_written_stop_nothing(config: StudyConfig) -> N
         watcher.trial_scored(study, study.ask())
     [warning] = warnings
     assert warning.startswith("artifacts of trial 0 cannot be written: ")
+
+
+def test_an_end_of_the_ascent_that_other_merges_outrank(config: StudyConfig) -> None:
+    study = open_study(config)
+    study.add_trial(create_trial(value=0.55, user_attrs={attributes.ASCENT: True, f"{attributes.SCORE} one": 0.55}))
+    fill(study, 23, 2, 2)
+    summary = summarize(study, config)
+    assert [(row.kind, row.trial) for row in summary.rows if row.kind in ("ascent", "best")] == [
+        ("ascent", 0),
+        ("best", 22),
+    ]
+    [bars] = [picture for picture in pictures_of_study(study, summary, config) if picture.key == "score-by-model"]
+    assert isinstance(bars, Bars)
+    assert [(name, role) for name, role, value, _ in bars.rows if value == 0.55] == [("end of the ascent", "merge")]
+
+
+def test_a_picture_that_cannot_be_drawn_stops_nothing(config: StudyConfig) -> None:
+    study = open_study(config)
+    study.add_trial(create_trial(value=0.5, user_attrs={attributes.DOCUMENTS: "sixty"}))
+    warnings: list[str] = []
+    DashboardWatcher(config, lambda trial: "", warnings.append).study_closed(study)
+    [warning] = warnings
+    assert warning.startswith("note and pictures cannot be refreshed, the search goes on: ")
 
 
 def test_artifacts_on_a_full_disk_stop_nothing(config: StudyConfig) -> None:
