@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
 import random
 
 from optuna_merge.evaluation.engines.batches import Item, Row, make_batches, make_rows
+from optuna_merge.evaluation.engines.beginnings import Beginnings
 
 ITEMS = [
     Item((1, 2, 3), (4, 5, 6)),
@@ -95,3 +97,14 @@ def test_chains_beyond_the_window_stay_out_of_masked_batches() -> None:
     tree = Row([1, 2, 3, 4], [0, 1, 2, 2], [4, 4, 3, 4], [(9, [1, 2])])
     batches = make_batches([*chains(6), tree, *chains(3)], batch_tokens=100, batch_scored=100, longest_shared=5)
     assert lengths(batches) == [[6], [4, 3]]
+
+
+def test_short_rows_after_a_beginning_are_put_into_rows_of_about_its_length() -> None:
+    beginnings = Beginnings([tuple(range(190))])
+    rnd = random.Random(1)
+    prompts = [tuple(range(190)) + (1000 + n,) * rnd.randint(26, 37) for n in range(24)]
+    rows = make_rows([Item(prompt, (7, 8)) for prompt in prompts], share=True, beginnings=beginnings)
+    lengths = [len(row) for row in rows]
+    assert len(rows) == math.ceil(sum(lengths) / 190)
+    assert len(rows) * max(lengths) <= 1.05 * sum(lengths)
+    assert sorted(index for row in rows for index, _ in row.scored) == list(range(24))

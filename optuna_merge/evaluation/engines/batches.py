@@ -217,26 +217,25 @@ def _fits_behind(row: Row, part: Row, length: int) -> bool:
 def _join_short(rows: Sequence[Row], longest_shared: int | None) -> list[Row]:
     """Put short rows that continue a beginning end to end, so that it is not copied for each of them.
 
-    A row may become as long as the beginning, but no longer than the most that rows share.
+    The rows become about as long as the beginning, and about equally long, so that little is padded.
     """
-    joined: dict[int | None, list[Row]] = {None: [row for row in rows if row.beginning is None]}
+    groups: dict[int | None, list[Row]] = {}
     for row in sorted(rows, key=len, reverse=True):
-        if row.beginning is None:
-            continue
-        if row.beginning not in joined:
-            joined[row.beginning] = []
-        most = min(SHARED_ROW_TOKENS, (longest_shared or SHARED_ROW_TOKENS + row.n_before) - row.n_before)
-        n_tokens = sum(len(other) for other in rows if other.beginning == row.beginning)
-        room = max(len(row), min(most, row.n_before))
-        # rows of equal length, with a tenth for the rest
-        room = min(room, max(len(row), math.ceil(1.1 * n_tokens / math.ceil(n_tokens / room))))
-        into = joined[row.beginning]
-        at = next((i for i, other in enumerate(into) if _fits_behind(other, row, room)), None)
-        if at is None:
-            into.append(row)
-        else:
-            into[at] = end_to_end(into[at], row)
-    return [row for group in joined.values() for row in group]
+        groups.setdefault(row.beginning, []).append(row)
+    joined = groups.pop(None, [])
+    for group in groups.values():
+        n_before, longest = group[0].n_before, len(group[0])
+        most = min(SHARED_ROW_TOKENS, (longest_shared or SHARED_ROW_TOKENS + n_before) - n_before)
+        n_rows = math.ceil(sum(map(len, group)) / max(longest, min(most, n_before)))
+        into, others = group[:n_rows], group[n_rows:]
+        for row in others:
+            at = min(range(len(into)), key=lambda i: len(into[i]))
+            if len(into[at]) + len(row) <= max(longest, most):
+                into[at] = end_to_end(into[at], row)
+            else:
+                into.append(row)
+        joined.extend(into)
+    return joined
 
 
 def end_to_end(row: Row, other: Row) -> Row:
