@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"internals", "judging"},
     "evaluation.engines": {"evaluation", "internals"},
     "internals": set(),
-    "judging": set(),
+    "judging": {"config"},
     "merging": {"checkpoints", "duals", "methods", "recipe"},
     "methods": {"duals"},
     "quickstart": set(),

@@ -5,11 +5,15 @@ Knows how it is reached and what it may cost; opens no connection.
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from optuna_merge.config.section import Section
+
+_OWN = frozenset({"model", "messages", "max_tokens", "temperature", "seed", "stream", "n"})
+"""What a request says anyway, and what would change the form of a reply."""
 
 
 class JudgeConfig(Section):
@@ -27,6 +31,7 @@ class JudgeConfig(Section):
         temperature: Of the judge's replies.
         n_judgements: How often each answer is judged; its score is the mean.
         budget: Replies that the study may take in all; None: any number.
+        extra_body: Added to each request, for what one server takes beyond the interface; part of the study.
     """
 
     url: str
@@ -40,6 +45,14 @@ class JudgeConfig(Section):
     temperature: float = Field(0, ge=0)
     n_judgements: int = Field(1, ge=1)
     budget: int | None = Field(None, ge=1)
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("extra_body")
+    @classmethod
+    def _extra_body(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(_OWN & value.keys()):
+            raise ValueError(f"options without {own[0]}, which the study itself sets")
+        return value
 
     @field_validator("url")
     @classmethod

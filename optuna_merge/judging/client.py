@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import httpx2
 import tenacity
 
+from optuna_merge.config.judge import JudgeConfig
 from optuna_merge.errors import JudgeError, JudgementError
 from optuna_merge.judging.rubric import Message
 
@@ -35,51 +36,6 @@ _LOG = logging.getLogger(__name__)
 
 _SHOWN = 200
 """Characters of a server's message that an error shows."""
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Where the judge is and how it is asked.
-
-    Attributes:
-        url: Of the interface, such as ``http://127.0.0.1:8000/v1``.
-        model: As the server names it.
-        key_variable: Environment variable that holds the key; empty: no key is sent.
-        concurrency: Questions that are open at the same time.
-        requests_per_minute: Requests that are begun in a minute at most; None: as many as ``concurrency`` allows.
-        timeout_s: Seconds after which an unanswered request counts as lost.
-        patience_s: Seconds for which a judge that is away is waited for.
-        max_tokens: Tokens of a reply at most.
-        temperature: Of the judge's replies.
-        n_judgements: How often each answer is judged; its score is the mean.
-        budget: Replies that the study may take in all; None: any number.
-    """
-
-    url: str
-    model: str
-    key_variable: str = ""
-    concurrency: int = 8
-    requests_per_minute: float | None = None
-    timeout_s: float = 60.0
-    patience_s: float = 1800.0
-    max_tokens: int = 512
-    temperature: float = 0.0
-    n_judgements: int = 1
-    budget: int | None = None
-
-    def key(self) -> str:
-        """The key; empty if none is sent.
-
-        Raises:
-            JudgeError: If its environment variable is not set.
-        """
-        key = os.environ.get(self.key_variable, "") if self.key_variable else ""
-        if self.key_variable and not key:
-            raise JudgeError(
-                f"judge.key_variable must name an environment variable that is set, got {self.key_variable}, which is"
-                " not set; export it, or leave key_variable out if the judge takes no key"
-            )
-        return key
 
 
 @dataclass(frozen=True)
@@ -125,7 +81,7 @@ class JudgeClient:
         stopped: Ends all waiting once it is set.
     """
 
-    def __init__(self, http: httpx2.Client, options: JudgeOptions, key: str, pace: Pace) -> None:
+    def __init__(self, http: httpx2.Client, options: JudgeConfig, key: str, pace: Pace) -> None:
         self._http = http
         self._options = options
         self._key = key
@@ -147,7 +103,7 @@ class JudgeClient:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_AwayError),
             wait=_pause_s,
-            stop=tenacity.stop_after_delay(self._options.patience_s) | tenacity.stop_when_event_set(self.stopped),
+            stop=tenacity.stop_after_delay(self._options.patience) | tenacity.stop_when_event_set(self.stopped),
             sleep=tenacity.sleep_using_event(self.stopped),
             before_sleep=self._say_it_is_away,
             reraise=True,
@@ -159,6 +115,7 @@ class JudgeClient:
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "seed": seed,
+            **options.extra_body,
         }
         try:
             return retrying(self._complete, body)
@@ -168,21 +125,26 @@ class JudgeClient:
                 " start it and run the study again: it goes on where it is"
             ) from exc
 
-    def has_model(self) -> bool:
-        """Whether the server replies as the model that is asked for, which it need not list.
+    def refusal(self, extra_body: Mapping[str, Any]) -> str:
+        """Why the server does not reply with one token as the model that is asked for; empty if it does.
+
+        Args:
+            extra_body: Added to the request.
 
         Raises:
             JudgeError: If the server cannot be reached or refuses the key.
         """
-        body = {"model": self._options.model, "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 1}
+        messages = [{"role": "user", "content": "Hello."}]
+        body = {"model": self._options.model, "messages": messages, "max_tokens": 1, **extra_body}
         try:
-            return self._send("POST", "/chat/completions", json=body).is_success
-        except JudgementError:
-            return False
+            self._send("POST", "/chat/completions", json=body)
+        except JudgementError as exc:
+            return str(exc)
         except _AwayError as exc:
             raise JudgeError(
                 f"judge.url {self._options.url} must answer a question, got {exc}; see the server"
             ) from exc
+        return ""
 
     def models(self) -> list[str]:
         """Names of the models that the server has.
@@ -234,7 +196,7 @@ class JudgeClient:
                 "the judge at %s is away: %s; waiting for it, up to %g s",
                 self._options.url,
                 exc,
-                self._options.patience_s,
+                self._options.patience,
             )
 
     def _complete(self, body: dict[str, Any]) -> Reply:
@@ -265,35 +227,54 @@ class _AwayError(Exception):
 
 
 @contextmanager
-def connected(options: JudgeOptions, pace: Pace) -> Iterator[JudgeClient]:
+def connected(options: JudgeConfig, pace: Pace) -> Iterator[JudgeClient]:
     """Open connections to the judge; they are closed at the end.
 
     Raises:
         JudgeError: If the key is missing.
     """
-    key = options.key()
+    key = _key(options)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx2.Client(headers=headers, timeout=options.timeout_s) as http:
+    with httpx2.Client(headers=headers, timeout=options.timeout) as http:
         yield JudgeClient(http, options, key, pace)
 
 
-def check_judge(options: JudgeOptions) -> None:
+def check_judge(options: JudgeConfig) -> None:
     """Ask the server for its models, so that a wrong set-up is seen before the first merge.
 
     A server may have a model that it does not list, as transformers' own has one from a folder. Then it is asked for a
-    reply of one token, which counts for nothing.
+    reply of one token, which counts for nothing. So it is asked with ``extra_body``, too.
 
     Raises:
-        JudgeError: If the key is missing or refused, there is no such server, or it lacks the model.
+        JudgeError: If the key is missing or refused, there is no such server, it lacks the model, or refuses
+            ``extra_body``.
     """
     with connected(options, Pace(None)) as client:
         models = client.models()
-        has_model = options.model in models or client.has_model()
+        has_model = options.model in models or not client.refusal({})
+        refusal = client.refusal(options.extra_body) if has_model and options.extra_body else ""
     if not has_model:
         raise JudgeError(
             f"judge.model must be one that {options.url} has ({', '.join(models) or 'none'}), got '{options.model}';"
             " correct it"
         )
+    if refusal:
+        raise JudgeError(f"judge.extra_body must be what {options.url} takes, got {refusal}; correct it")
+
+
+def _key(options: JudgeConfig) -> str:
+    """The judge's key; empty if none is sent.
+
+    Raises:
+        JudgeError: If its environment variable is not set.
+    """
+    key = os.environ.get(options.key_variable, "") if options.key_variable else ""
+    if options.key_variable and not key:
+        raise JudgeError(
+            f"judge.key_variable must name an environment variable that is set, got {options.key_variable}, which is"
+            " not set; export it, or leave key_variable out if the judge takes no key"
+        )
+    return key
 
 
 def _pause_s(state: tenacity.RetryCallState) -> float:

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from statistics import fmean
 
+from optuna_merge.config.judge import JudgeConfig
 from optuna_merge.errors import JudgeBudgetError, JudgeError, JudgementError
-from optuna_merge.judging.client import JudgeClient, JudgeOptions, Pace, Reply, connected
+from optuna_merge.judging.client import JudgeClient, Pace, Reply, connected
 from optuna_merge.judging.rubric import Message, Question
 from optuna_merge.judging.store import Judgements
 
@@ -32,7 +33,7 @@ class Judge:
         store: Its replies.
     """
 
-    def __init__(self, options: JudgeOptions, store: Judgements) -> None:
+    def __init__(self, options: JudgeConfig, store: Judgements) -> None:
         self.options = options
         self._store = store
         self._pace = Pace(options.requests_per_minute)
@@ -44,9 +45,10 @@ class Judge:
     def identity(self) -> str:
         """What decides a score besides the question, in words."""
         options = self.options
+        extra = f", {json.dumps(options.extra_body, sort_keys=True)}" if options.extra_body else ""
         return (
             f"{options.model}, temperature {options.temperature:g}, {options.max_tokens} tokens,"
-            f" {options.n_judgements} judgements"
+            f" {options.n_judgements} judgements{extra}"
         )
 
     def ask(self, questions: Sequence[Question]) -> list[float]:
@@ -143,7 +145,8 @@ class Judge:
         options = self.options
         content = [options.model, options.temperature, options.max_tokens, question.messages]
         content += [question.lowest, question.highest]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        content += [options.extra_body] if options.extra_body else []
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read(question: Question, reply: Reply) -> tuple[float | None, str]:

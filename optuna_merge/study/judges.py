@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from optuna_merge.config.judge import JudgeConfig
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.description import Description
-from optuna_merge.judging.client import JudgeOptions, check_judge
+from optuna_merge.judging.client import check_judge
 from optuna_merge.judging.judge import Judge
 from optuna_merge.judging.store import JUDGEMENTS_FILE, JudgeCost, Judgements
 from optuna_merge.study.holdout_file import N_BEST
@@ -21,7 +22,7 @@ def make_judge(config: StudyConfig) -> Judge | None:
     """The judge that the study file names, with what it has replied; None if it names none. Connects to nothing."""
     if config.judge is None:
         return None
-    return Judge(_options(config), Judgements(_file(config)))
+    return Judge(_of_one_worker(config), Judgements(_file(config)))
 
 
 def check_study_judge(config: StudyConfig) -> None:
@@ -31,7 +32,7 @@ def check_study_judge(config: StudyConfig) -> None:
         JudgeError: If the key is missing or refused, there is no such server, or it lacks the model.
     """
     if config.judge is not None:
-        check_judge(_options(config))
+        check_judge(config.judge)
 
 
 def judge_cost(config: StudyConfig) -> JudgeCost | None:
@@ -62,21 +63,13 @@ def _file(config: StudyConfig) -> Path:
     return config.storage_path / JUDGEMENTS_FILE
 
 
-def _options(config: StudyConfig) -> JudgeOptions:
-    """The options of one of the study's workers, which share what the file allows."""
+def _of_one_worker(config: StudyConfig) -> JudgeConfig:
+    """The judge as one of the study's workers asks it: they share what the file allows."""
     judge, n_workers = config.judge, config.study.n_workers
     assert judge is not None
     rate = judge.requests_per_minute
-    return JudgeOptions(
-        url=judge.url,
-        model=judge.model,
-        key_variable=judge.key_variable,
-        concurrency=max(1, judge.concurrency // n_workers),
-        requests_per_minute=None if rate is None else rate / n_workers,
-        timeout_s=judge.timeout,
-        patience_s=judge.patience,
-        max_tokens=judge.max_tokens,
-        temperature=judge.temperature,
-        n_judgements=judge.n_judgements,
-        budget=judge.budget,
-    )
+    share = {
+        "concurrency": max(1, judge.concurrency // n_workers),
+        "requests_per_minute": None if rate is None else rate / n_workers,
+    }
+    return judge.model_copy(update=share)

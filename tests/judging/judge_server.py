@@ -67,10 +67,13 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] not in (MODEL, UNLISTED):
             self.send(404, json.dumps({"error": f"no model {body['model']}"}))
             return
+        if "colour" in body:
+            self.send(400, json.dumps({"error": "no such option: colour"}))
+            return
         if body["max_tokens"] == 1:
             self.send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": "Hi"}}]}))
             return
-        prompt = body["messages"][0]["content"]
+        prompt, choices = body["messages"][0]["content"], body.get("structured_outputs", {}).get("choice", [])
         log = self.folder / "log.jsonl"
         with LOCK:
             faults = json.loads((self.folder / "faults.json").read_text())
@@ -78,10 +81,10 @@ class Handler(BaseHTTPRequestHandler):
             fault = faults[min(number, len(faults) - 1)] if number < len(faults) or faults[-1:] == ["nonsense"] else ""
             with log.open("a") as file:
                 file.write(json.dumps({"prompt": prompt, "fault": fault}) + "\n")
-        self.answer(prompt, fault)
+        self.answer(prompt, fault, *choices[:1])
 
-    def answer(self, prompt: str, fault: str) -> None:
-        said = f"It is fine; the key was {KEY}.\nScore: {score(prompt)}"
+    def answer(self, prompt: str, fault: str, said: str = "") -> None:
+        said = said or f"It is fine; the key was {KEY}.\nScore: {score(prompt)}"
         said = {"outside": "Superb!\nScore: 11", "nonsense": "I would rather not say."}.get(fault, said)
         message = {"role": "assistant", "content": said}
         usage = {"prompt_tokens": 100, "completion_tokens": 10}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from optuna_merge.config.judge import JudgeConfig
 from optuna_merge.errors import JudgeBudgetError, JudgeError, JudgementError, TaskError
 from optuna_merge.judging import Pairwise, Rubric, client
-from optuna_merge.judging.client import JudgeOptions, check_judge
+from optuna_merge.judging.client import check_judge
 from optuna_merge.judging.judge import Judge
 from optuna_merge.judging.rubric import Question
 from optuna_merge.judging.store import JudgeCost, Judgements
@@ -30,9 +30,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
 
-def options(server: JudgeServer, **changes: Any) -> JudgeOptions:
-    given = JudgeOptions(server.url, MODEL, "JUDGE_KEY", concurrency=4, timeout_s=1.0, patience_s=60)
-    return replace(given, **changes)
+def options(server: JudgeServer, **changes: Any) -> JudgeConfig:
+    given = {"model": MODEL, "key_variable": "JUDGE_KEY", "concurrency": 4, "timeout": 1.0, "patience": 60.0, **changes}
+    return JudgeConfig(**{"url": server.url, **given})
 
 
 def questions(n: int) -> list[Question]:
@@ -118,6 +118,18 @@ def test_two_processes_with_equal_answers_ask_once(tmp_path: Path) -> None:
         assert sum(times.values()) <= 12 + 4  # the four that were open when it was killed
 
 
+def test_what_a_server_takes_besides_is_sent_and_makes_another_judge(tmp_path: Path) -> None:
+    asked, store = questions(2), Judgements(tmp_path / "store")
+    with judge(tmp_path / "server") as server:
+        plain = Judge(options(server), store)
+        strict = Judge(options(server, extra_body={"structured_outputs": {"choice": ["Score: 1"]}}), store)
+        plain.ask(asked)
+        assert strict.ask(asked) == [1.0, 1.0]
+        assert strict.ask(asked) == [1.0, 1.0]
+        assert len(server.log()) == 4
+    assert strict.identity == plain.identity + ', {"structured_outputs": {"choice": ["Score: 1"]}}'
+
+
 def test_a_judge_that_is_away_is_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,17 +144,21 @@ def test_wrong_set_ups_are_seen_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     with judge(tmp_path / "server") as server:
         right = options(server)
         check_judge(right)
-        check_judge(replace(right, model=UNLISTED))
+        check_judge(options(server, model=UNLISTED))
+        check_judge(options(server, extra_body={"structured_outputs": {"regex": "Score: [1-5]"}}))
         wrong = {
-            "judge.model must be one that .* has \\(judge-7b\\), got 'other'; correct it": replace(
-                right, model="other"
+            "judge.model must be one that .* has \\(judge-7b\\), got 'other'; correct it": options(
+                server, model="other"
             ),
-            "judge.url must be where a judge answers, got .*/v2: .*404": replace(right, url=server.url[:-1] + "2"),
-            "judge.url must be where a judge answers, got http://127.0.0.1:9/v1: .*refused": replace(
-                right, url="http://127.0.0.1:9/v1"
+            "judge.url must be where a judge answers, got .*/v2: .*404": options(server, url=server.url[:-1] + "2"),
+            "judge.url must be where a judge answers, got http://127.0.0.1:9/v1: .*refused": options(
+                server, url="http://127.0.0.1:9/v1"
             ),
-            "must accept the key, got '401 .* for no key; set judge.key_variable": replace(right, key_variable=""),
-            "environment variable that is set, got NO_KEY, which is not set": replace(right, key_variable="NO_KEY"),
+            "judge.extra_body must be what .* takes, got .*'400 Bad Request .*colour.*'; correct it": options(
+                server, extra_body={"colour": "red"}
+            ),
+            "must accept the key, got '401 .* for no key; set judge.key_variable": options(server, key_variable=""),
+            "environment variable that is set, got NO_KEY, which is not set": options(server, key_variable="NO_KEY"),
         }
         for message, given in wrong.items():
             with pytest.raises(JudgeError, match=message) as caught:
