@@ -121,7 +121,7 @@ class JudgeClient:
             return retrying(self._complete, body)
         except _AwayError as exc:
             raise JudgeError(
-                f"judge.url must be where a judge answers, got {options.url}: {exc} for {options.patience_s:g} s;"
+                f"judge.url must be where a judge answers, got {options.url}: {exc} for {options.patience:g} s;"
                 " start it and run the study again: it goes on where it is"
             ) from exc
 
