@@ -329,7 +329,7 @@ class Quickstart:
     def truth(self, objective: MergeObjective, recipe: Recipe) -> tuple[float, float]:
         """The means over all documents and over the holdout."""
         objective.load(recipe)
-        searched, held_out = objective.scorer.score_all().value, objective.scorer.score_holdout().value
+        searched, held_out = objective.scorer.score_all().value, objective.scorer.holdout.score().value
         return self._share * searched + (1 - self._share) * held_out, held_out
 
 
@@ -433,7 +433,7 @@ class SyntheticScorer:
 
     n_chunks = Synthetic.N_CHUNKS
     not_means = ()
-    has_holdout = False
+    holdout = None
     judge = None
 
     def has_gradient(self) -> bool:

@@ -30,14 +30,14 @@ from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.difference import Difference, compare
 from optuna_merge.evaluation.engine import DifferentiableEngine, Engine, Sink
 from optuna_merge.evaluation.expected import ExpectedChunk, has_stand_in
+from optuna_merge.evaluation.holdout import Holdout, hold_out_share, hold_out_tasks
 from optuna_merge.evaluation.leaf import Leaf
 from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
 from optuna_merge.evaluation.rendering import choose_chat_template, rendering_options
 from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation, Score, join
-from optuna_merge.evaluation.selection import hold_out, select
-from optuna_merge.evaluation.term import EvalTask, Term, leaves_of, name_apart
-from optuna_merge.evaluation.transcript import HeldDocument, question, right_answer
+from optuna_merge.evaluation.selection import select
+from optuna_merge.evaluation.term import EvalTask, Term, aggregate, leaves_of, name_apart
 from optuna_merge.internals.lm_eval import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from optuna_merge.judging.judge import Judge
 
@@ -51,7 +51,7 @@ class Scorer:
         n_chunks: Chunks that the searched documents are cut into.
         n_documents: Searched documents, over all tasks.
         not_means: Terms whose metric is no mean over documents.
-        has_holdout: Whether documents are held out for :meth:`score_holdout`.
+        holdout: The documents that the search does not see; None if there are none.
         judge: Whom the tasks ask about answers; None if none of them does.
     """
 
@@ -74,7 +74,7 @@ class Scorer:
         self._beginnings_cost = beginnings_cost
         self._chat_template = chat_template
         self._chat_template_reason = chat_template_reason
-        self._holdout: Chunk | None = None
+        self.holdout = Holdout(engine, holdout_terms) if holdout_terms else None
         self._expected: dict[int, ExpectedChunk] = {}
         self.judge = judge
         self.n_chunks = len(chunks)
@@ -139,9 +139,9 @@ class Scorer:
             for term in [*terms, *holdout_terms]:
                 term.resolve_metric()
         if isinstance(holdout, float | int):
-            holdout_terms = _hold_out_share(terms, holdout, seed)
+            holdout_terms = hold_out_share(terms, holdout, seed)
         else:
-            _hold_out_tasks(terms, holdout_terms)
+            hold_out_tasks(terms, holdout_terms)
         leaves = leaves_of([*terms, *holdout_terms])
         beginnings_cost = engine.expect(
             [instance for leaf in leaves for number in leaf.instances for instance in leaf.instances[number]]
@@ -161,10 +161,6 @@ class Scorer:
     @property
     def not_means(self) -> tuple[str, ...]:  # noqa: D102
         return tuple(term.key for term in self._terms if not term.is_mean)
-
-    @property
-    def has_holdout(self) -> bool:  # noqa: D102
-        return bool(self._holdout_terms)
 
     def score_chunk(self, chunk: int) -> ChunkResult:
         """Score the weights that the engine holds on one chunk.
@@ -259,55 +255,7 @@ class Scorer:
         if len(set(numbers)) != len(numbers):
             raise TaskError(f"chunk results must hold each chunk once, got {sorted(numbers)}; drop the repeated ones")
         documents = join([result.documents for result in results])
-        return _aggregate(self._terms, documents, stderr=stderr)
-
-    def score_holdout(self, *, stderr: bool = False) -> Score:
-        """Score the weights that the engine holds on all held-out documents in one call.
-
-        Args:
-            stderr: As in :meth:`total`.
-
-        Returns:
-            The score; its documents also have what was answered, in the column ``answer``.
-
-        Raises:
-            TaskError: If there is no holdout, or a task's own code raises.
-            EngineError: If the engine holds no complete weights or cannot answer.
-        """
-        if not self._holdout_terms:
-            raise TaskError("holdout: there are no holdout documents; set holdout to a share or to tasks")
-        if self._holdout is None:
-            parts = [(leaf, leaf.holdout) for leaf in leaves_of(self._holdout_terms)]
-            self._holdout = Chunk(self._engine, parts)
-        documents = self._holdout.values(self._holdout.answer(self._engine), keep_answers=True)
-        return _aggregate(self._holdout_terms, documents, stderr=stderr)
-
-    def lengthen_holdout(self, max_gen_toks: int) -> None:
-        """Let answers to held-out documents have up to this many tokens from now on; the fingerprint changes with it.
-
-        Raises:
-            TaskError: If no held-out document is answered by a text.
-        """
-        if not sum(leaf.lengthen(leaf.holdout, max_gen_toks) for leaf in leaves_of(self._holdout_terms)):
-            raise TaskError(
-                f"max_gen_toks must be for a task that generates, got {max_gen_toks} and none; leave it out"
-            )
-        self._holdout = None
-
-    def held_out(self) -> list[HeldDocument]:
-        """The held-out documents, task by task, as a person reads them."""
-        with quietly():
-            return [
-                HeldDocument(
-                    leaf.name,
-                    doc_id,
-                    question(leaf.task, leaf.instances[doc_id]),
-                    right_answer(leaf.task, leaf.instances[doc_id][0].doc),
-                    {term.metric: term.weight for term in self._holdout_terms if any(leaf is x for x in term.leaves)},
-                )
-                for leaf in leaves_of(self._holdout_terms)
-                for doc_id in leaf.holdout
-            ]
+        return aggregate(self._terms, documents, stderr=stderr)
 
     def paired_difference(self, score: Score, other: Score) -> Difference:
         """Difference of two values on the same documents, searched or holdout, paired by document.
@@ -425,20 +373,6 @@ def _connect(leaf: Leaf, judge: Judge | None) -> None:
         rubric.ask = judge.ask
 
 
-def _hold_out_share(terms: list[Term], share: float, seed: int) -> list[Term]:
-    for leaf in leaves_of(terms):
-        leaf.searched, leaf.holdout = hold_out(leaf.name, leaf.selected, share, seed)
-    return terms
-
-
-def _hold_out_tasks(terms: Sequence[Term], holdout_terms: Sequence[Term]) -> None:
-    searched = {leaf.name for leaf in leaves_of(terms)}
-    if shared := [leaf.name for leaf in leaves_of(holdout_terms) if leaf.name in searched]:
-        raise TaskError(f"holdout: task '{shared[0]}' is also searched; hold out a share of it or another task")
-    for leaf in leaves_of(holdout_terms):
-        leaf.searched, leaf.holdout = [], leaf.selected
-
-
 @contextlib.contextmanager
 def _lm_eval_seeds() -> Iterator[None]:
     """Seed the global generators as ``simple_evaluate`` does, for tasks that draw from them; then restore them."""
@@ -452,12 +386,6 @@ def _lm_eval_seeds() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def _aggregate(terms: Sequence[Term], documents: Documents, *, stderr: bool) -> Score:
-    with quietly():
-        tasks = {term.key: term.score(documents, stderr) for term in terms}
-    return Score(sum(task.weight * task.value for task in tasks.values()), tasks, documents)
 
 
 def _refuse_unpaired(documents: Documents, others: Documents) -> None:

@@ -18,7 +18,8 @@ from optuna_merge.errors import TaskError
 from optuna_merge.evaluation.answers import N_TOKENS, summarize
 from optuna_merge.evaluation.description import TaskDescription
 from optuna_merge.evaluation.leaf import Leaf
-from optuna_merge.evaluation.results import Documents, TaskScore
+from optuna_merge.evaluation.quiet import quietly
+from optuna_merge.evaluation.results import Documents, Score, TaskScore
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,22 @@ class Term:
 def leaves_of(terms: Sequence[Term]) -> list[Leaf]:
     """The leaves of some terms, each once, in order."""
     return list({leaf.name: leaf for term in terms for leaf in term.leaves}.values())
+
+
+def aggregate(terms: Sequence[Term], documents: Documents, *, stderr: bool) -> Score:
+    """The score of some documents.
+
+    Args:
+        terms: The terms of the score.
+        documents: The documents' values.
+        stderr: Whether to estimate by bootstrap the standard errors that have no formula.
+
+    Raises:
+        TaskError: If no document has the metric of a term.
+    """
+    with quietly():
+        tasks = {term.key: term.score(documents, stderr) for term in terms}
+    return Score(sum(task.weight * task.value for task in tasks.values()), tasks, documents)
 
 
 def name_apart(terms: list[Term]) -> list[Term]:

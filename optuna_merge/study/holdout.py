@@ -13,11 +13,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_merge.config.study_config import StudyConfig
+from optuna_merge.evaluation.holdout import Holdout
 from optuna_merge.evaluation.results import Score
 from optuna_merge.evaluation.transcript import ANSWER
 from optuna_merge.internals.optuna import storage_of
@@ -69,13 +71,14 @@ def score_holdout(
         StudyError: If the figures cannot be written, or the folder belongs to another study.
         TaskError: If ``max_gen_toks`` is given and no task generates.
     """
-    if not objective.scorer.has_holdout or not best_merges(study, n_best):
+    holdout = objective.scorer.holdout
+    if holdout is None or not best_merges(study, n_best):
         return []
     if max_gen_toks is not None:
-        objective.scorer.lengthen_holdout(max_gen_toks)
+        holdout.lengthen(max_gen_toks)
     claim_folder(study, objective.config.storage_path)
     with _alone(study, objective.config, note):
-        return _score_models(study, objective, note, n_best, max_gen_toks)
+        return _score_models(study, objective, holdout, note, n_best, max_gen_toks)
 
 
 @contextmanager
@@ -97,6 +100,7 @@ def _alone(study: optuna.Study, config: StudyConfig, note: Callable[[str], None]
 def _score_models(
     study: optuna.Study,
     objective: MergeObjective,
+    holdout: Holdout,
     note: Callable[[str], None],
     n_best: int,
     max_gen_toks: int | None,
@@ -109,17 +113,17 @@ def _score_models(
         if (attributes.BASELINE in trial.user_attrs and trial.number != best.number)
         or (attributes.ASCENT in trial.user_attrs and trial.number not in ranked)
     ]
-    entries = [_Entry(trial, _score(trial, study, objective, note)) for trial in [best, *others, *baselines]]
+    entries = [_Entry(trial, _score(trial, study, objective, holdout, note)) for trial in [best, *others, *baselines]]
     rows = [_row(entry, entries[0], objective) for entry in entries]
     write_holdout(objective.config.storage_path, study, best, rows, max_gen_toks)
     if max_gen_toks is None:
-        _write_answers(study, objective, entries)
+        _write_answers(study, objective.config.storage_path, holdout, entries)
     return rows
 
 
-def _write_answers(study: optuna.Study, objective: MergeObjective, entries: Sequence[_Entry]) -> None:
+def _write_answers(study: optuna.Study, storage_path: Path, holdout: Holdout, entries: Sequence[_Entry]) -> None:
     answers: dict[tuple[str, int], dict[int, Answer]] = {}
-    held_out = objective.scorer.held_out()
+    held_out = holdout.documents()
     weights = {held.task: held.weights for held in held_out}
     for entry in entries:
         for task, columns in entry.score.documents.items():
@@ -140,10 +144,16 @@ def _write_answers(study: optuna.Study, objective: MergeObjective, entries: Sequ
         )
         for held in held_out
     ]
-    write_answers(objective.config.storage_path, study, [entry.trial for entry in entries], documents)
+    write_answers(storage_path, study, [entry.trial for entry in entries], documents)
 
 
-def _score(trial: FrozenTrial, study: optuna.Study, objective: MergeObjective, note: Callable[[str], None]) -> Score:
+def _score(
+    trial: FrozenTrial,
+    study: optuna.Study,
+    objective: MergeObjective,
+    holdout: Holdout,
+    note: Callable[[str], None],
+) -> Score:
     recipe = objective.recipe(trial, study)
     key = objective.models.identify(recipe) + objective.scorer.fingerprint()
     cache = objective.config.storage_path / "holdout" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
@@ -154,7 +164,7 @@ def _score(trial: FrozenTrial, study: optuna.Study, objective: MergeObjective, n
     label = trial.user_attrs.get(attributes.BASELINE, "one of the best merges")
     note(f"scoring trial {trial.number} ({label}) on the holdout")
     objective.load(recipe)
-    score = objective.scorer.score_holdout(stderr=True)
+    score = holdout.score(stderr=True)
     write_scores(cache, score.to_json())
     return score
 

@@ -229,7 +229,7 @@ def test_a_tag_and_a_group_of_which_one_task_lacks_the_metric(tasks: Path, name:
     scores = []
     for distance in (0.3, 1.2):
         loaded(engine, distance)
-        scores.append(scorer.score_holdout(stderr=True))
+        scores.append(scorer.holdout.score(stderr=True))
     assert "acc,none" not in scores[0].documents["normed"]
     found = scorer.paired_difference(*scores)
     won = [np.array(score.documents["first"]["acc,none"]) for score in scores]

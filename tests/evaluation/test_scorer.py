@@ -141,7 +141,7 @@ def test_a_trial_leaves_nothing_for_the_next_one(right: Path) -> None:
 def test_the_holdout_is_a_fixed_share_that_is_never_searched(right: Path) -> None:
     engine, scorer = fake(right, holdout=0.3, seed=1)
     loaded(engine, 0.4)
-    searched, held = scorer.score_all().documents, scorer.score_holdout().documents
+    searched, held = scorer.score_all().documents, scorer.holdout.score().documents
     for name, n in (("right", 200), ("rarely", 100)):
         assert len(held[name]["doc_id"]) == 0.3 * n
         assert sorted(searched[name]["doc_id"] + held[name]["doc_id"]) == list(range(n))
@@ -155,7 +155,7 @@ def test_other_tasks_can_be_the_holdout(right: Path) -> None:
     engine, scorer = fake(right, terms=[EvalTask("right")], holdout=[EvalTask("rarely")], limit=50)
     loaded(engine, 0.4)
     assert list(scorer.score_all().tasks) == ["right"]
-    score = scorer.score_holdout()
+    score = scorer.holdout.score()
     assert list(score.tasks) == ["rarely"]
     assert score.tasks["rarely"].n_documents == 50
     assert [(t.name, t.n_searched, t.n_holdout) for t in scorer.describe().tasks] == [
@@ -168,9 +168,7 @@ def test_other_tasks_can_be_the_holdout(right: Path) -> None:
 
 def test_without_a_holdout_there_is_nothing_to_score(right: Path) -> None:
     _, scorer = fake(right)
-    assert not scorer.has_holdout
-    with pytest.raises(TaskError, match="there are no holdout documents"):
-        scorer.score_holdout()
+    assert scorer.holdout is None
 
 
 def test_a_paired_difference_by_hand(right: Path) -> None:

@@ -83,7 +83,7 @@ def test_differences_are_from_the_merge_that_the_searched_documents_chose(object
         assert row.difference == pytest.approx(best.value - row.value)
         assert 0 < row.p_value <= 1
     objective.load(objective.recipe(best_merges(study, 1)[0]))
-    assert objective.scorer.score_holdout().value == best.value
+    assert objective.scorer.holdout.score().value == best.value
 
 
 class Worker:
