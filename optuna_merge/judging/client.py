@@ -132,7 +132,8 @@ class JudgeClient:
             extra_body: Added to the request.
 
         Raises:
-            JudgeError: If the server cannot be reached or refuses the key.
+            JudgeError: If the server refuses the key, or cannot be reached; with ``extra_body``, which makes some
+                servers stumble, the latter is a refusal, too.
         """
         messages = [{"role": "user", "content": "Hello."}]
         body = {"model": self._options.model, "messages": messages, "max_tokens": 1, **extra_body}
@@ -141,6 +142,8 @@ class JudgeClient:
         except JudgementError as exc:
             return str(exc)
         except _AwayError as exc:
+            if extra_body:
+                return str(exc)
             raise JudgeError(
                 f"judge.url {self._options.url} must answer a question, got {exc}; see the server"
             ) from exc
@@ -259,7 +262,9 @@ def check_judge(options: JudgeConfig) -> None:
             " correct it"
         )
     if refusal:
-        raise JudgeError(f"judge.extra_body must be what {options.url} takes, got {refusal}; correct it")
+        raise JudgeError(
+            f"judge.extra_body must be what {options.url} takes, got {refusal}; correct it, or see the server"
+        )
 
 
 def _key(options: JudgeConfig) -> str:

@@ -70,6 +70,9 @@ class Handler(BaseHTTPRequestHandler):
         if "colour" in body:
             self.send(400, json.dumps({"error": "no such option: colour"}))
             return
+        if body.get("structured_outputs", {}).get("regex") == "[":
+            self.send(500, "no such grammar")
+            return
         if body["max_tokens"] == 1:
             self.send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": "Hi"}}]}))
             return

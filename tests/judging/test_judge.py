@@ -157,6 +157,9 @@ def test_wrong_set_ups_are_seen_at_once(tmp_path: Path, monkeypatch: pytest.Monk
             "judge.extra_body must be what .* takes, got .*'400 Bad Request .*colour.*'; correct it": options(
                 server, extra_body={"colour": "red"}
             ),
+            "judge.extra_body must be what .* takes, got 500 .*grammar; correct it": options(
+                server, extra_body={"structured_outputs": {"regex": "["}}
+            ),
             "must accept the key, got '401 .* for no key; set judge.key_variable": options(server, key_variable=""),
             "environment variable that is set, got NO_KEY, which is not set": options(server, key_variable="NO_KEY"),
         }
