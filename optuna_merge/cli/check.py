@@ -92,9 +92,13 @@ def _lines(result: Check) -> list[str]:
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
 
 
-def _judge_line(model: str, url: str, budget: int | None, most: int) -> str:
+def _judge_line(model: str, url: str, budget: int | None, most: int, against: str | None) -> str:
+    from optuna_merge.config.judge import BEST_SOURCE
+
     allowed = "" if budget is None else f"; judge.budget allows {budget:,}"
-    return f"judge      {model} at {url}: at most {most:,} questions in the whole study{allowed}"
+    whose = "the best source, as the other tasks tell" if against == BEST_SOURCE else against
+    pairs = "" if against is None else f"; answers are compared with those of {whose}"
+    return f"judge      {model} at {url}: at most {most:,} questions in the whole study{allowed}{pairs}"
 
 
 def _seconds_line(merging: float, choices: float, texts: float) -> str:

@@ -119,7 +119,7 @@ def run_as_worker(file: Path, number: int, overrides: dict[str, Any], gpu: str |
     _see_only(gpu)
     try:
         config = as_started(load_study(file, overrides))
-        with closing(MergeObjective.from_config(config)) as objective:
+        with closing(MergeObjective.from_config(config, output.note)) as objective:
             for line in objective.describe() if number == 1 else ():
                 output.note(line)
             interrupted = run_here(config, objective, worker=number)

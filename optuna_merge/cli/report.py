@@ -99,7 +99,7 @@ def _score_holdout(study: optuna.Study, config: StudyConfig, n_best: int, max_ge
     from optuna_merge.study.objective import MergeObjective
     from optuna_merge.study.run import as_started
 
-    with closing(MergeObjective.from_config(as_started(config))) as objective:
+    with closing(MergeObjective.from_config(as_started(config), output.note)) as objective:
         check_fingerprint(study, objective.fingerprint())
         score_holdout(study, objective, output.note, n_best, max_gen_toks)
     upload_answers(study, config)

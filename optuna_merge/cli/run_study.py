@@ -145,7 +145,7 @@ def _objective(file: Path, config: StudyConfig) -> MergeObjective:
     from optuna_merge.study.run import as_started
 
     output.note(f"reading models and eval tasks of {file}")
-    objective = MergeObjective.from_config(as_started(config))
+    objective = MergeObjective.from_config(as_started(config), output.note)
     for line in objective.describe():
         output.note(line)
     return objective

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 
 from optuna_merge.config.benchmarks import is_benchmark
+from optuna_merge.config.judge import BEST_SOURCE
 from optuna_merge.config.problem import Problem, short
 from optuna_merge.config.sampler import SAMPLERS, CmaEsConfig, OptunaSamplerConfig
 from optuna_merge.config.search import Range, SearchConfig
@@ -35,6 +36,7 @@ def contradictions(config: StudyConfig) -> Iterator[Problem]:
         return
     methods = config.methods
     yield from _tokenizer(config)
+    yield from _against(config)
     for method in methods:
         yield from _base_model(config, method)
         yield from _number_of_models(config, method)
@@ -210,6 +212,13 @@ def _tokenizer(config: StudyConfig) -> Iterator[Problem]:
     if genome.tokenizer_source not in (None, "base", "union", genome.base_model, *genome.models):
         rule, got = "be base, union or one of the models", repr(genome.tokenizer_source)
         yield Problem("genome.tokenizer_source", rule, got, "spell it as in genome.models")
+
+
+def _against(config: StudyConfig) -> Iterator[Problem]:
+    genome, against = config.genome, None if config.judge is None else config.judge.against
+    if against not in (None, BEST_SOURCE, genome.base_model, *genome.models):
+        rule, got = f"be {BEST_SOURCE} or one of the models", repr(against)
+        yield Problem("judge.against", rule, got, "spell it as in genome.models")
 
 
 def _number_of_models(config: StudyConfig, method: MergeMethod) -> Iterator[Problem]:

@@ -12,6 +12,8 @@ from pydantic import Field, field_validator
 
 from optuna_merge.config.section import Section
 
+BEST_SOURCE = "best_source"
+
 _OWN = frozenset({"model", "messages", "max_tokens", "temperature", "seed", "stream", "n"})
 """What a request says anyway, and what would change the form of a reply."""
 
@@ -31,6 +33,8 @@ class JudgeConfig(Section):
         temperature: Of the judge's replies.
         n_judgements: How often each answer is judged; its score is the mean.
         budget: Replies that the study may take in all; None: any number.
+        against: With whose answers pairwise tasks compare where their documents have none: one of the study's models,
+            or ``best_source``, which None means, too.
         extra_body: Added to each request, for what one server takes beyond the interface; part of the study.
     """
 
@@ -45,6 +49,7 @@ class JudgeConfig(Section):
     temperature: float = Field(0, ge=0)
     n_judgements: int = Field(1, ge=1)
     budget: int | None = Field(None, ge=1)
+    against: str | None = Field(None, min_length=1)
     extra_body: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("extra_body")

@@ -51,6 +51,7 @@ class Description:
         choice_cost, text_cost: What one full evaluation costs, in tokens: scoring continuations, with the beginnings
             that are computed once, and generating texts; see ``Prepared``.
         n_judged, n_judged_holdout: Questions that a judge is asked in one full evaluation, searched and held out.
+        n_judged_first: Those about one source's answers to the tasks that tell which source is best.
         chat_template: Whether prompts go through the tokenizer's chat template.
         chat_template_reason: Why, in words.
     """
@@ -69,5 +70,6 @@ class Description:
     text_cost: float
     n_judged: int
     n_judged_holdout: int
+    n_judged_first: int
     chat_template: bool
     chat_template_reason: str

@@ -31,11 +31,12 @@ from optuna_merge.internals.lm_eval import (
     filter_fallbacks,
     filter_functions,
     filter_names,
+    filtered_before,
     mean_stderr,
     runs_generated_code,
     stderr_for_metric,
 )
-from optuna_merge.judging.rubric import Rubric
+from optuna_merge.judging.rubric import Pairwise, Rubric
 
 FEWSHOT_SEED: int = DEFAULT_OTHER_SEED
 """Seeds the draw of few-shot examples: lm-eval's own default, so that its command line reproduces our prompts."""
@@ -114,6 +115,40 @@ class Leaf:
     def runs_elsewhere(self) -> bool:
         """Whether made-up answers must not be processed: a judge would be asked, or code be run."""
         return runs_generated_code(self.task) or bool(self.rubrics)
+
+    def without_rival(self) -> list[Pairwise]:
+        """The rubrics that compare answers with one that no document has; empty where the documents have it."""
+        documents = [self.instances[doc_id][0].doc for doc_id in self.selected]
+        pairwise = [rubric for rubric in self.rubrics if isinstance(rubric, Pairwise)]
+        return [rubric for rubric in pairwise if all(document.get(rubric.rival) is None for document in documents)]
+
+    def rival_answers(self, responses: Iterator[Response]) -> dict[str, dict[str, str]]:
+        """Number of each document to the answers that its rubrics lack, by field, as a judge would see them.
+
+        Args:
+            responses: The responses to all requests of the selected documents; of several ones to a document, the
+                first counts.
+
+        Raises:
+            TaskError: If a filter raises.
+        """
+        found: dict[str, dict[str, str]] = {str(doc_id): {} for doc_id in self.selected}
+        instances = self._answered(self.selected, responses)
+        for rubric in self.without_rival():
+            try:
+                given = filtered_before(self.task, instances, rubric)
+            except Exception as exc:
+                raise fault(self.name, None, "a filter", exc) from exc
+            answers = iter(given)
+            for doc_id in self.selected:
+                first, *_ = [next(answers) for _ in self.instances[doc_id]]
+                found[str(doc_id)][rubric.rival] = str(first[0])
+        return found
+
+    def add_to_document(self, doc_id: int, fields: Mapping[str, str]) -> None:
+        """Add fields to a document, for the task's own code and the fingerprint."""
+        for instance in self.instances[doc_id]:
+            instance.doc = {**instance.doc, **fields}
 
     def n_judged(self, doc_ids: Sequence[int]) -> int:
         """Questions that a judge is asked about the answers to some documents, repeated ones included."""
@@ -241,11 +276,15 @@ class Leaf:
         counts = [sum(i.repeats or 1 for i in self.instances[doc_id]) for doc_id in doc_ids]
         return [[next(left) for _ in range(count)] for count in counts]
 
-    def _process(self, doc_ids: Sequence[int], responses: Iterator[Response], filter_name: str) -> list[dict[str, Any]]:
+    def _answered(self, doc_ids: Sequence[int], responses: Iterator[Response]) -> list[Instance]:
         instances = [instance for doc_id in doc_ids for instance in self.instances[doc_id]]
         for instance in instances:
             instance.resps = [_plain(next(responses)) for _ in range(instance.repeats or 1)]
             instance.filtered_resps = {}
+        return instances
+
+    def _process(self, doc_ids: Sequence[int], responses: Iterator[Response], filter_name: str) -> list[dict[str, Any]]:
+        instances = self._answered(doc_ids, responses)
         try:
             apply_filters(self.task, instances)
         except Exception as exc:

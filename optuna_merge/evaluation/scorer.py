@@ -36,6 +36,7 @@ from optuna_merge.evaluation.loader import Loader
 from optuna_merge.evaluation.quiet import quietly
 from optuna_merge.evaluation.rendering import choose_chat_template, rendering_options
 from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation, Score, join
+from optuna_merge.evaluation.rivals import Rivals
 from optuna_merge.evaluation.selection import select
 from optuna_merge.evaluation.term import EvalTask, Term, aggregate, leaves_of, name_apart
 from optuna_merge.internals.lm_eval import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -53,6 +54,7 @@ class Scorer:
         not_means: Terms whose metric is no mean over documents.
         holdout: The documents that the search does not see; None if there are none.
         judge: Whom the tasks ask about answers; None if none of them does.
+        rivals: Documents that lack the answer to compare with; nothing can be scored before they have it.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Scorer:
         self.holdout = Holdout(engine, holdout_terms) if holdout_terms else None
         self._expected: dict[int, ExpectedChunk] = {}
         self.judge = judge
+        self.rivals = Rivals(engine, terms, holdout_terms)
         self.n_chunks = len(chunks)
         self.n_documents = sum(len(leaf.searched) for leaf in leaves_of(terms))
         self._without_gradient: tuple[str, ...] | None = None
@@ -302,6 +305,7 @@ class Scorer:
             choice_cost=self._beginnings_cost + sum(p.cost - p.text_cost for p in prepared),
             text_cost=sum(p.text_cost for p in prepared),
             n_judged=sum(leaf.n_judged(leaf.searched) for leaf in leaves_of(self._terms)),
+            n_judged_first=self.rivals.n_judged,
             n_judged_holdout=sum(leaf.n_judged(leaf.holdout) for leaf in leaves_of(self._holdout_terms)),
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,

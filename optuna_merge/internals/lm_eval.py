@@ -38,6 +38,7 @@ __all__ = [
     "filter_fallbacks",
     "filter_functions",
     "filter_names",
+    "filtered_before",
     "get_rolling_token_windows",
     "get_sample_size",
     "handle_stop_sequences",
@@ -203,6 +204,20 @@ def filter_functions(task: Task) -> list[Any]:
     """The functions of a task's ``custom`` filters."""
     steps = [make_step() for ensemble in task._filters for make_step in ensemble.filters]
     return [step.filter_fn for step in steps if hasattr(step, "filter_fn")]
+
+
+def filtered_before(task: Task, instances: Sequence[Instance], function: Any) -> list[Any]:
+    """What the function of a task's ``custom`` filter is given: the responses after all steps before it."""
+    for ensemble in task._filters:
+        steps = [make_step() for make_step in ensemble.filters]
+        place = next((n for n, step in enumerate(steps) if getattr(step, "filter_fn", None) is function), None)
+        if place is not None:
+            responses: Any = [instance.resps for instance in instances]
+            documents: Any = [instance.doc for instance in instances]
+            for step in steps[:place]:
+                responses = step.apply(responses, documents)
+            return list(responses)
+    raise _changed("the function of a custom filter")
 
 
 def is_multimodal(task: Task) -> bool:

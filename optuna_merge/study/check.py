@@ -29,6 +29,7 @@ from optuna_merge.study.judges import check_study_judge, most_questions
 from optuna_merge.study.kept import KeptPlan, plan_kept
 from optuna_merge.study.memory import MemoryPlan, gib
 from optuna_merge.study.models import StudyModels
+from optuna_merge.study.rivals import find_against
 from optuna_merge.study.seconds import TrialSeconds, estimate_ascent, estimate_trial
 from optuna_merge.study.start import few_documents, settle_start
 
@@ -60,7 +61,8 @@ class Check:
         memory: Bytes: the fields of ``MemoryPlan``, their sum ``device``, and how many are ``left`` of the ``card``;
             ``source_files`` and ``host_free`` on the host.
         memory_line: The same in words.
-        judge: ``model``, ``url``, ``budget`` and the ``most`` questions that the study can ask; None without a judge.
+        judge: ``model``, ``url``, ``budget``, the ``most`` questions that the study can ask, and ``against``: with
+            whose answers others are compared, if not with those of the documents; None without a judge.
         trial_seconds: Expected seconds of a trial on all documents: ``merging``, ``choices`` and ``texts``, from
             samples that are run here; None with vLLM and for a device that is not here.
         ascent_seconds: Expected seconds of the ascent, from the same samples; None without either.
@@ -154,7 +156,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
         kept=None if kept is None else asdict(kept),
         memory=_describe_memory(memory, models),
         memory_line=memory.describe(),
-        judge=_describe_judge(config, tasks, counts["n_baselines"]),
+        judge=_describe_judge(config, tasks, counts["n_baselines"], find_against(config, scorer.rivals)),
         trial_seconds=None if seconds is None else asdict(seconds),
         ascent_seconds=_ascent_seconds(config, seconds, tasks.n_chunks),
         warnings=[
@@ -210,12 +212,14 @@ def _describe_tasks(tasks: Description, without_gradient: Sequence[str]) -> list
     ]
 
 
-def _describe_judge(config: StudyConfig, tasks: Description, n_baselines: int) -> dict[str, Any] | None:
+def _describe_judge(
+    config: StudyConfig, tasks: Description, n_baselines: int, against: str | None
+) -> dict[str, Any] | None:
     judge = config.judge
     if judge is None:
         return None
     most = most_questions(config, tasks, n_baselines)
-    return {"model": judge.model, "url": judge.url, "budget": judge.budget, "most": most}
+    return {"model": judge.model, "url": judge.url, "budget": judge.budget, "most": most, "against": against}
 
 
 def _describe_placement(plan: PlacementPlan, models: StudyModels, device: torch.device) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from optuna_merge.search.race import Spaces
 from optuna_merge.storage import attributes
 from optuna_merge.study.judges import make_judge
 from optuna_merge.study.models import StudyModels
+from optuna_merge.study.rivals import RivalModel
 
 
-def study_fingerprint(config: StudyConfig, models: StudyModels, spaces: Spaces, scorer: Scorer) -> dict[str, Any]:
+def study_fingerprint(
+    config: StudyConfig, models: StudyModels, spaces: Spaces, scorer: Scorer, rival: RivalModel | None
+) -> dict[str, Any]:
     """Readable name to a JSON value, for everything that a resumed study must not change."""
     has_several_objectives = len(config.objectives) > 1
     return {
@@ -36,6 +39,7 @@ def study_fingerprint(config: StudyConfig, models: StudyModels, spaces: Spaces, 
         attributes.CHUNKS: scorer.n_chunks,
         attributes.REQUESTS: scorer.fingerprint()[:16],
         **({} if (judge := make_judge(config)) is None else {"judge": judge.identity}),
+        **({} if rival is None else {"judge.against": f"{rival.name}, answers {rival.digest[:16]}"}),
         **({"engine.vllm": config.engine.vllm.deciding} if config.engine.backend == "vllm" else {}),
     }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optuna_merge.config.judge import JudgeConfig
+from optuna_merge.config.judge import BEST_SOURCE, JudgeConfig
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.description import Description
 from optuna_merge.judging.client import check_judge
@@ -56,7 +56,9 @@ def most_questions(config: StudyConfig, tasks: Description, n_baselines: int) ->
         return 0
     n_trials = config.study.n_trials
     n_held = min(n_trials, N_BEST + n_baselines)
-    return config.judge.n_judgements * (n_trials * tasks.n_judged + n_held * tasks.n_judged_holdout)
+    n_first = 0 if config.judge.against not in (None, BEST_SOURCE) else len(config.sources) * tasks.n_judged_first
+    n_asked = n_first + n_trials * tasks.n_judged + n_held * tasks.n_judged_holdout
+    return config.judge.n_judgements * n_asked
 
 
 def _file(config: StudyConfig) -> Path:

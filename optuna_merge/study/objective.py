@@ -49,6 +49,7 @@ from optuna_merge.study.judges import check_study_judge
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.replay import recorded_recipe, shared_profile
+from optuna_merge.study.rivals import RivalModel, put_rivals
 from optuna_merge.study.start import settle_start
 
 _ANOTHER_FOLDER = (
@@ -89,6 +90,7 @@ class MergeObjective:
         self._profile: Profile | None = None  # of that study
         self._loaded: str | None = None  # digest of the recipe whose weights the resident model has
         self._lock = threading.Lock()
+        self._rival: RivalModel | None = None
 
     @classmethod
     def from_file(cls, path: Path | str, overrides: Mapping[str, Any] | None = None) -> MergeObjective:
@@ -104,8 +106,12 @@ class MergeObjective:
         return cls.from_config(load_study(path, overrides))
 
     @classmethod
-    def from_config(cls, config: StudyConfig) -> MergeObjective:
+    def from_config(cls, config: StudyConfig, note: Callable[[str], None] = lambda _: None) -> MergeObjective:
         """Like :meth:`from_file`, for a study file that has been read.
+
+        Args:
+            config: The study file.
+            note: Called with a line about each model that answers before the first trial; see :meth:`put_rivals`.
 
         Raises:
             OptunaMergeError: If anything that the file names cannot be used.
@@ -114,7 +120,20 @@ class MergeObjective:
         models = StudyModels.open(config)
         make_study_sampler(config, make_spaces(config, models.refs))  # reports a bad sampler before the slow steps
         loader, scorer = make_loader(config, models)
-        return cls(config, models, loader, scorer)
+        objective = cls(config, models, loader, scorer)
+        objective.put_rivals(note)
+        return objective
+
+    def put_rivals(self, note: Callable[[str], None] = lambda _: None) -> None:
+        """Give documents whose answers are compared in pairs the fixed answer, if they lack it.
+
+        Args:
+            note: Called with a line about each model that is scored or answers for it.
+
+        Raises:
+            OptunaMergeError: If it cannot be told whose answers these are, or a model cannot answer.
+        """
+        self._rival = self._rival or put_rivals(self.config, self.models, self.space, self.scorer, self.load, note)
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, ...]:
         """Merge and score one trial; see :meth:`evaluate`."""
@@ -272,14 +291,14 @@ class MergeObjective:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides what a score of this study means; see :func:`study_fingerprint`."""
-        return study_fingerprint(self.config, self.models, self.spaces, self.scorer)
+        return study_fingerprint(self.config, self.models, self.spaces, self.scorer, self._rival)
 
     def describe(self) -> list[str]:
         """What is about to be searched and scored, in a few lines."""
         lines = describe_study(self.config, self.models, self.spaces, self.scorer, self.loader.device)
         if self._why_uniform and len(self.spaces) == 1:
             lines.append(f"search: begins at a uniform merge; {self._why_uniform}")
-        return lines
+        return lines if self._rival is None else [*lines, self._rival.describe()]
 
     def close(self) -> None:
         """Free the device's memory."""
