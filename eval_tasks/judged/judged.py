@@ -40,7 +40,7 @@ def documents(questions: str = "questions.jsonl", **_: Any) -> dict[str, dataset
 
     Args:
         questions: JSON lines with ``question`` and, if there is one, ``reference``; for ``judged_pairs`` with
-            ``rival``, the fixed answer, which ``rivals.py`` adds. Relative to this folder.
+            ``rival``, the fixed answer, unless it shall be that of a source. Relative to this folder.
     """
     import datasets
 

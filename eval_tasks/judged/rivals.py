@@ -1,9 +1,9 @@
-"""Adds to each question the answer of one model, such as the best source, with which ``judged_pairs`` compares answers.
+"""Adds to each question the answer of a model that is not in the study, with which ``judged_pairs`` compares answers.
 
 The model is asked over the OpenAI-compatible interface of a server that runs it:
 
-    vllm serve ./models/chat --port 8001
-    python rivals.py http://127.0.0.1:8001/v1 ./models/chat questions.jsonl
+    vllm serve ./another-model --port 8001
+    python rivals.py http://127.0.0.1:8001/v1 ./another-model questions.jsonl
 """
 
 from __future__ import annotations

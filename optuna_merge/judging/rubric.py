@@ -169,7 +169,8 @@ class Pairwise(Rubric):
     score is the mean of both, 1 where the answer is better than the fixed one and 0 where it is worse.
 
     Attributes:
-        rival: Field of a document that holds the fixed answer.
+        rival: Field of a document that holds the fixed answer. If no document has it, a source's answers are put there
+            before the first trial; see ``judge.against``.
     """
 
     lowest: float = 0

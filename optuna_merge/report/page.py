@@ -60,6 +60,7 @@ def page(
         examples=examples[:_N_EXAMPLES],
         longer=None if longer is None or not held_rows(longer) else _holdout_table(longer),
         longer_answers=None if longer is None else answers_table(longer, "task"),
+        longer_warnings=[] if longer is None else length_warnings(longer),
         longer_verdict="" if longer is None else verdict(longer),
         max_gen_toks=None if longer is None else longer.max_gen_toks,
     )

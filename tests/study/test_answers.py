@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -112,6 +113,10 @@ def test_a_study_whose_models_answer_at_length_or_not_at_all(
     line = ["report", str(path), "--lengths", str(2 * N_MOST), "--html", str(tmp_path / "report.html")]
     shown = CliRunner().invoke(app, line)
     assert shown.exit_code == 0, shown.output
+    # they are cut again, and both the command and the page say so for both limits
+    assert shown.output.count(warning) == 2
+    assert (tmp_path / "report.html").read_text().count(str(escape(warning))) == 2
+    assert "&#39;" in escape(warning)
     monkeypatch.setattr(MergeObjective, "from_config", None)
     again = CliRunner().invoke(app, [*line, "--json"])
     assert again.exit_code == 0, again.output

@@ -42,7 +42,9 @@ def write(study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("JUDGE_KEY", KEY)
     shutil.copytree(TASKS, tmp_path / "judged")
     task = tmp_path / "judged" / "judged_pairs.yaml"
-    task.write_text(task.read_text().replace("max_gen_toks: 512", "max_gen_toks: 8"))
+    text = task.read_text().replace("max_gen_toks: 512", "max_gen_toks: 8")
+    first = "      - function: remove_whitespace\n"  # the judge is shown what filters before the rubric leave
+    task.write_text(text.replace("      - function: custom", f"{first}      - function: custom"))
     questions = [{"question": f"What is {number} and {number}?"} for number in range(20)]
     (tmp_path / "judged" / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 
@@ -106,7 +108,9 @@ def test_the_best_source_answers_once_and_is_the_one_to_beat(write: Write, tmp_p
 
         # another answer, or another model's, is another study
         [file] = (tmp_path / "out" / RIVALS_FOLDER).glob("*.json")
-        file.write_text(file.read_text().replace('right"', 'wrong"', 1))
+        kept = json.loads(file.read_text())["answers"]["judged_pairs"]
+        assert {answer["rival"] for answer in kept.values()} == {"right"}  # without the engine's blank
+        file.write_text(file.read_text().replace('"right"', '"wrong"', 1))
         changed = made(path)
         with pytest.raises(StudyMismatchError, match=r"judge\.against"):
             run_study(changed.config, changed)
