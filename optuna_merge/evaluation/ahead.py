@@ -47,6 +47,10 @@ class Ahead:
                 self._answered[following] = self._scorer.answer_chunk(following)
                 return result.result()
             except BaseException:
-                while not wait([result], _PAUSE_S).done:  # for the questions that are open
-                    judge.stop()
+                try:
+                    while not wait([result], _PAUSE_S).done:  # for the questions that are open
+                        judge.stop()
+                except KeyboardInterrupt:  # a second one
+                    judge.leave()
+                    raise
                 raise

@@ -174,7 +174,7 @@ class JudgeClient:
     def _send(self, method: str, path: str, **content: Any) -> httpx2.Response:
         self._pace.wait(self.stopped)
         try:
-            response = self._http.request(method, f"{self._options.url}{path}", **content)
+            response = self._request(method, f"{self._options.url}{path}", content)
         except (httpx2.TransportError, httpx2.DecodingError) as exc:
             raise _AwayError(self._shown(str(exc) or type(exc).__name__)) from exc
         status = response.status_code
@@ -187,6 +187,17 @@ class JudgeClient:
         if not response.is_success:
             raise JudgementError(f"judge {self._options.model}: must accept the request, got '{said}'")
         return response
+
+    def _request(self, method: str, url: str, content: Mapping[str, Any]) -> httpx2.Response:
+        """The whole response. The timeout also ends one that comes in drops, by which a server keeps a connection."""
+        deadline = time.monotonic() + self._options.timeout
+        parts = []
+        with self._http.stream(method, url, **content) as response:
+            for part in response.iter_raw():
+                parts.append(part)
+                if time.monotonic() > deadline:
+                    raise httpx2.ReadTimeout("timed out")
+        return httpx2.Response(response.status_code, headers=response.headers, content=b"".join(parts))
 
     def _say_it_is_away(self, state: tenacity.RetryCallState) -> None:
         """Write a line on stderr about a judge that is waited for, unless it is back in a moment; one a minute."""

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import threading
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from statistics import fmean
 
 from optuna_merge.config.judge import JudgeConfig
@@ -20,6 +25,12 @@ from optuna_merge.judging.store import Judgements
 
 _TRIES = 3
 """How often a judge is asked for one judgement before its replies count as nonsense."""
+
+_PAUSE_S = 0.1
+_SILENT_S = 1.0
+"""For how long open questions are waited for before a line says so."""
+
+_LOG = logging.getLogger(__name__)
 
 _Place = tuple[str, int]
 """Digest of a question, and number of the judgement."""
@@ -40,6 +51,7 @@ class Judge:
         self._lock = threading.Lock()
         self._n_open = 0
         self._client: JudgeClient | None = None
+        self._is_left = threading.Event()
 
     @property
     def identity(self) -> str:
@@ -73,23 +85,62 @@ class Judge:
         if self._client is not None:
             self._client.stopped.set()
 
+    def leave(self) -> None:
+        """Let :meth:`ask`, running in another thread, end at once, with the replies to open questions lost."""
+        self._is_left.set()
+
     def _ask_all(self, missing: Mapping[_Place, Question]) -> dict[_Place, float]:
+        left, done = deque(missing), SimpleQueue[tuple[_Place, float | BaseException]]()
         found: dict[_Place, float] = {}
-        with (
-            connected(self.options, self._pace) as client,
-            ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge") as pool,
-        ):
+        self._is_left.clear()
+        with connected(self.options, self._pace) as client:
+
+            def ask() -> None:
+                with suppress(IndexError):
+                    while True:
+                        place = left.popleft()
+                        try:
+                            done.put((place, self._ask_once(client, place, missing[place])))
+                        except BaseException as exc:
+                            done.put((place, exc))
+
             self._client = client
-            futures = {pool.submit(self._ask_once, client, place, missing[place]): place for place in missing}
+            # daemons, unlike those of an executor, do not keep a process from ending that was told twice to end
+            n_threads = min(self.options.concurrency, len(missing))
+            threads = [threading.Thread(target=ask, name="judge", daemon=True) for _ in range(n_threads)]
+            for thread in threads:
+                thread.start()
             try:
-                for future in as_completed(futures):
-                    found[futures[future]] = future.result()
+                while len(found) < len(missing):
+                    place, outcome = self._next(done)
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    found[place] = outcome
             except BaseException:
-                # questions that are open are waited for, so that no reply that costs something is lost
                 client.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+                left.clear()
+                self._wait(threads)
                 raise
         return found
+
+    def _next(self, done: SimpleQueue[tuple[_Place, float | BaseException]]) -> tuple[_Place, float | BaseException]:
+        while not self._is_left.is_set():
+            with suppress(Empty):
+                return done.get(timeout=_PAUSE_S)
+        raise JudgeError("judge: must be asked to the end, got an end before; run the study again")
+
+    def _wait(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait for the questions that are open, so that no reply that costs something is lost; see :meth:`leave`."""
+        speaks_at = time.monotonic() + _SILENT_S
+        while not self._is_left.is_set() and (n_open := sum(thread.is_alive() for thread in threads)):
+            time.sleep(_PAUSE_S)
+            if time.monotonic() >= speaks_at:
+                speaks_at = math.inf
+                _LOG.warning(
+                    "waiting for the judge's replies to %d open questions, up to %g s; interrupt again to leave them",
+                    n_open,
+                    self.options.timeout,
+                )
 
     def _ask_once(self, client: JudgeClient, place: _Place, question: Question) -> float:
         """Ask, unless another process does so at this moment: then take the score that it gets."""

@@ -1,9 +1,10 @@
 """A judge behind the OpenAI-compatible interface, as a process of its own: deterministic, with faults on demand.
 
 ``python judge_server.py PORT FOLDER`` answers until it is killed. ``FOLDER/faults.json`` lists what happens to the
-first chats, in order: ``429``, ``500``, ``silence``, ``half``, ``outside``, ``nonsense``, ``slow`` or ``death``;
-later ones are answered. Each chat adds a line to ``FOLDER/log.jsonl``, which also counts on when the server is started
-again. A question of one token asks only whether the model is there.
+first chats, in order: ``429``, ``500``, ``silence``, ``half``, ``outside``, ``nonsense``, ``slow``, ``never``,
+``drip`` or ``death``; later ones are answered, unless the last fault is ``nonsense`` or ``never``, which stays. Each
+chat adds a line to ``FOLDER/log.jsonl``, which also counts on when the server is started again. A question of one token
+asks only whether the model is there.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK:
             faults = json.loads((self.folder / "faults.json").read_text())
             number = len(log.read_text().splitlines()) if log.exists() else 0
-            fault = faults[min(number, len(faults) - 1)] if number < len(faults) or faults[-1:] == ["nonsense"] else ""
+            stays = faults and faults[-1] in ("nonsense", "never")
+            fault = faults[min(number, len(faults) - 1)] if number < len(faults) or stays else ""
             with log.open("a") as file:
                 file.write(json.dumps({"prompt": prompt, "fault": fault}) + "\n")
         self.answer(prompt, fault, *choices[:1])
@@ -97,6 +99,15 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "silence":
             time.sleep(SILENCE_S)
             self.close_connection = True
+        elif fault == "never":
+            time.sleep(600)
+        elif fault == "drip":  # the connection is kept alive, and nothing comes
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(600):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
         elif fault == "slow":
             time.sleep(SLOW_S)
             self.send(200, text)

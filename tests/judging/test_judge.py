@@ -62,6 +62,19 @@ def test_every_question_is_answered_once_whatever_happens_to_the_server(tmp_path
     assert KEY.encode() not in (tmp_path / "judgements.sqlite").read_bytes()
 
 
+def test_a_judge_that_never_answers_is_asked_again_and_given_up(tmp_path: Path) -> None:
+    asked = questions(3)
+    with judge(tmp_path / "server", "never", "drip", "drip") as server:
+        start = time.monotonic()
+        assert Judge(options(server), Judgements(tmp_path / "store")).ask(asked) == expected(asked)
+        assert time.monotonic() - start < 10
+        assert [line["fault"] for line in server.log()] == ["never", "drip", "drip", "", "", ""]
+    with judge(tmp_path / "another", "never") as server:
+        reason = "judge.url must be where a judge answers, got .*: timed out for 2 s; start it and run the study again"
+        with pytest.raises(JudgeError, match=reason):
+            Judge(options(server, patience=2.0), Judgements(tmp_path / "another store")).ask(asked)
+
+
 def test_a_judge_that_talks_nonsense_gives_no_score(tmp_path: Path) -> None:
     store = Judgements(tmp_path / "judgements.sqlite")
     reason = "must give a score, but 3 times the last line must be 'Score: <number>', got 'I would rather not say.'"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +144,48 @@ def test_killed_ten_times_it_ends_as_if_nothing_had_happened(
         answered = server.answered()
         # only what was open when the process was killed is asked again
         assert sum(answered.values()) - len(answered) <= N_KILLS * CONCURRENCY
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_judging_it_ends_cleanly_and_asks_nothing_twice(
+    make: Make, undisturbed: list[tuple[Any, ...]], tmp_path: Path, number: signal.Signals
+) -> None:
+    with judge(tmp_path / "server", *["slow"] * 9, "", *["slow"] * 9) as server:
+        objective = make(server, "out")
+
+        def run() -> None:
+            (tmp_path / "outcome").write_text(repr(run_study(objective.config, objective)))
+
+        for n_asked in (5, 15):
+            with processes.forked(run) as [process]:
+                while len(server.log()) < n_asked:
+                    time.sleep(0.01)
+                os.kill(process.pid or 0, number)
+                process.join(20)
+                assert process.exitcode == 0
+            assert (tmp_path / "outcome").read_text() == "Outcome(n_finished=0, interrupted=True, timed_out=False)"
+            assert {trial.state for trial in open_started(objective.config).trials} == {TrialState.WAITING}
+            assert len(server.log()) <= n_asked + 2 * CONCURRENCY  # no question is begun any more
+        run_study(objective.config, objective)
+        assert ended(objective) == undisturbed
+        assert {*Counter(line["prompt"] for line in server.log()).values()} == {1}
+
+
+@pytest.mark.parametrize(("timeout", "n_signals"), [(3.0, 1), (600.0, 2)])
+def test_interrupted_while_the_judge_never_answers_it_ends_soon(
+    make: Make, tmp_path: Path, timeout: float, n_signals: int
+) -> None:
+    with judge(tmp_path / "server", "never") as server:
+        objective = make(server, "out", timeout=timeout)
+        with processes.forked(lambda: run_study(objective.config, objective)) as [process]:
+            while len(server.log()) < CONCURRENCY:
+                time.sleep(0.01)
+            for _ in range(n_signals):
+                os.kill(process.pid or 0, signal.SIGINT)
+                time.sleep(1)
+            process.join(10)
+            assert process.exitcode == 0
+    assert {trial.state for trial in open_started(objective.config).trials} == {TrialState.WAITING}
 
 
 def test_a_budget_stops_the_study_and_a_larger_one_ends_it(
