@@ -11,10 +11,10 @@ from optuna_merge.errors import TaskError
 from optuna_merge.evaluation.chunks import Chunk
 from optuna_merge.evaluation.engine import Engine
 from optuna_merge.evaluation.quiet import quietly
-from optuna_merge.evaluation.results import Score
+from optuna_merge.evaluation.results import HeldDocument, Score
 from optuna_merge.evaluation.selection import hold_out
 from optuna_merge.evaluation.term import Term, aggregate, leaves_of
-from optuna_merge.evaluation.transcript import HeldDocument, question, right_answer
+from optuna_merge.evaluation.transcript import question, right_answer
 
 
 class Holdout:

@@ -134,6 +134,25 @@ class Expectation:
     scored: ChunkResult | None
 
 
+@dataclass(frozen=True)
+class HeldDocument:
+    """A held-out document.
+
+    Attributes:
+        task: Name of its lm-eval task.
+        document: Its number there.
+        question: What is asked, without examples, system prompt and chat template.
+        right: The right answer; empty if the task names none.
+        weights: Each ``metric,filter`` that counts, to its weight in the score.
+    """
+
+    task: str
+    document: int
+    question: str
+    right: str
+    weights: dict[str, float]
+
+
 _SCORE = TypeAdapter(Score)
 _CHUNK_RESULT = TypeAdapter(ChunkResult)
 

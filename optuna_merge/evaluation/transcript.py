@@ -6,7 +6,6 @@ Knows how tasks state questions and choices. It does not know scores, nor where 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from lm_eval.api.instance import Instance
@@ -17,25 +16,6 @@ from optuna_merge.evaluation.engine import Response
 
 ANSWER = "answer"
 """Column of document values that holds what a model answered: a list of texts for each document."""
-
-
-@dataclass(frozen=True)
-class HeldDocument:
-    """A held-out document.
-
-    Attributes:
-        task: Name of its lm-eval task.
-        document: Its number there.
-        question: What is asked, without examples, system prompt and chat template.
-        right: The right answer; empty if the task names none.
-        weights: Each ``metric,filter`` that counts, to its weight in the score.
-    """
-
-    task: str
-    document: int
-    question: str
-    right: str
-    weights: dict[str, float]
 
 
 def question(task: Task, instances: Sequence[Instance]) -> str:

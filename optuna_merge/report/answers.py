@@ -19,7 +19,7 @@ from optuna_merge.errors import StudyError
 from optuna_merge.report.summary import Summary
 from optuna_merge.storage import attributes
 from optuna_merge.storage.trials import best_merges
-from optuna_merge.study.answers_file import AnsweredDocument, read_answers
+from optuna_merge.study.answers_file import AnsweredDocument, HeldDocument, read_answers
 from optuna_merge.study.holdout_file import HOLDOUT_FILE, N_BEST, read_holdout
 
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -52,22 +52,14 @@ class ShownAnswer:
 
 
 @dataclass(frozen=True)
-class ShownDocument:
-    """A held-out document with the answers of several models.
+class ShownDocument(HeldDocument):
+    """A held-out document with the answers of several models, in characters that nothing obeys.
 
     Attributes:
-        task: Name of its lm-eval task.
-        document: Its number there.
-        question: What is asked.
-        right: The right answer; empty if the task names none.
         differs: Whether the models' scores differ.
         answers: Of base, sources, and the best merge or another trial, in this order.
     """
 
-    task: str
-    document: int
-    question: str
-    right: str
     differs: bool
     answers: list[ShownAnswer]
 
@@ -213,6 +205,7 @@ def _shown(document: AnsweredDocument, models: Mapping[int, str]) -> ShownDocume
         document.document,
         printable(document.question).strip(),
         printable(document.right),
+        document.weights,
         len({tuple(answer.scores.items()) for answer in answers}) > 1,
         answers,
     )

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import optuna
-from optuna.trial import FrozenTrial
 from pydantic import TypeAdapter
 
 from optuna_merge.errors import StudyError
+from optuna_merge.evaluation.results import HeldDocument
 from optuna_merge.storage import attributes
 from optuna_merge.study.holdout_file import write_scores
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+__all__ = ["ANSWERS_FILE", "Answer", "AnsweredDocument", "HeldDocument", "read_answers", "write_answers"]
 
 ANSWERS_FILE = "holdout_answers.json"
 
@@ -35,23 +41,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class AnsweredDocument:
+class AnsweredDocument(HeldDocument):
     """One held-out document with the answers of several models.
 
     Attributes:
-        task: Name of its lm-eval task.
-        document: Its number there.
-        question: What is asked.
-        right: The right answer; empty if the task names none.
-        weights: Each ``metric,filter`` that counts, to its weight in the score.
         answers: Number of each trial to its answer.
     """
 
-    task: str
-    document: int
-    question: str
-    right: str
-    weights: dict[str, float]
     answers: dict[int, Answer]
 
 
@@ -108,14 +104,7 @@ def read_answers(storage_path: Path, study: optuna.Study, trials: Mapping[int, F
         if number in found.recipes and found.recipes[number] == trial.user_attrs.get(attributes.RECIPE_DIGEST)
     }
     return [
-        AnsweredDocument(
-            document.task,
-            document.document,
-            document.question,
-            document.right,
-            document.weights,
-            {number: answer for number, answer in document.answers.items() if number in kept},
-        )
+        replace(document, answers={number: answer for number, answer in document.answers.items() if number in kept})
         for document in found.documents
         if kept
     ]

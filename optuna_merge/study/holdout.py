@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import optuna
@@ -134,15 +134,7 @@ def _write_answers(study: optuna.Study, storage_path: Path, holdout: Holdout, en
                 own = answers.setdefault((task, document), {})
                 own[entry.trial.number] = Answer(columns[ANSWER][row], scores)
     documents = [
-        AnsweredDocument(
-            held.task,
-            held.document,
-            held.question,
-            held.right,
-            held.weights,
-            answers.get((held.task, held.document), {}),
-        )
-        for held in held_out
+        AnsweredDocument(**asdict(held), answers=answers.get((held.task, held.document), {})) for held in held_out
     ]
     write_answers(storage_path, study, [entry.trial for entry in entries], documents)
 
