@@ -125,14 +125,7 @@ class MergeObjective:
         return objective
 
     def put_rivals(self, note: Callable[[str], None] = lambda _: None) -> None:
-        """Give documents whose answers are compared in pairs the fixed answer, if they lack it.
-
-        Args:
-            note: Called with a line about each model that is scored or answers for it.
-
-        Raises:
-            OptunaMergeError: If it cannot be told whose answers these are, or a model cannot answer.
-        """
+        """Give documents whose answers are compared the fixed answer that they lack; see ``study/rivals.py``."""
         self._rival = self._rival or put_rivals(self.config, self.models, self.space, self.scorer, self.load, note)
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, ...]:
