@@ -117,10 +117,21 @@ class Leaf:
         return runs_generated_code(self.task) or bool(self.rubrics)
 
     def without_rival(self) -> list[Pairwise]:
-        """The rubrics that compare answers with one that no document has; empty where the documents have it."""
-        documents = [self.instances[doc_id][0].doc for doc_id in self.selected]
-        pairwise = [rubric for rubric in self.rubrics if isinstance(rubric, Pairwise)]
-        return [rubric for rubric in pairwise if all(document.get(rubric.rival) is None for document in documents)]
+        """The rubrics that compare answers with one that no document has; empty where the documents have it.
+
+        Raises:
+            TaskError: If some documents have it and others lack it.
+        """
+        found = []
+        for rubric in (rubric for rubric in self.rubrics if isinstance(rubric, Pairwise)):
+            missing = [doc_id for doc_id in self.selected if self.instances[doc_id][0].doc.get(rubric.rival) is None]
+            if missing and len(missing) < len(self.selected):
+                raise TaskError(
+                    f"task '{self.name}', document {missing[0]}: must have the field '{rubric.rival}', which others"
+                    " have, got none; add it, or take it from all of them"
+                )
+            found += [rubric] if missing else []
+        return found
 
     def rival_answers(self, responses: Iterator[Response]) -> dict[str, dict[str, str]]:
         """Number of each document to the answers that its rubrics lack, by field, as a judge would see them.

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from optuna_merge.cli.app import app
 from optuna_merge.cli.options import open_started
-from optuna_merge.errors import StudyError, StudyMismatchError
+from optuna_merge.errors import StudyError, StudyMismatchError, TaskError
 from optuna_merge.report.summary import summarize
 from optuna_merge.study.holdout import score_holdout
 from optuna_merge.study.loaders import LocalLoader
@@ -183,6 +183,12 @@ def test_where_no_source_can_be_the_fixed_one(write: Write, tmp_path: Path) -> N
                 assert error.startswith("error: ")
                 assert error.endswith(message), error
         assert not server.log()
+        questions = path.parent / "judged" / "questions.jsonl"
+        questions.write_text(questions.read_text().replace("}", ', "rival": "Two."}', 3))
+        with pytest.raises(
+            TaskError, match=r"'judged_pairs', document 3: must have the field 'rival', which others have"
+        ):
+            made(write(server))
 
 
 def test_the_base_can_be_the_fixed_one(write: Write, tmp_path: Path) -> None:
