@@ -184,6 +184,8 @@ def search(landscape: Landscape, arm: str, seed: int, merges: int) -> Run:
         if arm == PEER:
             return Run(pycma(landscape, objective, seed, merges), budget)
         study = optuna.create_study(direction="maximize", sampler=objective.sampler(), pruner=objective.pruner())
+        if objective.begins_with_ascent:
+            objective.ascend(study)
         objective.enqueue_baselines(study)
         steps: list[Step] = []
         documents = 0

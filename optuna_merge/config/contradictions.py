@@ -178,15 +178,19 @@ def _warm_start(config: StudyConfig) -> Iterator[Problem]:
 
 def ascent_problems(config: StudyConfig) -> Iterator[Problem]:
     """Everything that keeps a study with a known merge method from beginning with an ascent."""
+    yield from gradient_problems(config)
     sampler, key, rule = config.study.sampler.name, "search.start", "be uniform for"
-    if config.study.goal != "sum":
-        yield Problem(key, f"{rule} several objectives", "ascent", "the gradient is that of one score: remove it")
-    elif sampler != "cmaes":
+    if config.study.goal == "sum" and sampler != "cmaes":
         yield Problem(key, f"{rule} {sampler}", "ascent", "cmaes alone begins at its end: remove one of the two")
-    if config.engine.backend != "hf":
-        yield Problem(key, f"{rule} {config.engine.backend}", "ascent", "it has no gradients: use engine.backend: hf")
     if config.random_init:
         yield Problem(key, f"{rule} random_init", "ascent", "remove one of the two")
+
+
+def gradient_problems(config: StudyConfig) -> Iterator[Problem]:
+    """Everything that keeps an ascent from running, whatever searches after it."""
+    key, rule = "search.start", "be uniform for"
+    if config.study.goal != "sum":
+        yield Problem(key, f"{rule} several objectives", "ascent", "the gradient is that of one score: remove it")
     has_base = config.genome.base_model is not None
     if not any(_is_followed(config, each) for method in config.methods for each in method.parameters_for(has_base)):
         fix = "no parameter that is searched has a derivative: remove it, or see optuna-merge methods"

@@ -311,13 +311,33 @@ class Scorer:
             chat_template_reason=self._chat_template_reason,
         )
 
-    def has_gradient(self) -> bool:
+    def on(self, engine: Engine) -> Scorer:
+        """The same documents in the same chunks, prepared for another engine with the same tokenizer."""
+        leaves = leaves_of([*self._terms, *self._holdout_terms])
+        expected = [instance for leaf in leaves for number in leaf.instances for instance in leaf.instances[number]]
+        beginnings_cost = engine.expect(expected)
+        return Scorer(
+            engine,
+            self._terms,
+            self._holdout_terms,
+            [Chunk(engine, chunk.parts) for chunk in self._chunks],
+            beginnings_cost=beginnings_cost,
+            chat_template=self._chat_template,
+            chat_template_reason=self._chat_template_reason,
+            judge=self.judge,
+        )
+
+    def has_gradient(self, *, by_another_engine: bool = False) -> bool:
         """Whether the expected score can be differentiated: the engine can, and some metric has a stand-in.
+
+        Args:
+            by_another_engine: Whether an engine that can takes the place of this one for it.
 
         Raises:
             TaskError: As :meth:`without_gradient`.
         """
-        return self._differentiates and len(self.without_gradient()) < len({term.key for term in self._terms})
+        can = by_another_engine or self._differentiates
+        return can and len(self.without_gradient()) < len({term.key for term in self._terms})
 
     @property
     def _differentiates(self) -> bool:

@@ -24,7 +24,7 @@ from optuna_merge.search.samplers import StableCmaEsSampler, StableRandomSampler
 from optuna_merge.search.space import UNIFORM_TOTALS, SearchSpace
 from optuna_merge.search.warm_start import record_warm_start
 from optuna_merge.storage import attributes
-from optuna_merge.storage.ascent import end_of_ascent
+from optuna_merge.storage.ascent import ascent_trial, end_of_ascent
 from optuna_merge.storage.trials import score_or_worst
 
 if TYPE_CHECKING:
@@ -75,18 +75,22 @@ def make_sampler(config: StudyConfig, space: SearchSpace, population: int | None
     def covariance(study: optuna.Study) -> np.ndarray:
         return space.covariance(after_ascent=end_of_ascent(known_trials(study)) is not None)
 
-    has_ascent = config.search.start == "ascent"
-    every = (0 if has_ascent else GP_EVERY) if options.gp_every is None else options.gp_every
+    every = GP_EVERY if options.gp_every is None else options.gp_every
     return StableCmaEsSampler(
         space.distributions,
         seed=seed,
         start=start,
-        covariance=covariance if has_ascent else space.covariance(),
+        covariance=covariance,
         popsize=population or options.popsize or population_size(len(space.distributions), config.study.n_workers),
         injected=make_gp(list(space.distributions), seed) if every else None,
         inject_every=every or 1,
-        learns_from=without_race_after_ascent if has_ascent else None,
+        injects=_has_no_ascent if options.gp_every is None else None,
+        learns_from=without_race_after_ascent,
     )
+
+
+def _has_no_ascent(study: optuna.Study) -> bool:
+    return ascent_trial(known_trials(study)) is None
 
 
 def make_study_sampler(

@@ -82,6 +82,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         injected: Draws each trial whose number is a multiple of ``inject_every``. If it proposes no point, or not a
             whole one, the point of CMA-ES is used.
         inject_every: At least 1.
+        injects: Whether the injected sampler draws points for a study; None: for every one.
         learns_from: Given all trials that CMA-ES could learn from, returns those that it learns from; None: all.
 
     Attributes:
@@ -101,6 +102,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         popsize: int | None = None,
         injected: BaseSampler | None = None,
         inject_every: int = 5,
+        injects: Callable[[optuna.Study], bool] | None = None,
         learns_from: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]] | None = None,
     ) -> None:
         if not 0 <= seed < 2**32:
@@ -131,6 +133,7 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         self._covariance = covariance
         self._injected = injected
         self._inject_every = inject_every
+        self._injects = injects
         self._learns_from = learns_from
         self.drawn_for: optuna.Study | None = None
 
@@ -160,11 +163,14 @@ class StableCmaEsSampler(OpenCmaEsSampler):
         own = self.for_a_draw(int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0]))
         own.drawn_for = study
         drawn = super(StableCmaEsSampler, own).sample_relative(study, trial, search_space)
-        if drawn and self._injected is not None and trial.number % self._inject_every == 0:
+        if drawn and self._injected is not None and self._is_injected(study, trial.number):
             point = self._injected.sample_relative(study, trial, search_space)
             if point.keys() == drawn.keys():
                 return point
         return drawn
+
+    def _is_injected(self, study: optuna.Study, number: int) -> bool:
+        return number % self._inject_every == 0 and (self._injects is None or self._injects(study))
 
     def make_optimizer(self, names: Sequence[str], bounds: np.ndarray, to_unit: ToUnit, seed: int) -> cmaes.CMA:
         """The optimizer of the first generation, with the given start and covariance."""

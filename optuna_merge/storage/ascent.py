@@ -49,8 +49,11 @@ class AscentStep:
 
 
 def ascent_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The trial of a study that begins with the ascent; None if it has none."""
-    return next((trial for trial in trials if attributes.ASCENT in trial.user_attrs), None)
+    """The trial of a study that begins with the ascent; None if it has none.
+
+    If one of Optuna's retry callbacks has enqueued it again, with all that it had recorded: the latest one.
+    """
+    return next((trial for trial in reversed(trials) if attributes.ASCENT in trial.user_attrs), None)
 
 
 def is_ascending(trials: Sequence[FrozenTrial]) -> bool:

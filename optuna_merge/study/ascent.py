@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import optuna
@@ -37,6 +39,58 @@ OnStep = Callable[[AscentStep, int, int], None]
 
 
 @dataclass(frozen=True)
+class Taken:
+    """A step that was taken, and what it has led to.
+
+    Attributes:
+        step: The step.
+        n_steps: Number of all steps.
+        state: What the next step follows from.
+        end: What the ascent has found; None before the last step.
+    """
+
+    step: AscentStep
+    n_steps: int
+    state: dict[str, Any]
+    end: AscentEnd | None
+
+
+Climb = Callable[[Sequence[dict[str, float]], dict[str, Any] | None], Generator[Taken]]
+"""Takes the steps of an ascent: see :meth:`Climber.climb`."""
+
+
+def ascend(trial: optuna.Trial, climb: Climb, starts: Sequence[dict[str, float]], on_step: OnStep) -> AscentEnd:
+    """Take the steps that the trial has not recorded yet, and let it suggest the parameters at their end.
+
+    Args:
+        trial: A running trial.
+        climb: Takes the steps.
+        starts: Trial parameters of possible starts, at least one.
+        on_step: Is told of each step.
+
+    Returns:
+        The end. It and the steps depend on nothing but the study, however often the ascent was interrupted.
+
+    Raises:
+        OptunaMergeError: What ``climb`` raises.
+    """
+    end = end_of_ascent([known_state(trial)])
+    steps = steps_of(known_state(trial))
+    if end is None:
+        with closing(climb(starts, read_state(trial))) as climbing:
+            for taken in climbing:
+                steps.append(taken.step)
+                end = taken.end
+                record_step(trial, steps, taken.state, end)
+                on_step(taken.step, len(steps), taken.n_steps)
+    assert end is not None
+    trial.set_user_attr(attributes.ASCENT_DOCUMENTS, sum(step.n_documents for step in steps))
+    trial.set_user_attr(attributes.ASCENT_SECONDS, round(math.fsum(step.seconds for step in steps), 4))
+    fix_params(trial, end.params)
+    return end
+
+
+@dataclass(frozen=True)
 class Slope:
     """The expected score of a merge on some documents.
 
@@ -52,7 +106,7 @@ class Slope:
 
 
 class Climber:
-    """Runs the ascent of a study, or continues it.
+    """Takes the steps of a study's ascent. Knows no trial.
 
     Args:
         config: The study file.
@@ -70,7 +124,7 @@ class Climber:
         places: Sequence[TensorPlace],
         scorer: Scorer,
         merger: Merger,
-        load: Callable[[Recipe], float],
+        load: Callable[[Recipe], object],
     ) -> None:
         self._space = space
         self._scorer = scorer
@@ -79,35 +133,19 @@ class Climber:
         self._coordinates = AscentSpace(space, places, config.search.profile)
         self._schedule = Schedule.draw(scorer.n_chunks, config.study.seed)
 
-    def climb(self, trial: optuna.Trial, starts: Sequence[dict[str, float]], on_step: OnStep) -> AscentEnd:
-        """Take the steps that the trial has not recorded yet, and let it suggest the parameters at their end.
+    def climb(self, starts: Sequence[dict[str, float]], state: dict[str, Any] | None) -> Generator[Taken]:
+        """Take one step after another, each when it is asked for.
 
         Args:
-            trial: A running trial.
             starts: Trial parameters of possible starts, at least one.
-            on_step: Is told of each step.
-
-        Returns:
-            The end. It and the steps depend on nothing but the study, however often the ascent was interrupted.
+            state: Where an earlier call stopped; None: at the beginning.
 
         Raises:
             NonFiniteMergeError: If a merge or the gradient holds NaN or infinity.
             StudyError: If no metric of the score has a gradient.
         """
-        end = end_of_ascent([known_state(trial)])
-        steps = steps_of(known_state(trial))
-        if end is None:
-            end = self._climb(trial, starts, steps, on_step)
-        trial.set_user_attr(attributes.ASCENT_DOCUMENTS, sum(step.n_documents for step in steps))
-        trial.set_user_attr(attributes.ASCENT_SECONDS, round(math.fsum(step.seconds for step in steps), 4))
-        fix_params(trial, end.params)
-        return end
-
-    def _climb(
-        self, trial: optuna.Trial, starts: Sequence[dict[str, float]], steps: list[AscentStep], on_step: OnStep
-    ) -> AscentEnd:
         others = starts[0]
-        state, begun, n_tried = read_state(trial), time.perf_counter(), 0
+        begun, n_tried = time.perf_counter(), 0
         first = starts[0]
         if state is None and len(starts) > 1:
             values = [self._expected(start, self._schedule.batches[0]) for start in starts]
@@ -129,12 +167,10 @@ class Climber:
                 params={name: round(value, _DIGITS) for name, value in params.items()},
                 slope={name: round(value, _DIGITS) for name, value in own.slope(slope.gradient).items()},
             )
-            steps.append(step)
             end = AscentEnd(params, profile.to_json() if profile else "") if ascent.is_done else None
-            record_step(trial, steps, ascent.state(), end)
-            on_step(step, ascent.n_done, self._schedule.n_steps)
+            yield Taken(step, self._schedule.n_steps, ascent.state(), end)
             if end is not None:
-                return end
+                return
             begun, n_tried = time.perf_counter(), 0
 
     def _expected(self, start: dict[str, float], chunks: Sequence[int]) -> float:

@@ -24,7 +24,14 @@ from optuna_merge.search.samplers import StableCmaEsSampler
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.search.warm_start import find_warm_start
 from optuna_merge.study.description import describe_ascent, describe_race
-from optuna_merge.study.engines import build_scorer, make_describing_engine, merge_device, plan_memory
+from optuna_merge.study.engines import (
+    build_scorer,
+    lacking_for_ascent,
+    make_describing_engine,
+    merge_device,
+    plan_ascent,
+    plan_memory,
+)
 from optuna_merge.study.judges import check_study_judge, most_questions
 from optuna_merge.study.kept import KeptPlan, plan_kept
 from optuna_merge.study.memory import MemoryPlan, gib
@@ -106,11 +113,12 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     Raises:
         OptunaMergeError: If anything that the file names cannot be used, or does not fit into the GPU's memory.
     """
+    given = config
     check_study_judge(config)
     models = StudyModels.open(config)
     engine = make_describing_engine(config, models, card)
     scorer = build_scorer(config, engine)
-    config, why_uniform = settle_start(config, scorer)
+    config, why_uniform = settle_start(config, scorer, lambda: lacking_for_ascent(given, models, scorer, card))
     tasks = scorer.describe()
     spaces = make_spaces(config, models.refs)
     space = next(iter(spaces.values()))
@@ -118,6 +126,10 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
     counts["why_uniform"] = why_uniform if why_uniform and len(spaces) == 1 else None
     memory = plan_memory(config, models, engine, card, tasks)
     memory.check(tasks.longest + 1)
+    if config.engine.backend == "vllm" and config.search.start == "ascent":
+        before = plan_ascent(config, models, scorer, card)
+        before.check()
+        memory = replace(memory, ascent=before.used)
     device = config.engine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() or card else "cpu"

@@ -59,7 +59,8 @@ def describe_ascent(config: StudyConfig, models: StudyModels, space: SearchSpace
     moved = f"{len(space.distributions)} weights of layer groups"
     if config.search.profile == "tensor":
         moved = f"{AscentSpace(space, models.places, 'tensor').n} weights of single tensors"
-    return f"with an ascent, {n_steps} steps along the gradient of {moved}"
+    where = ", by transformers before vLLM starts" if config.engine.backend == "vllm" else ""
+    return f"with an ascent, {n_steps} steps along the gradient of {moved}{where}"
 
 
 def describe_race(config: StudyConfig, spaces: Spaces, scorer: Scorer) -> str:

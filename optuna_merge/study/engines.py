@@ -23,7 +23,7 @@ from optuna_merge.merging.worker import FACTORY, describe_merger
 from optuna_merge.study.judges import make_judge
 from optuna_merge.study.kept import matrices_folder
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader, WorkerLoader
-from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, plan_hf, plan_vllm
+from optuna_merge.study.memory import CPU_KV_CACHE_BYTES, MemoryPlan, gib, plan_hf, plan_vllm
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.start import settle_start
 
@@ -140,6 +140,55 @@ def plan_memory(
     options = {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES} if card == 0 else {}
     options |= {"max_num_batched_tokens": engine.batch_tokens, **config.engine.vllm.options}
     return plan_vllm(shapes, model_config, itemsize=itemsize, n_models=n_models, card=card, options=options)
+
+
+def with_transformers(config: StudyConfig, n_chunks: int, device: str = "auto") -> StudyConfig:
+    """A study that vLLM scores, as its ascent sees it: on the transformers engine.
+
+    Args:
+        config: The study file.
+        n_chunks: Into which the study's documents are cut.
+        device: The engine's.
+    """
+    engine = config.engine.model_copy(update={"backend": "hf", "device": device})
+    search = config.search.model_copy(update={"start": "ascent"})
+    study = config.study.model_copy(update={"n_chunks": n_chunks})
+    return config.model_copy(update={"engine": engine, "search": search, "study": study})
+
+
+def plan_ascent(config: StudyConfig, models: StudyModels, scorer: Scorer, card: int | None = None) -> MemoryPlan:
+    """How the ascent of a study that vLLM scores would fill the memory of the GPU, before vLLM starts.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        scorer: Its eval tasks, for vLLM.
+        card: As for :func:`plan_memory`.
+    """
+    apart = with_transformers(config, scorer.n_chunks)
+    engine = make_describing_engine(apart, models, card)
+    return plan_memory(apart, models, engine, card, scorer.on(engine).describe())
+
+
+def lacking_for_ascent(config: StudyConfig, models: StudyModels, scorer: Scorer, card: int | None = None) -> str:
+    """Why vLLM's GPU cannot run the study's ascent; "" if it can, or if the study's own engine runs it.
+
+    Args:
+        config: The study file.
+        models: Its checkpoints.
+        scorer: Its eval tasks, for vLLM.
+        card: As for :func:`plan_memory`.
+    """
+    if config.engine.backend != "vllm":
+        return ""
+    options = config.engine.vllm.options
+    n_cards = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
+    if n_cards > 1:
+        return f"an ascent runs on one card, and vLLM takes {n_cards} here"
+    if not _card(config, card):
+        return ""
+    plan = plan_ascent(config, models, scorer, card)
+    return f"an ascent needs {gib(plan.used)}, the card has {gib(plan.card)}" if plan.left < 0 else ""
 
 
 def merge_device(config: StudyConfig, engine_device: str) -> torch.device:

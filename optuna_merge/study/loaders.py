@@ -96,5 +96,5 @@ class WorkerLoader:
         self.engine.load_made(recipe.to_json())
 
     def close(self) -> None:
-        """Free the engine's memory."""
+        """Stop the workers, which frees their memory; the next load starts them again."""
         self.engine.close()

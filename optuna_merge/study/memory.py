@@ -51,6 +51,7 @@ class MemoryPlan:
         merge_buffer: Tensors that are being merged and loaded.
         scoring: Activations and logits of the largest forward pass.
         gradient: What a step of the ascent needs to differentiate; 0 without an ascent.
+        ascent: What an ascent in a process of its own takes before this engine starts; 0 without one.
         kv_cache: Keys and values of the prompts in flight; 0 for an engine that keeps none.
         kv_token: Keys and values of one token.
         runtime: Driver and libraries.
@@ -64,6 +65,7 @@ class MemoryPlan:
     merge_buffer: int
     scoring: int
     gradient: int = 0
+    ascent: int = 0
     kv_cache: int = 0
     kv_token: int = 0
     runtime: int = 0
@@ -80,8 +82,8 @@ class MemoryPlan:
 
     @property
     def used(self) -> int:
-        """The sum of the parts."""
-        return self.weights + self.working + self.kv_cache + self.runtime + self.sources
+        """The sum of the parts, or what an ascent before them takes, if that is more."""
+        return max(self.weights + self.working + self.kv_cache + self.runtime + self.sources, self.ascent)
 
     @property
     def left(self) -> int:
@@ -133,9 +135,11 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The plan in one line."""
-        line = f"{gib(self.used)} = {self.parts()}"
+        line = f"{gib(replace(self, ascent=0).used)} = {self.parts()}"
         if self.kv_token:
             line += f"; the cache holds {self.kv_cache // self.kv_token:,} tokens"
+        if self.ascent:
+            line += f"; before that {gib(self.ascent)} for the ascent"
         of = f" on each of {self.n_cards} cards" if self.n_cards > 1 else ""
         return line + (f"; {gib(self.left)} of {gib(self.card)} left{of}" if self.card else of) + " (estimated)"
 

@@ -38,19 +38,21 @@ from optuna_merge.search.pruner import paired_estimate
 from optuna_merge.search.race import Race, RaceSchedule, best_of_race, make_spaces, space_of
 from optuna_merge.search.space import SearchSpace
 from optuna_merge.storage import attributes
-from optuna_merge.storage.claims import Planned, enqueue
+from optuna_merge.storage.claims import Planned
 from optuna_merge.storage.documents import DocumentScores, TrialDocuments
-from optuna_merge.study.ascent import Climber, OnStep
+from optuna_merge.study.ascent import Climb, Climber, OnStep, ascend
+from optuna_merge.study.ascent_process import climb_apart
 from optuna_merge.study.description import describe_study
-from optuna_merge.study.engines import make_loader
+from optuna_merge.study.engines import lacking_for_ascent, make_loader, plan_ascent
 from optuna_merge.study.fingerprint import study_fingerprint
+from optuna_merge.study.first_trials import enqueue_ascent, enqueue_baselines
 from optuna_merge.study.folder import claim_folder, documents_folder
 from optuna_merge.study.judges import check_study_judge
 from optuna_merge.study.loaders import LocalLoader, RecipeLoader
 from optuna_merge.study.models import StudyModels
 from optuna_merge.study.replay import recorded_recipe, shared_profile
 from optuna_merge.study.rivals import RivalModel, put_rivals
-from optuna_merge.study.start import settle_start
+from optuna_merge.study.start import has_gradient, settle_start
 
 _ANOTHER_FOLDER = (
     'choose another storage_path, such as MergeObjective.from_file(path, {"storage_path": "another_study"})'
@@ -78,7 +80,9 @@ class MergeObjective:
     """
 
     def __init__(self, config: StudyConfig, models: StudyModels, loader: RecipeLoader, scorer: Scorer) -> None:
-        self.config, self._why_uniform = settle_start(config, scorer)
+        self.config, self._why_uniform = settle_start(
+            config, scorer, lambda: lacking_for_ascent(config, models, scorer)
+        )
         self.models = models
         self.spaces = make_spaces(config, models.refs)
         self.space = next(iter(self.spaces.values()))
@@ -234,32 +238,29 @@ class MergeObjective:
         """
         return make_pruner(self.config, self.scorer.n_chunks)
 
-    def enqueue_baselines(self, study: optuna.Study) -> None:
-        """Enqueue the trials with which a study begins, if it has none yet, or not all of them.
+    def ascend(self, study: optuna.Study) -> None:
+        """Enqueue the ascent: a trial whose weights are found along the gradient of the expected score.
 
-        These are the ascent, if the study file asks for it, and what the search must beat: uniform merges, each source,
-        the base. Of a race they are one uniform merge, the sources and the base; :meth:`plan` says what follows.
+        Whoever runs the trial, such as ``study.optimize``, runs the ascent and scores its end; later trials have the
+        profile that it found. ``run_study`` does the same if ``search.start`` says so; here it does not matter what
+        that key says. A study that has an ascent, or has drawn merges already, goes on as it is. Threads and processes
+        of your own do not wait for the end of the ascent before they draw merges: let it be the first trial, and alone.
+
+        Raises:
+            StudyError: If the study races methods, or no gradient is to be had.
+        """
+        enqueue_ascent(study, self.config, has_gradient=has_gradient(self.config, self.scorer))
+
+    def enqueue_baselines(self, study: optuna.Study) -> None:
+        """Enqueue what the search must beat, if the study has not drawn merges yet, and has not all of them.
+
+        These are uniform merges, each source and the base. Of a race they are one uniform merge, the sources and the
+        base; :meth:`plan` says what follows.
 
         Raises:
             StudyError: If the study has too few trials for a race.
         """
-        trials = study.get_trials(deepcopy=False)
-        if not all(
-            attributes.BASELINE in trial.user_attrs or attributes.ASCENT in trial.user_attrs for trial in trials
-        ):
-            return
-        enqueue(study, self._first_trials()[len(trials) :])  # all, unless a process died while it enqueued them
-
-    def _first_trials(self) -> list[Planned]:
-        first = [Planned({}, {attributes.ASCENT: True})] if self._ascends else []
-        baselines = self.space.baselines
-        if len(self.spaces) > 1:
-            first = [Race(self.spaces).first(self.schedule())]
-            baselines = tuple(baseline for baseline in baselines if baseline.kind != "uniform")
-        return first + [
-            Planned(one.params, {attributes.BASELINE: one.name, attributes.BASELINE_KIND: one.kind})
-            for one in baselines
-        ]
+        enqueue_baselines(study, self.spaces, self.schedule)
 
     def schedule(self) -> RaceSchedule:
         """The schedule of the race that a new study begins with.
@@ -276,11 +277,14 @@ class MergeObjective:
         ``run_study`` follows it. A loop of your own over a race must do so as well: pass what it returns to
         ``storage.claims.enqueue`` before each ``study.ask``.
         """
-        return Race(self.spaces, ascends=self._ascends).plan(trials) if len(self.spaces) > 1 else None
+        if len(self.spaces) == 1:
+            return None
+        return Race(self.spaces, ascends=self.config.search.start == "ascent").plan(trials)
 
     @property
-    def _ascends(self) -> bool:
-        return self.config.search.start == "ascent"
+    def begins_with_ascent(self) -> bool:
+        """Whether the study file wants :meth:`ascend` at the beginning; behind a race, :meth:`plan` sees to it."""
+        return self.config.search.start == "ascent" and len(self.spaces) == 1
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides what a score of this study means; see :func:`study_fingerprint`."""
@@ -337,11 +341,11 @@ class MergeObjective:
                 f" got {', '.join(self.spaces)}; use run-study, or see MergeObjective.plan"
             )
         space = space_of(known_state(trial), self.spaces)
-        if not self._ascends or (attributes.RACE_ROUND in known and attributes.ASCENT not in known):
-            return space.suggest(trial)
         if attributes.ASCENT in known:
             self._climb(trial, space, on_step)
             trials = [known_state(trial)]
+        elif attributes.RACE_ROUND in known:
+            return space.suggest(trial)
         else:
             trials = known_trials(trial.study)
         profile = self._profile = self._profile or shared_profile(trials)
@@ -350,12 +354,18 @@ class MergeObjective:
         return space.suggest(trial, profile)
 
     def _climb(self, trial: optuna.Trial, space: SearchSpace, on_step: OnStep) -> None:
-        if not isinstance(self.loader, LocalLoader):
-            raise StudyError("search.start: must be uniform for this engine, got ascent; use engine.backend: hf")
-        climber = Climber(self.config, space, self.models.places, self.scorer, self.loader.merger, self.load)
+        if isinstance(self.loader, LocalLoader):
+            climber = Climber(self.config, space, self.models.places, self.scorer, self.loader.merger, self.load)
+            climb: Climb = climber.climb
+        else:  # the ascent needs the memory that the engine takes
+            self.loader.close()
+            self._loaded = None
+            if self.loader.device != "cpu":
+                plan_ascent(self.config, self.models, self.scorer).check()
+            climb = climb_apart(self.config, space.prefix, self.scorer.n_chunks, self.loader.device)
         starts = list(first_points(trial.study, self.config, space))
         starts += [best for best in best_of_race(known_trials(trial.study), space.prefix) if best not in starts]
-        climber.climb(trial, starts, on_step)
+        ascend(trial, climb, starts, on_step)
 
     def _baseline_recipe(self, trial: optuna.Trial, name: str) -> Recipe:
         space = space_of(known_state(trial), self.spaces)

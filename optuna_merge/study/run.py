@@ -125,6 +125,8 @@ def _prepare(study: optuna.Study, config: StudyConfig, objective: MergeObjective
         study.set_user_attr(attributes.WANTED, config.study.n_trials)
     study.set_metric_names(list(config.objectives))
     record_warm_start(study, config, objective.space)
+    if objective.begins_with_ascent:
+        objective.ascend(study)
     objective.enqueue_baselines(study)
     _write_best_config(study, objective)
 

@@ -5,6 +5,8 @@ Knows the rules of ``search.start: auto``; what an ascent is stands in ``study/a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from optuna_merge.config.contradictions import ascent_problems
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.scorer import Scorer
@@ -19,12 +21,15 @@ LEAST_TRIALS = 30
 """Trials of which the ascent, at the price of some ten full evaluations, does not take the larger part."""
 
 
-def settle_start(config: StudyConfig, scorer: Scorer) -> tuple[StudyConfig, str]:
+def settle_start(
+    config: StudyConfig, scorer: Scorer, lacking: Callable[[], str] = lambda: ""
+) -> tuple[StudyConfig, str]:
     """Decide how a study begins if ``search.start`` is ``auto``.
 
     Args:
         config: The study file.
         scorer: Its eval tasks.
+        lacking: Says what an ascent needs that is not here, such as memory; "" if all is there. Asked last.
 
     Returns:
         The study file with the decision in place of ``auto``, and, if ``auto`` is ``uniform``, the reason.
@@ -34,9 +39,22 @@ def settle_start(config: StudyConfig, scorer: Scorer) -> tuple[StudyConfig, str]
     """
     if config.search.start != "auto":
         return config, ""
-    reason = _why_uniform(config, scorer)
+    reason = _why_uniform(config, scorer) or lacking()
     search = config.search.model_copy(update={"start": "uniform" if reason else "ascent"})
     return config.model_copy(update={"search": search}), reason
+
+
+def has_gradient(config: StudyConfig, scorer: Scorer) -> bool:
+    """Whether the study's score has a gradient; for vLLM, the transformers engine finds it.
+
+    Args:
+        config: The study file.
+        scorer: Its eval tasks.
+
+    Raises:
+        TaskError: If the code of a task's ``gradient_target`` raises.
+    """
+    return scorer.has_gradient(by_another_engine=config.engine.backend == "vllm")
 
 
 def few_documents(config: StudyConfig, models: StudyModels, space: SearchSpace, n_documents: int) -> str:
@@ -64,6 +82,6 @@ def _why_uniform(config: StudyConfig, scorer: Scorer) -> str:
         return f"an ascent pays from {LEAST_TRIALS} trials on, here are {config.study.n_trials}"
     if scorer.n_documents < LEAST_DOCUMENTS:
         return f"an ascent needs {LEAST_DOCUMENTS} searched documents, here are {scorer.n_documents}"
-    if not scorer.has_gradient():
+    if not has_gradient(config, scorer):
         return "no metric here has a gradient"
     return ""

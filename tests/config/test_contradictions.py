@@ -121,7 +121,6 @@ def test_what_several_objectives_cannot_have(problems: Any) -> None:
         ("", []),
         ("study: {sampler: {name: cmaes, gp_every: 3}}\n", []),
         ("study: {sampler: gp}\n", ["be uniform for gp, got ascent; cmaes alone begins at its end"]),
-        ("engine: {backend: vllm}\n", ["be uniform for vllm, got ascent; it has no gradients"]),
         ("random_init: true\n", ["be uniform for random_init, got ascent; remove one"]),
         ("study: {goal: pareto}\n", ["be uniform for several objectives, got ascent; the gradient"]),
     ],

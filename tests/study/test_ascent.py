@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from optuna.trial import TrialState
 
 from optuna_merge.cli.options import open_started
+from optuna_merge.config.read import load_study
 from optuna_merge.errors import StudyError, StudyMismatchError
 from optuna_merge.report.pictures import HeatMap
 from optuna_merge.report.study_pictures import pictures_of_study
@@ -207,11 +209,18 @@ def test_an_ascent_that_meets_a_gradient_with_nan_fails_and_the_search_begins_as
     assert all(attributes.PROFILE not in trial.user_attrs for trial in others)
 
 
-def test_a_plain_optuna_study_ascends_too(study_file: Callable[..., Path]) -> None:
-    settings = {"start": "ascent", "profile": "group"}
+def plain_study(objective: MergeObjective) -> optuna.Study:
+    return optuna.create_study(direction="maximize", sampler=objective.sampler(), pruner=objective.pruner())
+
+
+def test_a_plain_optuna_study_ascends_if_it_is_told_to(study_file: Callable[..., Path]) -> None:
+    settings = {"start": "uniform", "profile": "group"}
     objective = MergeObjective.from_file(study_file(n_documents=16, study=STUDY, search=settings))
-    study = optuna.create_study(direction="maximize", sampler=objective.sampler(), pruner=objective.pruner())
-    objective.enqueue_baselines(study)
+    study = plain_study(objective)
+    for _ in range(2):
+        objective.ascend(study)
+        objective.enqueue_baselines(study)
+    assert len(study.trials) == 7
     study.optimize(objective, n_trials=9)
     end = end_of_ascent(study.trials)
     assert end is not None
@@ -222,3 +231,59 @@ def test_a_plain_optuna_study_ascends_too(study_file: Callable[..., Path]) -> No
         away = [abs(trial.params[name] - value) for name, value in end.params.items()]
         assert 0 < max(away) < 5 * AFTER_ASCENT_SIGMA
         assert objective.recipe(trial) == objective.space.decode(trial.params)
+
+
+def test_a_plain_study_without_an_ascent_is_searched_like_any_other(study_file: Callable[..., Path]) -> None:
+    """Such as one from before there were ascents, whose file is now read as wanting one: it draws the same merges."""
+    found = []
+    for start in ("ascent", "uniform"):
+        objective = MergeObjective.from_file(
+            study_file(n_documents=16, study=STUDY, search={"start": start}, storage_path=start)
+        )
+        study = plain_study(objective)
+        objective.enqueue_baselines(study)
+        study.optimize(objective, n_trials=11)  # the last one is drawn by the Gaussian process
+        objective.ascend(study)  # comes too late
+        found.append([(trial.params, trial.value) for trial in study.trials])
+    assert len(found[0]) == 11
+    assert found[0] == found[1]
+
+
+def test_an_ascent_that_optuna_retries_goes_on_after_its_last_step(objective: MergeObjective) -> None:
+    study = plain_study(objective)
+    objective.ascend(study)
+    trial = study.ask()
+
+    def stop(_: AscentStep, n_done: int, __: int) -> None:
+        if n_done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        objective.evaluate(trial, on_step=stop)
+    study.tell(trial, state=TrialState.FAIL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.RetryHeartbeatStaleTrialCallback()(study, study.trials[0])
+    done = []
+    study.optimize(
+        lambda again: objective.evaluate(again, on_step=lambda _, n_done, __: done.append(n_done)),  # type: ignore[arg-type, return-value]
+        n_trials=1,
+    )
+    assert done == [5, 6]
+    end = end_of_ascent(study.trials)
+    assert end is not None
+    assert study.trials[1].params == end.params
+
+
+def test_a_study_that_cannot_ascend_says_why(study_file: Callable[..., Path]) -> None:
+    for changes, message in (
+        (
+            {"search": {"weight": 0.5}},
+            r"study.yaml: an ascent must not be used with task_arithmetic; no parameter that",
+        ),
+        ({"genome": {"merge_method": ["task_arithmetic", "ties"]}}, r"merge_method must be one method .* got task_a"),
+    ):
+        genome = {**load_study(study_file()).genome.model_dump(exclude_none=True), **changes.pop("genome", {})}
+        config = load_study(study_file(n_documents=16, genome=genome, **changes))
+        with pytest.raises(StudyError, match=message):
+            MergeObjective.from_config(config).ascend(optuna.create_study(direction="maximize"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 
 from optuna_merge.cli.options import open_started
 from optuna_merge.config.read import load_study
-from optuna_merge.errors import StudyMismatchError
+from optuna_merge.errors import EngineError, StudyMismatchError
 from optuna_merge.storage import attributes
 from optuna_merge.storage.ascent import ascent_trial
 from optuna_merge.study import start
 from optuna_merge.study.check import check_study
+from optuna_merge.study.engines import build_scorer, lacking_for_ascent, make_describing_engine, plan_ascent
+from optuna_merge.study.memory import gib
+from optuna_merge.study.models import StudyModels
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import as_started, run_study
 
@@ -49,6 +53,31 @@ def test_it_is_a_uniform_merge_elsewhere(study_file: Callable[..., Path], change
     assert objective.config.search.start == "uniform"
     assert objective.describe()[-1] == f"search: begins at a uniform merge; {reason}"
     assert check_study(load_study(objective.config.path)).space["why_uniform"] == reason
+
+
+def test_a_study_for_vllm_ascends_before_vllm_starts_if_the_card_suffices(study_file: Callable[..., Path]) -> None:
+    file = study_file(n_documents=N_ENOUGH, study=STUDY, engine={"backend": "vllm", "dtype": "float32"})
+    study = load_study(file)
+    card = 2 * 2**30
+    found = check_study(study, card)
+    assert found.space["ascent"].endswith("weights of single tensors, by transformers before vLLM starts")
+    assert 2**30 < found.memory["ascent"] < found.memory["device"] <= card
+    assert f"; before that {gib(found.memory['ascent'])} for the ascent; " in found.memory_line
+    # as much as a study of the transformers engine plans for it
+    own = check_study(load_study(file, {"engine.backend": "hf", "study.n_chunks": found.n_chunks}), card)
+    assert own.memory["gradient"] > 0
+    assert found.memory["ascent"] == own.memory["device"] - own.memory["sources"]
+    # auto does without it where it does not fit, and who insists is refused
+    small = load_study(file, {"engine.vllm.kv_cache_memory_bytes": 2**20})
+    tight = 2**30  # what the driver takes
+    models = StudyModels.open(small)
+    scorer = build_scorer(small, make_describing_engine(small, models))
+    reason = lacking_for_ascent(small, models, scorer, tight)
+    assert re.fullmatch(r"an ascent needs 1\.0\d GiB, the card has 1\.00 GiB", reason)
+    with pytest.raises(EngineError, match=r"must fit into the card's .* or a step of the ascent"):
+        plan_ascent(small, models, scorer, tight).check()
+    shared = load_study(file, {"engine.vllm.tensor_parallel_size": 2})
+    assert check_study(shared, card).space["why_uniform"] == "an ascent runs on one card, and vLLM takes 2 here"
 
 
 def test_tasks_without_right_answers_have_no_gradient(study_file: Callable[..., Path], tmp_path: Path) -> None:
