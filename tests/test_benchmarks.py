@@ -6,11 +6,16 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from optuna_merge.study.objective import MergeObjective
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -83,3 +88,34 @@ def test_arguments_that_cannot_be(
         benchmark(name).main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_control_of_the_ascent_moves_as_far_in_other_directions(
+    study_file: Callable[..., Path], tiny_models: Path, tmp_path: Path
+) -> None:
+    control = benchmark("ascent_control")
+    file = study_file(n_documents=16, study={"name": "tiny", "n_trials": 30, "n_chunks": 2})
+    found = control.compare(file, 1, tmp_path)
+    start, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tiny_models / "base"))
+    for number in (0, 1):
+        source = load_file(tiny_models / f"model_{number}" / "model.safetensors")
+        random = load_file(tmp_path / f"random_{number + 1}" / "model.safetensors")
+        for name, tensor in source.items():
+            ours, theirs = tensor - base[name], random[name] - start[name]
+            torch.testing.assert_close(theirs.norm(), ours.norm(), rtol=1e-3, atol=1e-6)
+            if ours.numel() > 1000:
+                assert abs(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)) < 0.2
+    # both begin at the same merge, on the same documents
+    objective = MergeObjective.from_file(
+        file,
+        {
+            "study.seed": 1,
+            "storage_path": str(tmp_path / "again"),
+            "genome.base_model": str(tmp_path / "start"),
+            "genome.models": [str(tmp_path / "random_1"), str(tmp_path / "random_2")],
+        },
+    )
+    assert control.scores_of(objective, objective.space.baseline_recipe("base")) == found.start
+    assert control.line([found]).startswith(
+        f"from {found.start.searched:.3f} searched, {found.start.held_out:.3f} held"
+    )
