@@ -1,12 +1,12 @@
-"""How much of an ascent's gain is fitting: the same ascent along random directions that no source knows.
+"""How much of an ascent's gain needs no sources: the same ascent along random directions.
 
     python benchmarks/ascent_control.py STUDY_FILE [--seeds N] [--json]
 
 Both ascents begin at the study's best uniform merge (by the searched documents), have as many weights, the same
 documents, steps and room for each weight. One moves along the task vectors of the sources. The other one moves along
 as many random vectors, drawn from a normal distribution tensor by tensor and scaled to the norms of the task vectors.
-Whatever it gains on the searched documents, weights gain that merely have been fitted to them, and that it gains on
-held-out documents comes from no source. The rest is what the sources know.
+What it gains is what as many weights learn from the searched documents without any source; what it gains on held-out
+documents, too, is no overfitting, but no source has contributed to it. The rest is what the sources know.
 
 The study file needs ``task_arithmetic``, a searched ``weight`` and a holdout; ``study.seed`` becomes 0, 1, ... in turn.
 An ascent takes as long as some ten full evaluations. The models of the control are written to a temporary folder.
@@ -153,15 +153,13 @@ def beside(
 
 def line(found: list[Comparison]) -> str:
     """The means over seeds, in words."""
-    parts = {"the start": "start", "the ascent gains": "sources", "by fitting alone": "random"}
-    means = {
-        name: [np.mean([getattr(getattr(one, kind), side) for one in found]) for side in ("searched", "held_out")]
-        for name, kind in parts.items()
-    }
-    start, sources, random = means.values()
+    start, sources, random = (
+        [np.mean([getattr(getattr(one, kind), side) for one in found]) for side in ("searched", "held_out")]
+        for kind in ("start", "sources", "random")
+    )
     return (
         f"from {start[0]:.3f} searched, {start[1]:.3f} held out: along the sources {sources[0]:+.3f} and"
-        f" {sources[1]:+.3f}; by fitting alone (random directions) {random[0]:+.3f} and {random[1]:+.3f}"
+        f" {sources[1]:+.3f}, along random directions {random[0]:+.3f} and {random[1]:+.3f}"
     )
 
 
