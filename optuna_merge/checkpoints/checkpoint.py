@@ -26,7 +26,13 @@ from optuna_merge.checkpoints.model_config import (
 from optuna_merge.checkpoints.quantized import refuse_quantized
 from optuna_merge.checkpoints.reference import ResolvedReference, resolve
 from optuna_merge.checkpoints.tensor_names import find_layer_stack
-from optuna_merge.checkpoints.tokenizer import TOKENIZER_FILES, copy_tokenizer, has_tokenizer_files, read_vocabulary
+from optuna_merge.checkpoints.tokenizer import (
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    has_tokenizer_files,
+    read_vocabulary,
+)
 from optuna_merge.checkpoints.weight_files import INDEX_FILE, open_weights
 from optuna_merge.errors import CheckpointError
 
@@ -41,7 +47,12 @@ class Checkpoint:
         tokenizer_path: The folder that holds the tokenizer.
         files: The weight files, without those of an adapter.
         names: Tensor names in the order of the files.
+        whole: Reference of the model that sees or hears, if language models are merged with it; see :mod:`.senses`.
+        copied: Names of its tensors that are no language. A merge copies them; every other view has them too.
     """
+
+    whole: str | None = None
+    copied: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, reference: str, adapter: ResolvedReference | None = None) -> None:
         self.path = path
@@ -145,7 +156,7 @@ class Checkpoint:
         return self.tokenizer_path == self.path and self.config == read_config(self.path, self.reference)
 
     def write_description(self, folder: Path, dtype: str, *, copy_code: bool) -> None:
-        """Write everything but the weights: configuration, generation configuration and tokenizer.
+        """Write everything but the weights: configurations of model, generation and processors, and the tokenizer.
 
         Args:
             folder: An existing folder.
@@ -158,7 +169,7 @@ class Checkpoint:
         if not copy_code:
             config.pop("auto_map", None)  # it names files that are not copied
         write_json(folder / CONFIG_FILE, config)
-        copied = [self.path / "generation_config.json"]
+        copied = [self.path / name for name in ("generation_config.json", *PROCESSOR_FILES)]
         copied += sorted(self.path.glob("*.py")) if copy_code else []
         for file in copied:
             if file.is_file():

@@ -26,6 +26,9 @@ TOKENIZER_FILES = (
 )
 """Files that a tokenizer may consist of."""
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Files that say how images and sound become input, beside a tokenizer."""
+
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes a tokenizer without tokenizer.json
 
 

@@ -1,4 +1,4 @@
-"""Makes checkpoints mergeable tensor by tensor: gives them the same output heads and the same vocabulary."""
+"""Makes checkpoints mergeable tensor by tensor: gives them the same parts, output heads and vocabulary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.compare import check_compatible
 from optuna_merge.checkpoints.output_heads import untie
+from optuna_merge.checkpoints.senses import complete
 from optuna_merge.checkpoints.vocabulary import align
 
 
@@ -21,8 +22,8 @@ def unify(checkpoints: Mapping[str, Checkpoint], tokenizer_source: str | None) -
         The same references; a checkpoint that needs no change is returned as it is.
 
     Raises:
-        CheckpointError: If they differ in more than vocabularies and ties.
+        CheckpointError: If they differ in more than vocabularies, ties and in what only one of them sees or hears.
     """
-    untied = untie(checkpoints)
+    untied = untie(complete(checkpoints, tokenizer_source))
     check_compatible(list(untied.values()), tokenizer_source)
     return align(untied, tokenizer_source)

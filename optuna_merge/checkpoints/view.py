@@ -27,6 +27,8 @@ class CheckpointView(Checkpoint):
         self.reference = checkpoint.reference
         self.files = checkpoint.files
         self.names = checkpoint.names
+        self.whole = checkpoint.whole
+        self.copied = checkpoint.copied
         self.tokenizer_path = checkpoint.tokenizer_path
         self.config = restated(checkpoint.config, **changes) if changes else checkpoint.config
 

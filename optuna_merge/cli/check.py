@@ -65,6 +65,7 @@ def _lines(result: Check) -> list[str]:
         f"models     {', '.join(result.models)}",
         f"tensors    {result.n_tensors} in each, {result.n_parameters / 1e6:,.1f} M parameters, {result.dtype}:"
         " names, shapes and vocabularies agree",
+        *([] if result.copied is None else [_copied_line(**result.copied)]),
         f"search     {space['n_dimensions']} dimensions, population {space['population']},"
         f" {space['n_baselines']} baselines first, {result.n_trials} trials in all",
         *([f"           {space['first']} ... {space['last']}"] if space["n_dimensions"] else []),
@@ -90,6 +91,13 @@ def _lines(result: Check) -> list[str]:
         *_ascent_lines(result),
     ]
     return [*lines, *(f"warning    {warning}" for warning in result.warnings)]
+
+
+def _copied_line(model: str, n_parameters: int, parts: list[str], names: list[str]) -> str:
+    return (
+        f"copied     {len(names)} tensors of {model}, {n_parameters / 1e6:,.1f} M parameters, which no other model has:"
+        f" {', '.join(parts)} (--json names each)"
+    )
 
 
 def _judge_line(model: str, url: str, budget: int | None, most: int, against: str | None) -> str:

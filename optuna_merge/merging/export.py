@@ -56,13 +56,18 @@ def export(
     template = merger.template(recipe)
     architecture = next(iter(template.config.get("architectures") or ()), None)
     merge_file = to_mergekit(
-        recipe, names=merger.names, architecture=architecture, references=references, comment=comment
+        recipe,
+        names=[name for name in merger.names if name not in template.copied],
+        architecture=architecture,
+        whole=template.whole,
+        references=references,
+        comment=comment,
     )
     with whole_folder(folder) as partial:
         write_checkpoint(partial, merger.merge(recipe), max_shard_bytes=max_shard_bytes)
         template.write_description(partial, recipe.dtype, copy_code=copy_code)
         (partial / MERGE_FILE).write_text(merge_file, encoding="utf-8")
-        card = model_card(recipe, folder.name, merge_file, references=references, results=results)
+        card = model_card(recipe, folder.name, merge_file, whole=template.whole, references=references, results=results)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 

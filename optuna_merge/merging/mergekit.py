@@ -42,6 +42,7 @@ def to_mergekit(
     *,
     names: Sequence[str] = (),
     architecture: str | None = None,
+    whole: str | None = None,
     references: Mapping[str, str] | None = None,
     comment: Sequence[str] = (),
 ) -> str:
@@ -52,19 +53,20 @@ def to_mergekit(
         names: The checkpoint's tensor names. They are needed if the embedding or the head has a layer group of its
             own, or if mergekit does not know the architecture: those parameters are then written with filters.
         architecture: ``architectures[0]`` of the models' ``config.json``; None means one that mergekit knows.
+        whole: The model that sees or hears, if language models are merged with it, which mergekit cannot do.
         references: Model reference of the recipe to its spelling in the file, model and adapter apart; references
             that are missing here are written as in the recipe.
         comment: Lines above the YAML, without ``#``.
 
     Returns:
-        YAML. If mergekit lacks the method, a comment above it says so: the file then only records the merge.
+        YAML. If mergekit cannot make the model, a comment above it says so: the file then only records the merge.
 
     Raises:
         RecipeError: If mergekit cannot express the recipe.
     """
-    if not is_in_mergekit(recipe):
-        comment = [*comment, f"mergekit has no method {recipe.method}: optuna-merge export writes the model"]
     spell = _Speller(references or {})
+    if (reason := why_not_mergekit(recipe, whole)) is not None:
+        comment = [*comment, f"{reason}: optuna-merge export writes the model"]
     config: dict[str, Any] = {"merge_method": recipe.method}
     if recipe.base_model is not None:
         config["base_model"] = spell(recipe.base_model)
@@ -83,9 +85,16 @@ def to_mergekit(
     return "\n".join([*lines, yaml.dump(config, Dumper=_DUMPER, sort_keys=False, width=120, allow_unicode=True)])
 
 
-def is_in_mergekit(recipe: Recipe) -> bool:
-    """Whether mergekit has the method of a recipe, and so can make the same model."""
-    return recipe.method == PASSTHROUGH or find_method(recipe.method).in_mergekit
+def why_not_mergekit(recipe: Recipe, whole: str | None = None) -> str | None:
+    """Why mergekit cannot make the same model, in a few words; None if it can.
+
+    Args:
+        recipe: The merge.
+        whole: As for :func:`to_mergekit`.
+    """
+    if recipe.method != PASSTHROUGH and not find_method(recipe.method).in_mergekit:
+        return f"mergekit has no method {recipe.method}"
+    return None if whole is None else "mergekit cannot merge language models with one that also sees or hears"
 
 
 class _Speller:

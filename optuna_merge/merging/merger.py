@@ -133,7 +133,8 @@ class Merger:
         Yields:
             Name and merged tensor, each once: the destination of ``out``, or a new tensor that nothing else refers
             to. Tensors of other than floating dtypes, and constants such as rotary frequencies, are copied from the
-            base or the first model. Stopping early leaves nothing open.
+            base or the first model; what only one model has besides language is copied from that one. Stopping early
+            leaves nothing open.
 
         Raises:
             NonFiniteMergeError: If a method refuses a tensor because of NaN or infinity; others give a result that is
@@ -161,8 +162,12 @@ class Merger:
     def template(self, recipe: Recipe) -> Checkpoint:
         """The checkpoint that gives the merged model its configuration and tokenizer.
 
-        It is the one that ``recipe.tokenizer_source`` names, else the base, else the first model.
+        It is the one that sees or hears if the others do not, else the one that ``recipe.tokenizer_source`` names, else
+        the base, else the first model.
         """
+        whole = next(iter(self.checkpoints.values())).whole
+        if whole is not None:
+            return self.checkpoints[whole]
         if recipe.tokenizer_source in self.checkpoints:
             return self.checkpoints[recipe.tokenizer_source]
         return self.checkpoints[recipe.models[0] if recipe.base_model is None else recipe.base_model]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from optuna_merge.merging.mergekit import is_in_mergekit
+from optuna_merge.merging.mergekit import why_not_mergekit
 from optuna_merge.recipe import Recipe, split_reference
 
 MERGE_FILE = "mergekit_config.yml"
@@ -16,7 +16,13 @@ MERGE_FILE = "mergekit_config.yml"
 
 
 def model_card(
-    recipe: Recipe, name: str, merge_file: str, *, references: Mapping[str, str] | None = None, results: str = ""
+    recipe: Recipe,
+    name: str,
+    merge_file: str,
+    *,
+    whole: str | None = None,
+    references: Mapping[str, str] | None = None,
+    results: str = "",
 ) -> str:
     """Write the ``README.md`` of a merged model.
 
@@ -24,6 +30,7 @@ def model_card(
         recipe: The merge.
         name: Title of the card.
         merge_file: Content of the merge file.
+        whole: The model that sees or hears, if language models are merged with it.
         references: Model reference of the recipe to its spelling in the card, model and adapter apart.
         results: Markdown, such as tables of scores.
     """
@@ -41,12 +48,13 @@ def model_card(
         f"# {name}",
         f"Merged with optuna-merge by the method `{recipe.method}` from\n\n{models}{base}",
         *([results.strip()] if results.strip() else []),
-        f"## Merge file\n\n{_use(recipe)}\n\n```yaml\n{merge_file.rstrip()}\n```",
+        f"## Merge file\n\n{_use(recipe, whole)}\n\n```yaml\n{merge_file.rstrip()}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _use(recipe: Recipe) -> str:
-    if is_in_mergekit(recipe):
+def _use(recipe: Recipe, whole: str | None) -> str:
+    reason = why_not_mergekit(recipe, whole)
+    if reason is None:
         return f"`mergekit-yaml` makes the same model from `{MERGE_FILE}`:"
-    return f"`{MERGE_FILE}` records the merge. mergekit has no method `{recipe.method}`, so it cannot make the model:"
+    return f"`{MERGE_FILE}` records the merge; it cannot make the model, because {reason}:"

@@ -146,7 +146,7 @@ def count_disk_waits() -> int:
 
 
 class _Kept(CheckpointView):
-    """A checkpoint whose tensors stay in memory once they are read."""
+    """A checkpoint whose tensors stay in memory once they are read, but for those that every merge only copies."""
 
     def __init__(self, checkpoint: Checkpoint, keep: Callable[[Tensor], Tensor]) -> None:
         super().__init__(checkpoint)
@@ -154,6 +154,8 @@ class _Kept(CheckpointView):
         self._tensors_kept: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
+        if name in self.copied:
+            return super().get(name)
         if name not in self._tensors_kept:
             self._tensors_kept[name] = self._keep(super().get(name))
         return self._tensors_kept[name]
@@ -164,6 +166,7 @@ def _sizes(checkpoints: Iterable[Checkpoint], names: list[str]) -> list[int]:
         math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
         for checkpoint in checkpoints
         for name in names
+        if name not in checkpoint.copied
     ]
 
 

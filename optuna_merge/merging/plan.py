@@ -25,6 +25,7 @@ class MergePlan:
     """A recipe whose names are resolved to objects.
 
     Attributes:
+        copied: Names of tensors that are copied from one model, whatever the recipe says.
         used: Indices of the recipe's models that enter the merge: all but the base, if the method has one.
         read: The checkpoints to read: the base, if the method has one, and the models that enter the merge.
     """
@@ -39,6 +40,7 @@ class MergePlan:
         self.read = [self.template] if self.method is None else [models[i] for i in self.used]
         if self.base is not None:
             self.read.insert(0, self.base)
+        self.copied = self.template.copied
         self.function: MergeFunction = _no_function if self.method is None else self.method.load()
 
     @classmethod
@@ -117,7 +119,7 @@ class MergeStep:
         """The step that merges the tensor ``name``."""
         recipe, stored = plan.recipe, plan.template.dtype(name)
         dtype = getattr(torch, recipe.dtype) if stored.is_floating_point else stored
-        if plan.method is None or not dtype.is_floating_point or is_buffer(name):
+        if plan.method is None or not dtype.is_floating_point or is_buffer(name) or name in plan.copied:
             return cls(name, destination, dtype, None, (name, PASSTHROUGH, recipe.dtype, id(plan.template)))
         place = place_of(name, plan.template.layer_stack)
         shared, per_model = _parameters(plan.method, recipe, name, place)

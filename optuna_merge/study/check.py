@@ -48,7 +48,9 @@ class Check:
     Attributes:
         models: Labels of the sources, then ``base`` and the base's reference.
         dtype: The merged model's.
-        n_tensors, n_parameters: Of each model.
+        n_tensors, n_parameters: Of each model, without those that are ``copied``.
+        copied: What only one model has besides language: its ``model``, the ``names`` of its tensors, ``n_parameters``,
+            and the ``parts`` they belong to; None if there is nothing such.
         n_trials: Trials in total.
         space: ``n_dimensions``, ``population``, ``n_baselines``, the ``first`` and ``last`` parameter name, and a
             description of ``warm_start``, of the ascent and of the race (None without one), in which the others are
@@ -80,6 +82,7 @@ class Check:
     dtype: str
     n_tensors: int
     n_parameters: int
+    copied: dict[str, Any] | None
     n_trials: int
     space: dict[str, Any]
     tasks: list[dict[str, Any]]
@@ -148,13 +151,14 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
             merge_device=placed_on,
             device=torch.device(device),
         )
-    shapes = [models.template.shape(name) for name in models.template.names]
+    shapes = [models.template.shape(name) for name in models.names if name not in models.template.copied]
     kept = plan_kept(config, shapes)
     return Check(
         models=[*space.labels, *([f"base {config.genome.base_model}"] if config.genome.base_model else [])],
         dtype=models.refs.dtype,
         n_tensors=len(shapes),
         n_parameters=sum(map(math.prod, shapes)),
+        copied=_describe_copied(models),
         n_trials=config.study.n_trials,
         space=counts,
         tasks=_describe_tasks(tasks, scorer.without_gradient()),
@@ -199,6 +203,27 @@ def _describe_space(config: StudyConfig, models: StudyModels, spaces: Spaces, sc
         else None,
         "race": describe_race(config, spaces, scorer) if len(spaces) > 1 else None,
     }
+
+
+def _describe_copied(models: StudyModels) -> dict[str, Any] | None:
+    whole = models.template
+    copied = [name for name in models.names if name in whole.copied]
+    if not copied:
+        return None
+    merged = {prefix for name in models.names if name not in whole.copied for prefix in _prefixes(name)}
+    parts = dict.fromkeys(next(prefix for prefix in _prefixes(name) if prefix not in merged) for name in copied)
+    return {
+        "model": whole.reference,
+        "n_parameters": sum(math.prod(whole.shape(name)) for name in copied),
+        "parts": list(parts),
+        "names": copied,
+    }
+
+
+def _prefixes(name: str) -> list[str]:
+    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
 def _ascent_seconds(config: StudyConfig, trial: TrialSeconds | None, n_chunks: int) -> float | None:

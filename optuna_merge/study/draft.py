@@ -20,6 +20,7 @@ from optuna_merge.checkpoints.ancestry import adapter_base, find_base
 from optuna_merge.checkpoints.compare import compare
 from optuna_merge.checkpoints.output_heads import untie
 from optuna_merge.checkpoints.reference import resolve
+from optuna_merge.checkpoints.senses import complete
 from optuna_merge.config.paths import absolute_storage
 from optuna_merge.config.read import load_study, read_keys, replace_key
 from optuna_merge.config.study_config import StudyConfig
@@ -312,8 +313,16 @@ def _known_tasks(folders: Collection[str | Path]) -> str:
 def _fill_tokenizer(draft: Draft) -> None:
     """Set whose vocabulary the merge has, if the models' differ and nothing else keeps them from being merged."""
     opened = StudyModels.open(draft.config())
-    checkpoints = list(untie(opened.checkpoints).values())
+    views = untie(complete(opened.checkpoints))
+    checkpoints = list(views.values())
     if not compare(checkpoints) or compare(checkpoints, "union"):
+        return
+    whole = checkpoints[0].whole
+    if whole is not None and views[whole] is not checkpoints[0]:
+        reference = views[whole].reference
+        draft.fill(
+            "genome.tokenizer_source", Choice(reference, "its configuration names tokens of images or sound by id")
+        )
         return
     first = checkpoints[0].vocabulary() or {}
     if all((checkpoint.vocabulary() or {}).keys() <= first.keys() for checkpoint in checkpoints):

@@ -244,6 +244,11 @@ def _make_vllm_engine(config: StudyConfig, models: StudyModels) -> MakingEngine:
 def _vllm_engine(config: StudyConfig, models: StudyModels, defaults: Mapping[str, Any] | None = None) -> MakingEngine:
     from optuna_merge.evaluation.engines.vllm import VLLMEngine
 
+    if models.template.whole is not None:
+        raise EngineError(
+            f"engine.backend must be hf when language models are merged with {models.template.reference}, which sees or"
+            " hears, got vllm; vLLM can serve the exported model"
+        )
     description = describe_merger(
         models.resolved, models.refs.tokenizer_source, config.engine.merge_device, matrices_folder(config)
     )

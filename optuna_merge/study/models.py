@@ -101,7 +101,7 @@ class StudyModels:
     def template(self) -> Checkpoint:
         """The checkpoint whose configuration and tokenizer the merged model takes over."""
         first = next(iter(self.views))
-        return self.views.get(self.refs.tokenizer_source or first, self.views[first])
+        return self.views.get(self.views[first].whole or self.refs.tokenizer_source or first, self.views[first])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,8 +111,9 @@ class StudyModels:
     @property
     def places(self) -> tuple[TensorPlace, ...]:
         """Where each tensor is that a method merges; constants are copied."""
-        stack = self.template.layer_stack
-        merged = [n for n in self.names if self.template.dtype(n).is_floating_point and not is_buffer(n)]
+        stack, copied = self.template.layer_stack, self.template.copied
+        floating = [name for name in self.names if self.template.dtype(name).is_floating_point]
+        merged = [name for name in floating if not is_buffer(name) and name not in copied]
         found = [(name, place_of(name, stack)) for name in merged]
         return tuple(TensorPlace(name, place.role, place.layer) for name, place in found)
 

@@ -212,11 +212,13 @@ class MergeObjective:
             comment: Lines to put above the YAML.
             study: As in :meth:`recipe`.
         """
-        architectures = self.models.template.config.get("architectures") or [None]
+        template = self.models.template
+        architectures = template.config.get("architectures") or [None]
         return to_mergekit(
             self.recipe(trial, study),
-            names=self.models.names,
+            names=[name for name in self.models.names if name not in template.copied],
             architecture=architectures[0],
+            whole=template.whole,
             references=self.models.spelling,
             comment=comment,
         )

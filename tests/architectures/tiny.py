@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from optuna_merge.testing.models import _tiny_tokenizer
@@ -112,6 +112,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen2_5_vl": {
+        "text_config/rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    },
     "qwen4_exp": {f"text_config/{key}": value for key, value in _QWEN4.items()},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 16], "local_attn_chunk_length": 8}
@@ -166,6 +169,41 @@ def write_models(model_type: str, folder: Path, n_models: int = 2) -> list[Path]
         tokenizer.save_pretrained(path)
         paths.append(path)
     return paths
+
+
+def write_vision_models(
+    model_type: str, folder: Path, language_type: str | None = None, *, tied: bool | None = None
+) -> tuple[Path, list[Path]]:
+    """Write a vision-language model, and two language models of the shape of its language part.
+
+    Args:
+        model_type: Of the vision-language model.
+        folder: Where to write.
+        language_type: Of the language models; None: that of the language part.
+        tied: Whether the language models' head is the embedding; None: as in the vision-language model.
+
+    Returns:
+        ``folder/whole``, and ``folder/language_0`` and ``folder/language_1``, each with a tokenizer.
+    """
+    config = tiny_config(model_type)
+    text = config.get_text_config().to_dict()
+    kind = CONFIG_MAPPING[language_type or text["model_type"]]
+    language = kind(**{key: value for key, value in text.items() if key not in _LEFT_OUT})
+    language.tie_word_embeddings = config.tie_word_embeddings if tied is None else tied
+    tokenizer = _tiny_tokenizer()
+    paths = []
+    for number, name in enumerate(("whole", "language_0", "language_1")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            factory: Any = AutoModelForCausalLM if number else AutoModelForImageTextToText
+            model = factory.from_config(language if number else config)
+            for parameter in model.parameters():
+                parameter.data += 0.2 * torch.randn(parameter.shape)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        paths.append(folder / name)
+    (paths[0] / "preprocessor_config.json").write_text('{"do_resize": true}')
+    return paths[0], paths[1:]
 
 
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:

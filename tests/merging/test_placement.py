@@ -31,6 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
 class _Large:
     """Looks like a checkpoint of one tensor of 5 GiB, which no test can hold."""
 
+    copied: frozenset[str] = frozenset()
+
     def shape(self, name: str) -> tuple[int, ...]:
         return (5 * GIB // 2,)
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -295,9 +295,16 @@ class _FiniteCheck:
         self._added.clear()
 
 
+def factory_of(config: Any) -> Any:
+    """The auto class of transformers that builds the model of a configuration, with its output head."""
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping or "auto_map" in config.to_dict()
+    sees = not is_causal and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def _build(config: Any, options: dict[str, Any], device: torch.device) -> transformers.PreTrainedModel:
     with torch.device(device), no_init_weights():
-        model = cast("Any", AutoModelForCausalLM).from_config(copy.deepcopy(config), **options)
+        model = factory_of(config).from_config(copy.deepcopy(config), **options)
     model.tie_weights()
     model.requires_grad_(False)
     return cast("transformers.PreTrainedModel", model.eval())

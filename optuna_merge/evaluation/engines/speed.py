@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from optuna_merge.evaluation.engines.hf_weights import factory_of
 from optuna_merge.evaluation.quiet import quietly
 
 _LAYERS = (2, 4)
@@ -82,8 +83,7 @@ def _cut(config: Any, n_layers: int, dtype: torch.dtype, device: torch.device, t
     text.vocab_size = min(text.vocab_size, _VOCABULARY)
     text.pad_token_id = None
     with torch.device("meta"):
-        factory = cast(Any, AutoModelForCausalLM)
-        model = factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        model = factory_of(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     decoder = model.get_decoder().to_empty(device=device)
     for tensor in [*decoder.parameters(), *decoder.buffers()]:
         tensor.fill_(0.01) if tensor.is_floating_point() else tensor.zero_()
