@@ -78,6 +78,8 @@ _ZAMBA = {
 }
 _DOTS3 = {
     "head_dim": 16,
+    # With 8 heads some tokens score exactly 0, and which of these equals torch.topk keeps depends on a row's padding.
+    "index_n_heads": 32,
     "per_layer_config": {
         i: {"num_attention_heads": 2, "num_key_value_heads": 2, "qk_nope_head_dim": 12} for i in (2, 3)
     },

@@ -50,6 +50,10 @@ merge, and texts by our own decoder. Otherwise the table says what is done the s
 tokens of the first prompt. Sizes are tiny and weights random, so the table says nothing about memory, speed or \
 half precision. Models that bring their own code are not in it.
 
+Sparse attention that keeps the best-scored tokens (`deepseek_v32`, `glm_moe_dsa`, `dots3_note_text` and others) depends on a \
+row's padding if tokens score exactly the same, and so do lm-eval's scores. `dots3_note_text` has 32 index heads here: with 8 heads, \
+several tokens scored exactly 0.
+
 | architecture | class | result | |
 |---|---|---|---|
 """
