@@ -20,7 +20,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.tensor_names import place_of
@@ -151,15 +151,20 @@ def check_merge(
         compare_states("arithmetic", exported.state_dict(), weighted_sum(sources, exported), TOLERANCE)
     elif untouched := [name for name, tensor in exported.named_parameters() if is_untouched(name, tensor, sources)]:
         raise WrongResultError(f"{untouched[0]} is the base's, not merged ({len(untouched)} in all)")
+    way = way_of(engine)
+    engine.close()
+    compare_responses(responses, by_lm_eval(folder, asked), way)
+    return way
+
+
+def way_of(engine: HFEngine) -> str:
+    """What an engine computes the slow way."""
     slow = [
         *(["each continuation in a row of its own"] if engine._shares is False else []),
         *([] if engine._continues else ["common beginnings computed again"]),
         *([] if engine._generator._decodes else ["texts by lm-eval"]),
     ]
-    way = ", ".join(slow) or "fast"
-    engine.close()
-    compare_responses(responses, by_lm_eval(folder, asked), way)
-    return way
+    return ", ".join(slow) or "fast"
 
 
 def weighted_sum(sources: Sequence[Any], exported: Any) -> dict[str, Tensor]:
@@ -202,11 +207,12 @@ def requests() -> list[TextRequest]:
     return asked
 
 
-def by_lm_eval(folder: Path, asked: Sequence[TextRequest]) -> list[Any]:
-    """Responses of lm-eval's own model, one request at a time."""
-    lm = HFLM(
-        pretrained=str(folder), backend="causal", device="cpu", dtype="float32", batch_size=1, softmax_dtype="float32"
-    )
+def by_lm_eval(folder: Path, asked: Sequence[TextRequest], model: Any = None) -> list[Any]:
+    """Responses of lm-eval's own model, or of one that transformers has loaded, one request at a time."""
+    given: dict[str, Any] = {"pretrained": str(folder), "device": "cpu", "dtype": "float32"}
+    if model is not None:
+        given = {"pretrained": model, "tokenizer": AutoTokenizer.from_pretrained(folder)}
+    lm = HFLM(**given, backend="causal", batch_size=1, softmax_dtype="float32")
     responses: list[Any] = [None] * len(asked)
     for kind in {request.request_type for request in asked}:
         indices = [i for i, request in enumerate(asked) if request.request_type == kind]
@@ -241,9 +247,9 @@ def compare_states(what: str, ours: dict[str, Tensor], theirs: dict[str, Any], t
             raise WrongResultError(f"{name} differs by {difference:.3g} from the {what}")
 
 
-def loaded(folder: Path) -> Any:
+def loaded(folder: Path, factory: Any = AutoModelForCausalLM) -> Any:
     """The model that transformers loads, if it loads every tensor."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = factory.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind, names in info.items():
         if names:
             raise WrongResultError(

@@ -13,11 +13,23 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from optuna_merge.testing.models import _tiny_tokenizer
 
 MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+VISION_TYPES = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+
+LANGUAGE_TYPES = {
+    # where transformers has no causal model of the language part's own type
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+}
 
 N_LAYERS = 4
 HIDDEN, N_HEADS, N_KV_HEADS, HEAD_DIM = 32, 4, 2, 8
@@ -90,6 +102,8 @@ _GEMMA3N |= {"intermediate_size": 48, "activation_sparsity_pattern": [0.95, 0.95
 _QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16}
 _QWEN4 |= {"indexer_compress_ratio": 4}
 
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     # None: leave the key out; a slash leads into a section
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3, 4]},
@@ -114,9 +128,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen2_5_vl": {
-        "text_config/rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    },
+    "qwen2_vl": {"text_config/rope_parameters": _MROPE},
+    "qwen2_5_vl": {"text_config/rope_parameters": _MROPE},
     "qwen4_exp": {f"text_config/{key}": value for key, value in _QWEN4.items()},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 16], "local_attn_chunk_length": 8}
@@ -173,15 +186,12 @@ def write_models(model_type: str, folder: Path, n_models: int = 2) -> list[Path]
     return paths
 
 
-def write_vision_models(
-    model_type: str, folder: Path, language_type: str | None = None, *, tied: bool | None = None
-) -> tuple[Path, list[Path]]:
+def write_vision_models(model_type: str, folder: Path, *, tied: bool | None = None) -> tuple[Path, list[Path]]:
     """Write a vision-language model, and two language models of the shape of its language part.
 
     Args:
         model_type: Of the vision-language model.
         folder: Where to write.
-        language_type: Of the language models; None: that of the language part.
         tied: Whether the language models' head is the embedding; None: as in the vision-language model.
 
     Returns:
@@ -189,9 +199,9 @@ def write_vision_models(
     """
     config = tiny_config(model_type)
     text = config.get_text_config().to_dict()
-    kind = CONFIG_MAPPING[language_type or text["model_type"]]
+    kind = CONFIG_MAPPING[LANGUAGE_TYPES.get(model_type, text["model_type"])]
     language = kind(**{key: value for key, value in text.items() if key not in _LEFT_OUT})
-    language.tie_word_embeddings = config.tie_word_embeddings if tied is None else tied
+    language.tie_word_embeddings = getattr(config, "tie_word_embeddings", False) if tied is None else tied
     tokenizer = _tiny_tokenizer()
     paths = []
     for number, name in enumerate(("whole", "language_0", "language_1")):

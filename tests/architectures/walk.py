@@ -1,8 +1,9 @@
-"""Examines all causal architectures of transformers, each in a process of its own, and writes ``docs/models.md``.
+"""Examines architectures of transformers, each in a process of its own, and writes a table of ``docs/models.md``.
 
     python -m tests.architectures.walk                      all of them: half an hour on an idle core
     python -m tests.architectures.walk --quick              without the second merge
     python -m tests.architectures.walk llama mamba          some; prints, and writes nothing
+    python -m tests.architectures.walk --senses             the table of models that also see or hear, instead
 
 A process that crashes or hangs is one line of the table, and the walk goes on.
 """
@@ -10,12 +11,13 @@ A process that crashes or hangs is one line of the table, and the walk goes on.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,7 +26,8 @@ import torch
 import transformers
 
 from tests.architectures.examine import Outcome, examine
-from tests.architectures.tiny import MODEL_TYPES
+from tests.architectures.senses import examine_with_senses
+from tests.architectures.tiny import MODEL_TYPES, VISION_TYPES
 
 LIMIT_S = 300
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -50,9 +53,34 @@ merge, and texts by our own decoder. Otherwise the table says what is done the s
 tokens of the first prompt. Sizes are tiny and weights random, so the table says nothing about memory, speed or \
 half precision. Models that bring their own code are not in it.
 
-Sparse attention that keeps the best-scored tokens (`deepseek_v32`, `glm_moe_dsa`, `dots3_note_text` and others) depends on a \
-row's padding if tokens score exactly the same, and so do lm-eval's scores. `dots3_note_text` has 32 index heads here: with 8 heads, \
-several tokens scored exactly 0.
+Sparse attention that keeps the best-scored tokens (`deepseek_v32`, `glm_moe_dsa`, `dots3_note_text` and others) \
+depends on a row's padding if tokens score exactly the same, and so do lm-eval's scores. `dots3_note_text` has 32 \
+index heads here: with 8 heads, several tokens scored exactly 0.
+
+| architecture | class | result | |
+|---|---|---|---|
+"""
+_MARK = "## Models that also see or hear\n"
+_SENSES_HEAD = """
+One model of a merge, the base or another, may also see or hear if the others have the tensors of its language part, \
+under whatever prefix: a vision-language model and Japanese language models, with either it or the language model it \
+was made from as base. The merged model is that model with another language part. Its configuration, tokenizer, \
+processor and other tensors, such as a vision tower, are copied, and `check` names the tensors. Text tasks score it, \
+by transformers; `engine.backend: vllm` is refused. `export` writes the whole model. mergekit cannot make it.
+
+- Refused: language models of another family or depth; a tensor that only some of the models have, by name; a second \
+model that sees or hears; any other `tokenizer_source` than that model, whose configuration names the tokens of \
+images by id.
+- Several models that see or hear, of one architecture, are merged in all tensors, without language models among \
+them. Tensors of a vision tower then have the weights of the head, or of the embedding if their name says so.
+- Sequence classifiers and reward models are not scored. That would take an engine that reads class scores, eval \
+tasks that ask for them, and a rule for output heads of other shapes, which fine-tunes do not share.
+
+transformers {version} has {n_all} architectures under `AutoModelForImageTextToText`. **{n_works} work, {n_refused} \
+are refused, and {n_not_built} could not be tried** as tiny models. Of each, two language models of the type of its \
+language part are merged into it by `linear`. The decoder and the output head that transformers loads from the \
+export must be the weighted sum of theirs, all other tensors the whole model's, and log-likelihoods and texts those \
+of lm-eval's `HFLM` on the model that transformers loads.
 
 | architecture | class | result | |
 |---|---|---|---|
@@ -65,23 +93,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*", metavar="ARCHITECTURE", help="as model_type in config.json")
     parser.add_argument("--quick", action="store_true", help="merge by linear alone")
+    parser.add_argument("--senses", action="store_true", help="models that also see or hear")
     args = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # a collection in a new process would otherwise copy all that this one has loaded
+    try_one = examine_with_senses if args.senses else functools.partial(examine, is_quick=args.quick)
     outcomes = []
-    for model_type in args.model_types or MODEL_TYPES:
-        outcomes.append(in_its_own_process(model_type, is_quick=args.quick))
+    for model_type in args.model_types or (VISION_TYPES if args.senses else MODEL_TYPES):
+        outcomes.append(in_its_own_process(model_type, try_one))
         print(json.dumps(asdict(outcomes[-1])), flush=True)
     if not args.model_types:
-        TABLE.write_text(table(outcomes), encoding="utf-8")
+        write(outcomes, with_senses=args.senses)
 
 
-def in_its_own_process(model_type: str, *, is_quick: bool = False) -> Outcome:
-    """What :func:`examine` returns, or an outcome that says how its process ended."""
+def write(outcomes: Sequence[Outcome], *, with_senses: bool) -> None:
+    """Replace one of the two tables."""
+    written = TABLE.read_text(encoding="utf-8")
+    causal, mark, senses = written.partition(_MARK)
+    if with_senses:
+        TABLE.write_text(causal + mark + table(outcomes, _SENSES_HEAD), encoding="utf-8")
+    else:
+        TABLE.write_text(table(outcomes, _HEAD) + "\n" + mark + senses, encoding="utf-8")
+
+
+def in_its_own_process(model_type: str, try_one: Callable[[str, Path], Outcome]) -> Outcome:
+    """What an examination returns, or an outcome that says how its process ended."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=_examine, args=(model_type, Path(folder), is_quick, sender))
+        process = context.Process(target=_examine, args=(model_type, Path(folder), try_one, sender))
         process.start()
         sender.close()
         try:
@@ -97,10 +137,10 @@ def in_its_own_process(model_type: str, *, is_quick: bool = False) -> Outcome:
             process.join()
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The text of ``docs/models.md``."""
+def table(outcomes: Sequence[Outcome], text: str) -> str:
+    """A table of ``docs/models.md`` below its text."""
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in _RESULTS}
-    head = _HEAD.format(
+    head = text.format(
         version=transformers.__version__,
         n_all=len(outcomes),
         n_works=counts["works"],
@@ -120,9 +160,9 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def _examine(model_type: str, folder: Path, is_quick: bool, sender: Connection) -> None:
+def _examine(model_type: str, folder: Path, try_one: Callable[[str, Path], Outcome], sender: Connection) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    sender.send(examine(model_type, folder, is_quick=is_quick))
+    sender.send(try_one(model_type, folder))
 
 
 if __name__ == "__main__":

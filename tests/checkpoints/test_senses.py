@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.unify import unify
 from optuna_merge.errors import CheckpointError
+from optuna_merge.evaluation.engines.hf import HFEngine
 from optuna_merge.merging.export import export
 from optuna_merge.merging.merger import Merger
 from optuna_merge.recipe import PASSTHROUGH, GroupRecipe, ParameterSet, Recipe
@@ -28,7 +29,6 @@ NAMES = {
     "qwen2_5_vl": [],  # both begin with model.
     "qwen3_vl": [(r"model\.", "model.language_model.")],
 }
-LANGUAGE = {"llava": "llama", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
 
 
 def renamed(model_type: str, name: str) -> str:
@@ -60,7 +60,7 @@ def recipe_of(method: str, models: list[Path], base: Path | None) -> Recipe:
 @pytest.mark.parametrize("model_type", NAMES)
 @pytest.mark.parametrize("base_is_whole", [True, False])
 def test_language_is_merged_and_the_rest_copied(model_type: str, base_is_whole: bool, tmp_path: Path) -> None:
-    whole, (first, second) = write_vision_models(model_type, tmp_path, LANGUAGE[model_type])
+    whole, (first, second) = write_vision_models(model_type, tmp_path)
     base, models = (whole, [first, second]) if base_is_whole else (first, [whole, second])
     merger = Merger.open([str(base), *map(str, models)])
     folder = export(recipe_of("task_arithmetic", models, base), tmp_path / "merged", merger=merger)
@@ -94,6 +94,23 @@ def test_a_language_model_alone_speaks_in_the_whole_one(tmp_path: Path) -> None:
     language = {renamed("llava", name): tensor for name, tensor in tensors_of(second).items()}
     stored = tensors_of(whole)
     assert all(torch.equal(tensor, language.get(name, stored[name])) for name, tensor in merged.items())
+
+
+def test_models_that_all_see_are_merged_in_all_tensors(tmp_path: Path) -> None:
+    first, _ = write_vision_models("llava", tmp_path / "a")
+    second, _ = write_vision_models("llava", tmp_path / "b")
+    changed = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in tensors_of(second).items()}
+    save_file(changed, second / "model.safetensors", {"format": "pt"})
+    merger = Merger.open([str(first), str(second)])
+    recipe = recipe_of("linear", [first, second], None)
+    stored = tensors_of(first)
+    engine = HFEngine(first, device="cpu", names=merger.names)
+    engine.load_weights(merger.merge(recipe, engine.resident))
+    for name, tensor in merger.merge(recipe):
+        torch.testing.assert_close(tensor, 0.6 * stored[name] + 0.3 * changed[name], rtol=0, atol=1e-6)
+        resident = engine.resident(name)
+        assert resident is not None
+        assert torch.equal(resident, tensor)
 
 
 def test_heads_are_untied_on_either_side(tmp_path: Path) -> None:
