@@ -78,7 +78,8 @@ class _Whole(CheckpointView):
     """The model whose other tensors are copied."""
 
     def __init__(self, checkpoint: Checkpoint, reference: str, copied: frozenset[str]) -> None:
-        super().__init__(checkpoint)
+        stated = {} if checkpoint.vocab_size is not None else {"vocab_size": _n_embedded(checkpoint)}
+        super().__init__(checkpoint, **{key: value for key, value in stated.items() if value is not None})
         self.whole = reference
         self.copied = copied
 
@@ -164,15 +165,26 @@ def _names_in_whole(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
 
 def _stored_heads(whole: Checkpoint, prefix: str) -> list[str]:
     """Names of output heads: outside the decoder, and of an embedding's shape."""
-    places = {name: place_of(name, whole.layer_stack) for name in whole.names}
-    embeddings = {
-        whole.shape(name) for name, place in places.items() if place.role == "embedding" and name.startswith(prefix)
-    }
+    embeddings = {whole.shape(name) for name in _embeddings(whole, prefix)}
     return [
         name
-        for name, place in places.items()
-        if place.role == "head" and not name.startswith(prefix) and whole.shape(name) in embeddings
+        for name in whole.names
+        if not name.startswith(prefix)
+        and whole.shape(name) in embeddings
+        and place_of(name, whole.layer_stack).role == "head"
     ]
+
+
+def _embeddings(whole: Checkpoint, prefix: str) -> list[str]:
+    """Names of the decoder's embeddings."""
+    names = [name for name in whole.names if name.startswith(prefix)]
+    return [name for name in names if place_of(name, whole.layer_stack).role == "embedding"]
+
+
+def _n_embedded(whole: Checkpoint) -> int | None:
+    """Rows of the decoder's embedding, which many a configuration leaves to transformers' defaults."""
+    rows = {whole.shape(name)[0] for name in _embeddings(whole, _decoder_prefix(whole))}
+    return rows.pop() if len(rows) == 1 else None
 
 
 def _check_family(checkpoint: Checkpoint, whole: Checkpoint) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from optuna_merge.checkpoints.checkpoint import Checkpoint
 from optuna_merge.checkpoints.unify import unify
@@ -130,6 +132,38 @@ def test_heads_are_untied_on_either_side(tmp_path: Path) -> None:
     a, b = (tensors_of(path)["lm_head.weight"] for path in (first, second))
     expected = start + 0.6 * (a - start) + 0.3 * (b - start)
     torch.testing.assert_close(model.get_output_embeddings().weight, expected, rtol=0, atol=1e-6)
+
+
+def test_the_vocabulary_is_that_of_the_model_that_sees(tmp_path: Path) -> None:
+    whole, (first, second) = write_vision_models("gemma3", tmp_path)
+    more = extended(whole, tmp_path / "more", "<image>")
+    references = [str(first), str(more), str(second)]
+    with pytest.raises(CheckpointError, match=r"1 tokens have another id: '<image>' \(.*; set tokenizer_source"):
+        Merger.open(references)
+    merger = Merger.open(references, tokenizer_source=str(more))
+    recipe = recipe_of("linear", [first, second], first)
+    recipe = dataclasses.replace(recipe, tokenizer_source=str(more))
+    name = "language_model.model.embed_tokens.weight"
+    merged = dict(merger.merge(recipe))[name]
+    a, b = (tensors_of(path)["model.embed_tokens.weight"] for path in (first, second))
+    torch.testing.assert_close(merged[:-1], 0.6 * a + 0.3 * b)
+    torch.testing.assert_close(merged[-1], (0.6 + 0.3) * tensors_of(more)[name][-1])  # no other model has the token
+    assert merger.template(recipe).config["text_config"]["vocab_size"] == 321
+
+
+def extended(whole: Path, folder: Path, token: str) -> Path:
+    """A copy with one more token, whose configuration does not state the size of the vocabulary."""
+    shutil.copytree(whole, folder)
+    tensors, name = tensors_of(whole), "language_model.model.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], torch.ones_like(tensors[name][:1])])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"]["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:

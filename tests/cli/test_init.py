@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 from optuna_merge.cli.app import app
 from optuna_merge.config.read import load_study
 from optuna_merge.testing.models import write_tiny_models
+from tests.architectures.tiny import write_vision_models
+from tests.checkpoints.test_senses import extended
 from tests.conftest import write_task
 
 
@@ -143,6 +145,14 @@ class TestFromModels:
         adapter("lora_0", "/of/the/trainer")
         error = error_of(invoke("init", "adapters/lora_0", "adapters/lora_1", *TASKS, "--overwrite"))
         assert "the adapter's model must be found, got /of/the/trainer, which is no folder here" in error
+
+    def test_a_model_that_sees_keeps_its_tokens(self, home: Path) -> None:
+        whole, _ = write_vision_models("gemma3", home / "vision")
+        extended(whole, home / "vision" / "more", "<image>")
+        models = ("vision/more", "vision/language_1", *TASKS, "--base", "vision/language_0")
+        made = invoke("init", *models, "--device", "cpu")
+        assert made.exit_code == 0, made.output
+        assert load_study("study.yaml").genome.tokenizer_source == "./vision/more"
 
     def test_other_vocabularies_are_united(self, home: Path) -> None:
         file = home / "models" / "model_0" / "tokenizer.json"
