@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,6 +38,14 @@ def kill(process: BaseProcess) -> None:
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until something that another process does holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

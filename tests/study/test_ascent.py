@@ -32,7 +32,7 @@ from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import Outcome, run_study
 from optuna_merge.study.watcher import Watcher
 from tests.merging.test_mergekit import run_mergekit
-from tests.processes import forked
+from tests.processes import forked, until
 from tests.study.killing import Killed
 
 N_TRIALS, N_STEPS = 12, 6
@@ -162,6 +162,8 @@ def test_of_three_workers_one_ascends_and_the_others_score_baselines_meanwhile(
     class Noted(Watcher):
         def ascent_stepped(self, step: AscentStep, n_done: int, n_steps: int) -> None:
             self._note(f"step {n_done}")
+            if n_done == 1:  # the other workers may come late on a busy machine
+                until(lambda: "start 1 " in (tmp_path / "events").read_text())
 
         def trial_started(self, trial: optuna.Trial) -> None:
             self._note(f"start {trial.number}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from contextlib import closing
 from multiprocessing import active_children
@@ -20,7 +19,7 @@ from optuna_merge.study.ascent_process import climb_apart
 from optuna_merge.study.loaders import LocalLoader
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.run import Outcome, run_study
-from tests.processes import forked
+from tests.processes import forked, until
 from tests.study.killing import Killed
 from tests.study.test_ascent import N_STEPS, STUDY, record
 from tests.study.test_vllm_study import runs
@@ -76,10 +75,7 @@ def test_it_takes_the_same_steps_and_outlives_no_study(local: MergeObjective) ->
         process.join(240)
         assert process.exitcode == 9
     [pid] = map(int, pid_file.read_text().split())
-    deadline = time.monotonic() + 30
-    while runs(pid):
-        assert time.monotonic() < deadline, "the ascent outlives the study"
-        time.sleep(0.05)
+    until(lambda: not runs(pid))
     assert run_study(objective.config, objective) == Outcome(N_TRIALS)
     study = open_started(objective.config)
     assert run_study(local.config, local) == Outcome(N_TRIALS)

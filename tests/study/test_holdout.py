@@ -119,13 +119,6 @@ class Worker:
         return self.file.with_suffix(".rows").read_text()
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_one_of_several_processes_scores_and_the_others_read_its_figures(
     objective: MergeObjective, tmp_path: Path, is_killed: bool, monkeypatch: pytest.MonkeyPatch
@@ -134,9 +127,9 @@ def test_one_of_several_processes_scores_and_the_others_read_its_figures(
     first = Worker(objective, tmp_path / "first", stops_at=3)
     others = [Worker(objective, tmp_path / name) for name in ("second", "third")]
     with processes.forked(first) as [scoring]:
-        until(lambda: len(first.scored()) == 3)
+        processes.until(lambda: len(first.scored()) == 3)
         with processes.forked(*others) as waiting:
-            until(lambda: all(other.notes() for other in others))
+            processes.until(lambda: all(other.notes() for other in others))
             assert [other.notes() for other in others] == [
                 ["another process scores the holdout; waiting for its figures"]
             ] * 2
