@@ -7,6 +7,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import optuna
 import pytest
@@ -17,8 +18,8 @@ from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.report import svg
 from optuna_merge.report.page import page
 from optuna_merge.report.pictures import Chart, HeatMap, Series
-from optuna_merge.report.study_pictures import pictures_of_study
-from optuna_merge.report.summary import summarize
+from optuna_merge.report.study_pictures import _ROLES, pictures_of_study
+from optuna_merge.report.summary import Kind, summarize
 from optuna_merge.storage import attributes
 from tests.report.test_dashboard import fill
 from tests.report.test_summary import front_study
@@ -80,6 +81,17 @@ def test_the_front_is_a_table_and_a_picture(config: StudyConfig) -> None:
     assert (chart.x_title, chart.y_title) == ("math", "poetry")
     [front] = [series for series in chart.series if series.name == "front"]
     assert list(zip(front.x, front.y, strict=True)) == [(0.1, 0.8), (0.6, 0.6)]  # of merges
+
+
+def test_every_kind_of_row_has_a_colour(config: StudyConfig) -> None:
+    """Also the end of an ascent that no longer is among the best merges."""
+    assert set(_ROLES) == set(get_args(Kind))
+    study = optuna.create_study(study_name="tiny", direction="maximize")
+    fill(study, 23, 2, 2)
+    study.add_trial(create_trial(value=0.51, user_attrs={attributes.ASCENT: True, attributes.DOCUMENTS: 60}))
+    summary = summarize(study, config, 2)
+    assert [row.name for row in summary.rows if row.kind == "ascent"] == ["end of the ascent"]
+    assert "<td>end of the ascent</td>" in page(summary, config, pictures_of_study(study, summary, config))
 
 
 def test_a_study_without_a_score(config: StudyConfig) -> None:
