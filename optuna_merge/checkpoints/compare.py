@@ -42,7 +42,8 @@ def check_compatible(checkpoints: Sequence[Checkpoint], tokenizer_source: str | 
     """
     problems = compare(checkpoints, tokenizer_source)
     if problems:
-        more = [f"and {len(problems) - _N_SHOWN} more differences"] if len(problems) > _N_SHOWN else []
+        n_more = len(problems) - _N_SHOWN
+        more = [f"and {n_more} more differences; merge models of one architecture and size"] if n_more > 0 else []
         raise CheckpointError("\n".join(problems[:_N_SHOWN] + more))
 
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from optuna_merge.report.summary import Row, Summary
 
 
-@options.takes_study(shown=("storage_path", "storage", "as_json"))
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (YAML), or a folder of study files.")]
+
+
+@options.takes_study(shown=("storage_path", "storage", "as_json"), file=_File)
 def status(
     given: options.StudyArguments,
     watch: Annotated[

@@ -158,8 +158,8 @@ def never_prunes(config: StudyConfig, n_chunks: int) -> str:
     if not isinstance(pruner, SignedRankPruner) or pruner.n_least < n_chunks:
         return ""
     return (
-        f"pruning: never, the documents make {n_chunks} chunks and it takes more than {pruner.n_least}; raise limit or"
-        " study.n_chunks"
+        f"pruning: never, the documents make {n_chunks} chunk{'s' * (n_chunks != 1)} and it takes more than"
+        f" {pruner.n_least}; use more documents or a larger study.n_chunks"
     )
 
 

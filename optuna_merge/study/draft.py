@@ -51,7 +51,7 @@ HOLDOUT = Choice(
     "only the report scores this share of the documents: the best of many trials looks better on the documents that"
     " chose it than it is",
 )
-_GIVEN = "as on the command line"
+_GIVEN = "given on the command line"
 _EVOLVE = "as mergekit-evolve does"
 
 
@@ -148,7 +148,7 @@ def draft_study(
     found = build_scorer(config, engine, with_usual_metrics=True).describe()
     _put_metrics(draft, found)
     _fill_numbers(draft, opened, found, card)
-    draft.fill("storage_path", Choice(f"{path.stem}_study", "everything that the study writes"))
+    draft.fill("storage_path", Choice(_folder_of(path), "everything that the study writes"))
     return draft, _fit_into_a_night(draft, check_study(draft.config(), card), card)
 
 
@@ -174,7 +174,7 @@ def draft_from_evolve(path: Path, file: Path, given: Mapping[str, Any], card: in
     draft.fill("study.name", Choice(path.stem, ""))
     draft.fill("study.n_trials", Choice(100, f"{_EVOLVE}; baselines count"))
     draft.fill("engine.dtype", Choice("bfloat16", f"{_EVOLVE}; the exported model has it, too"))
-    draft.fill("storage_path", Choice(f"{path.stem}_study", "everything that the study writes"))
+    draft.fill("storage_path", Choice(_folder_of(path), "everything that the study writes"))
     return draft, check_study(draft.config(), card)
 
 
@@ -398,6 +398,11 @@ def _move(draft: Draft, start: Path) -> None:
         for key, move in (("file", _moved_path), ("storage", lambda url, start, _: absolute_storage(url, start))):
             if warm_start.get(key) is not None:
                 warm_start[key] = move(warm_start[key], start, folder)
+
+
+def _folder_of(path: Path) -> str:
+    """The folder for what a file's study writes; ``study.yaml`` and ``my_study.yaml`` say already what it is."""
+    return path.stem if path.stem.endswith("study") else f"{path.stem}_study"
 
 
 def _moved_path(path: str, start: Path, folder: Path) -> str:

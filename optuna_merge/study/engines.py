@@ -280,7 +280,8 @@ def _require_device(device: torch.device) -> None:
     n_devices = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= n_devices:
         raise EngineError(
-            f"engine.merge_device must be there, got {device} ({n_devices} CUDA devices found); use cpu or auto"
+            f"engine.merge_device must be a device of this machine, got {device} ({n_devices} CUDA devices found); use"
+            " cpu or auto (--no-merge-cuda, or leave the option out)"
         )
 
 

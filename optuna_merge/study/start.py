@@ -71,7 +71,7 @@ def few_documents(config: StudyConfig, models: StudyModels, space: SearchSpace, 
     n_weights = AscentSpace(space, models.places, config.search.profile).n
     return (
         f"the ascent moves {n_weights} weights by {n_documents} searched documents, fewer than {LEAST_DOCUMENTS}: it"
-        " may fit these documents alone; look at the holdout, raise limit or use search.start: uniform"
+        " may fit these documents alone; look at the holdout, use more documents or search.start: uniform"
     )
 
 

@@ -107,7 +107,8 @@ class TestFromModels:
         config = load_study("study.yaml")
         assert (config.genome.merge_method, config.genome.base_model) == ("linear", None)
         assert config.study.n_trials == 9
-        assert json.loads(made.stdout)["reasons"]["study.n_trials"] == "as on the command line"
+        assert config.storage_path.name == "study"  # not study_study
+        assert json.loads(made.stdout)["reasons"]["study.n_trials"] == "given on the command line"
 
     def test_metrics_are_those_of_the_tasks(self, home: Path) -> None:
         write_task(home / "tasks", "three", 150)

@@ -56,7 +56,7 @@ REFUSED = {
         if torch.cuda.is_available()
         else {
             "--num-gpus": "device 'cuda:0' is not there",
-            "--merge-cuda": "engine.merge_device must be there, got cuda (0 CUDA devices found)",
+            "--merge-cuda": "engine.merge_device must be a device of this machine, got cuda (0 CUDA devices found)",
         }
     ),
     "--load-in-8bit": "--load-in-8bit must be given for vLLM, got the transformers engine",

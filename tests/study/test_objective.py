@@ -378,5 +378,8 @@ def test_too_few_chunks_to_prune_by_are_said(
 
 def test_a_merge_device_that_is_not_there(study_file: Callable[..., Path]) -> None:
     config = load_study(study_file(), {"engine.merge_device": "cuda:99"})
-    with pytest.raises(EngineError, match=r"engine.merge_device must be there, got cuda:99 \(\d+ CUDA devices found\)"):
+    with pytest.raises(
+        EngineError,
+        match=r"engine.merge_device must be a device of this machine, got cuda:99 \(\d+ CUDA devices found\)",
+    ):
         MergeObjective.from_config(config)
