@@ -93,7 +93,8 @@ def _leader(summary: Summary) -> Row | None:
 def _print(summary: Summary) -> None:
     from optuna_merge.report.summary import ascent_line
 
-    typer.echo(f"study {summary.study}: {summary.progress} ({summary.state_counts})")
+    states = f" ({summary.state_counts})" if summary.state_counts else ""
+    typer.echo(f"study {summary.study}: {summary.progress}{states}")
     if line := ascent_line(summary):
         typer.echo(line)
     if summary.race is not None:

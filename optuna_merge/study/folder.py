@@ -34,6 +34,7 @@ BEST_CONFIG = "best_config.yaml"
 
 OWNER_FILE = "study.json"
 """Names the study that the folder belongs to."""
+_WAY_OUT = "choose another storage_path"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,22 @@ def documents_folder(storage_path: Path, study_name: str) -> Path:
     return storage_path / "documents" / study_name
 
 
-def claim_folder(study: optuna.Study, folder: Path, way_out: str = "choose another storage_path") -> None:
+def check_folder(study_name: str, folder: Path) -> None:
+    """Refuse the folder of another study before a new one is created in its storage, where it would stay behind.
+
+    Args:
+        study_name: Name of a study that is not in the storage yet.
+        folder: Its ``storage_path``; may be missing.
+
+    Raises:
+        StudyError: If the folder belongs to a study of another name.
+    """
+    found = _read(folder, study_name)
+    if found is not None and not found.is_over and found.study != study_name:
+        raise _refusal(found, study_name, folder, _WAY_OUT)
+
+
+def claim_folder(study: optuna.Study, folder: Path, way_out: str = _WAY_OUT) -> None:
     """Make a folder the study's own, or refuse it. To be called before anything of the study is written there.
 
     A study has a random id among its attributes, and its folder has the same id in ``study.json``; both are made here.
@@ -87,8 +103,7 @@ def claim_folder(study: optuna.Study, folder: Path, way_out: str = "choose anoth
     with file_lock(path.with_name(f"{OWNER_FILE}.lock")):
         found, own_id = _read(folder, study.study_name), study.user_attrs.get(attributes.STUDY_ID)
         if found is not None and not found.is_over and not found.is_of(study.study_name, own_id):
-            got = f"study {found.study!r}" if found.study != study.study_name else "another study of that name"
-            raise StudyError(f"{folder}: must be of study {study.study_name!r}, got that of {got}; {way_out}")
+            raise _refusal(found, study.study_name, folder, way_out)
         if own_id is None:
             own_id = uuid.uuid4().hex
             study.set_user_attr(attributes.STUDY_ID, own_id)
@@ -101,6 +116,11 @@ def claim_folder(study: optuna.Study, folder: Path, way_out: str = "choose anoth
             write_atomically(path, json.dumps(content) + "\n")
         except OSError as exc:
             raise StudyError(f"{path}: must be writable, got {reason(exc)}; make room and run again") from exc
+
+
+def _refusal(found: _Record, study_name: str, folder: Path, way_out: str) -> StudyError:
+    got = f"study {found.study!r}" if found.study != study_name else "another study of that name"
+    return StudyError(f"{folder}: must be of study {study_name!r}, got that of {got}; {way_out}")
 
 
 def write_best_config(

@@ -32,7 +32,7 @@ from optuna_merge.storage.open import create_study, local_file, storage_error, s
 from optuna_merge.storage.outages import is_storage_error
 from optuna_merge.storage.runners import running
 from optuna_merge.storage.trials import best_merge, n_finished
-from optuna_merge.study.folder import claim_folder, write_best_config
+from optuna_merge.study.folder import check_folder, claim_folder, write_best_config
 from optuna_merge.study.objective import MergeObjective
 from optuna_merge.study.watcher import Watcher
 
@@ -96,6 +96,8 @@ def run_study(config: StudyConfig, objective: MergeObjective, watcher: Watcher |
     deadline = math.inf if config.study.timeout is None else time.monotonic() + config.study.timeout
     with _quiet_optuna(), terminable():
         try:
+            if not recorded_fingerprint(url, name):
+                check_folder(name, config.storage_path)
             study, storage = create_study(url, name, len(config.objectives))
             claims = Claims(study, storage, make_lock(storage.backend, name, local_file(url)))
             requeued: list[int] = []

@@ -55,7 +55,8 @@ def test_a_folder_is_one_study_s(objective: MergeObjective) -> None:
     message = r"out: must be of study 'tiny, too', got that of study 'tiny'; choose another storage_path$"
     with pytest.raises(StudyError, match=message):
         run_study(objective.config, objective)
-    assert open_started(objective.config).trials == []  # refused before anything else
+    with pytest.raises(StudyError, match=r"study 'tiny, too' must have been started"):
+        open_started(objective.config)  # refused before it was created
     assert contents(folder) == before
     (folder / OWNER_FILE).write_text("{}")
     message = r"study.json: must name the study of its folder, got study: Field required; delete it"
