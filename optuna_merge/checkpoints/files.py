@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from optuna_merge.errors import CheckpointError
+from optuna_merge.errors import CheckpointError, first_line
 
 _DTYPES = {
     "F64": torch.float64,
@@ -174,3 +174,8 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")  # checks the header against the size of the file
     except (SafetensorError, OSError) as exc:
         raise CheckpointError(f"{file}: must be a whole safetensors file, got: {exc}; fetch it again") from exc
+    except (MemoryError, RuntimeError) as exc:  # from safetensors or torch, where the kernel maps no file of that size
+        raise CheckpointError(
+            f"{file}: must be of a size that this machine can map into memory, got: {first_line(exc)}; save the model"
+            " in smaller shards (max_shard_size), or raise the limit (ulimit -v, vm.overcommit_memory)"
+        ) from exc

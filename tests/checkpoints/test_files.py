@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,23 @@ def test_a_file_that_is_cut_short(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"file: must be a whole safetensors file, got: .*; fetch it again"):
         TensorFiles([tmp_path / "file"], "it")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not keep to a limit on the address space")
+def test_a_file_that_the_kernel_does_not_map(tmp_path: Path) -> None:
+    n = 64 << 30
+    header = json.dumps({"a": {"dtype": "U8", "shape": [n], "data_offsets": [0, n]}}).encode()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + n)  # a hole: takes no room
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (8 << 30), limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"file: must be of a size .* can map .*; save .* shards"):
+            TensorFiles([tmp_path / "file"], "it")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_json_objects_alone(tmp_path: Path) -> None:
