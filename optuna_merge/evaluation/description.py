@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -52,6 +53,7 @@ class Description:
             that are computed once, and generating texts; see ``Prepared``.
         n_judged, n_judged_holdout: Questions that a judge is asked in one full evaluation, searched and held out.
         n_judged_first: Those about one source's answers to the tasks that tell which source is best.
+        shared_questions: Eval tasks whose documents all ask the same, each with that question.
         chat_template: Whether prompts go through the tokenizer's chat template.
         chat_template_reason: Why, in words.
     """
@@ -71,5 +73,6 @@ class Description:
     n_judged: int
     n_judged_holdout: int
     n_judged_first: int
+    shared_questions: Mapping[str, str]
     chat_template: bool
     chat_template_reason: str

@@ -39,6 +39,7 @@ from optuna_merge.evaluation.results import ChunkResult, Documents, Expectation,
 from optuna_merge.evaluation.rivals import Rivals
 from optuna_merge.evaluation.selection import select
 from optuna_merge.evaluation.term import EvalTask, Term, aggregate, leaves_of, name_apart
+from optuna_merge.evaluation.transcript import shared_question
 from optuna_merge.internals.lm_eval import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from optuna_merge.judging.judge import Judge
 
@@ -291,6 +292,9 @@ class Scorer:
         """Say what was found and what one evaluation costs; needs no weights."""
         terms = {term.key: term for term in [*self._terms, *self._holdout_terms]}
         prepared = [chunk.prepared for chunk in self._chunks]
+        leaves = leaves_of(self._terms)
+        with quietly():
+            shared = {leaf.name: shared_question(leaf.task, leaf.instances.values()) for leaf in leaves}
         return Description(
             tasks=tuple(term.describe() for term in terms.values()),
             n_chunks=self.n_chunks,
@@ -304,9 +308,10 @@ class Scorer:
             n_places=sum(p.n_places for p in prepared),
             choice_cost=self._beginnings_cost + sum(p.cost - p.text_cost for p in prepared),
             text_cost=sum(p.text_cost for p in prepared),
-            n_judged=sum(leaf.n_judged(leaf.searched) for leaf in leaves_of(self._terms)),
+            n_judged=sum(leaf.n_judged(leaf.searched) for leaf in leaves),
             n_judged_first=self.rivals.n_judged,
             n_judged_holdout=sum(leaf.n_judged(leaf.holdout) for leaf in leaves_of(self._holdout_terms)),
+            shared_questions={name: text for name, text in shared.items() if text},
             chat_template=self._chat_template,
             chat_template_reason=self._chat_template_reason,
         )

@@ -5,7 +5,7 @@ Knows how tasks state questions and choices. It does not know scores, nor where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from lm_eval.api.instance import Instance
@@ -22,6 +22,13 @@ def question(task: Task, instances: Sequence[Instance]) -> str:
     """What a document asks; the whole prompt, if its task does not state a question apart from it."""
     stated = _stated(task, "doc_to_text", instances[0].doc)
     return stated if isinstance(stated, str) else str(instances[0].args[0])
+
+
+def shared_question(task: Task, documents: Iterable[Sequence[Instance]]) -> str:
+    """What all documents ask, given the requests of each; empty if there are fewer than two, or they differ."""
+    first, *others = documents
+    text = question(task, first)
+    return text if others and all(question(task, other) == text for other in others) else ""
 
 
 def right_answer(task: Task, document: Any) -> str:

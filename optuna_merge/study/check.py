@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from optuna_merge.config.problem import short
 from optuna_merge.config.study_config import StudyConfig
 from optuna_merge.evaluation.description import Description
 from optuna_merge.evaluation.scorer import Scorer
@@ -179,6 +180,7 @@ def check_study(config: StudyConfig, card: int | None = None) -> Check:
             *_warnings(config, space, tasks.n_chunks),
             *filter(None, [few_documents(config, models, space, tasks.n_documents)]),
             *_kept_warnings(kept),
+            *map(_shared_question_warning, tasks.shared_questions, tasks.shared_questions.values()),
         ],
     )
 
@@ -284,6 +286,13 @@ def _kept_warnings(kept: KeptPlan | None) -> list[str]:
     if kept.memory > free_host_bytes():
         found.append(f"making the kept matrices needs {gib(kept.memory)} of host memory, more than is free")
     return found
+
+
+def _shared_question_warning(task: str, question: str) -> str:
+    return (
+        f"task {task}: every document asks {short(question)}; if that names a field, write"
+        " {{...}} around it in doc_to_text"
+    )
 
 
 def _warnings(config: StudyConfig, space: SearchSpace, n_chunks: int) -> list[str]:

@@ -345,6 +345,18 @@ class TestBadInput:
         file = study_file(tasks=[{"name": "one", "metric": "acc_norm,none"}])
         assert "task 'one' has no metric 'acc_norm,none'; it has: acc,none" in error_of(invoke("check", file))
 
+    def test_a_prompt_that_names_a_field_which_the_documents_lack(
+        self, study_file: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        file = study_file()
+        task = tmp_path / "tasks" / "one.yaml"
+        task.write_text(task.read_text().replace("{{question}}", "qestion"))
+        [line] = [line for line in invoke("check", file).stdout.splitlines() if "doc_to_text" in line]
+        assert line == (
+            "warning    task one: every document asks 'qestion'; if that names a field, write {{...}} around it in"
+            " doc_to_text"
+        )
+
     def test_a_task_helper_that_raises(self, study_file: Callable[..., Path], tmp_path: Path) -> None:
         file = study_file()
         helper = tmp_path / "tasks" / "one_helper.py"
