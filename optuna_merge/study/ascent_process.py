@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -30,7 +30,9 @@ from optuna_merge.study.models import StudyModels
 _END_S = 10.0
 
 
-def climb_apart(config: StudyConfig, prefix: str, n_chunks: int, device: str) -> Climb:
+def climb_apart(
+    config: StudyConfig, prefix: str, n_chunks: int, device: str, make_room: Callable[[], None] = lambda: None
+) -> Climb:
     """Take the steps of an ascent in a process of its own, with the transformers engine.
 
     Args:
@@ -38,6 +40,7 @@ def climb_apart(config: StudyConfig, prefix: str, n_chunks: int, device: str) ->
         prefix: Of the search space that is climbed.
         n_chunks: Into which the study's documents are cut.
         device: Where the process computes; nothing else should need its memory meanwhile.
+        make_room: Called before the process starts, to free that memory.
 
     Returns:
         What ``Climber.climb`` is elsewhere. The seconds of the first step include those until the process is ready.
@@ -46,6 +49,7 @@ def climb_apart(config: StudyConfig, prefix: str, n_chunks: int, device: str) ->
     apart = with_transformers(config, n_chunks, device)
 
     def climb(starts: Sequence[dict[str, float]], state: dict[str, Any] | None) -> Generator[Taken]:
+        make_room()
         begun = time.perf_counter()
         context = multiprocessing.get_context("spawn")  # a fork would have CUDA's state without its threads
         ours, theirs = context.Pipe(duplex=False)

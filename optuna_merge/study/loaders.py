@@ -34,7 +34,7 @@ class RecipeLoader(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the memory of the resident model; call nothing else afterwards."""
+        """Free the memory of the resident model; call nothing else of a ``LocalLoader`` afterwards."""
         ...
 
 

@@ -359,15 +359,18 @@ class MergeObjective:
         if isinstance(self.loader, LocalLoader):
             climber = Climber(self.config, space, self.models.places, self.scorer, self.loader.merger, self.load)
             climb: Climb = climber.climb
-        else:  # the ascent needs the memory that the engine takes
-            self.loader.close()
-            self._loaded = None
-            if self.loader.device != "cpu":
-                plan_ascent(self.config, self.models, self.scorer).check()
-            climb = climb_apart(self.config, space.prefix, self.scorer.n_chunks, self.loader.device)
+        else:
+            climb = climb_apart(self.config, space.prefix, self.scorer.n_chunks, self.loader.device, self._make_room)
         starts = list(first_points(trial.study, self.config, space))
         starts += [best for best in best_of_race(known_trials(trial.study), space.prefix) if best not in starts]
         ascend(trial, climb, starts, on_step)
+
+    def _make_room(self) -> None:
+        """Free the device for an ascent in another process."""
+        if self.loader.device != "cpu":
+            plan_ascent(self.config, self.models, self.scorer).check()
+        self.loader.close()
+        self._loaded = None
 
     def _baseline_recipe(self, trial: optuna.Trial, name: str) -> Recipe:
         space = space_of(known_state(trial), self.spaces)
