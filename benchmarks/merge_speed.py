@@ -3,13 +3,15 @@
     python benchmarks/merge_speed.py                              four checkpoints of 0.5 B parameters
     python benchmarks/merge_speed.py --n-layers 4 --methods ties  smaller, one method
     python benchmarks/merge_speed.py --no-mergekit --device cuda
+    python benchmarks/merge_speed.py --no-mergekit --n-layers 3 --methods all    for the costs in optuna_merge/methods
 
 Methods that decompose matrices are measured on two layers; "first" includes the decompositions.
 
 The checkpoints are random bfloat16, made by the run, and are read once before anything is measured. The copy bandwidth
 is measured in the same run: bytes read plus written when the same tensors are copied into the resident model. Each
 repeat has other weights and another density, like the trials of a search. "kept" is the time of a merge with the same
-density as the merge before.
+density as the merge before. "linear" is the processor time relative to a linear merge of as many models, at least two;
+the two are merged by turns. Methods that take fewer models than three merge the first of them.
 
 "MiB" is the memory used beyond the resident model and the mapped files; the run fails above 512. On the CPU it counts
 anonymous pages, sampled every 5 ms (on Linux only), because the kernel's own peak counts pages of mapped files too.
@@ -48,7 +50,7 @@ EXTRA_MIB = 512
 
 def main() -> None:
     args = parse_arguments()
-    given = args.methods
+    given = ",".join(METHODS) if args.methods == "all" else args.methods
     decomposing = METHODS_THAT_DECOMPOSE.split(",")
     args.methods = ",".join(method for method in given.split(",") if method not in decomposing)
     measure_all(args)
@@ -88,10 +90,12 @@ def run(args: argparse.Namespace, references: list[str]) -> None:
     print(f"{len(references)} checkpoints of {n_elements / 1e6:.0f} M parameters, {torch.get_num_threads()} threads")
     print(f"copying: {bandwidth / 1e9:.1f} GB/s")
     print(
-        f"{'method':18}{'first s':>9}{'s':>9}{'kept s':>9}{'GB/s':>7}{'of copy':>9}{'mergekit s':>12}{'times':>7}"
-        f"{'MiB':>7}"
+        f"{'method':18}{'first s':>9}{'s':>9}{'kept s':>9}{'linear':>8}{'GB/s':>7}{'of copy':>9}"
+        f"{'mergekit s':>12}{'times':>7}{'MiB':>7}"
     )
     for method in args.methods.split(","):
+        # methods share what a merger remembers
+        merger = Merger({r: Checkpoint.open(r) for r in references}, device=args.device, keep_in=keep_in)
         measure(args, method, references, merger, resident, bandwidth)
 
 
@@ -107,17 +111,26 @@ def measure(
     n_elements = sum(tensor.numel() for tensor in resident.values())
     recipes = [make_recipe(method, references, args.n_layers, DENSITY - 0.001 * i, i) for i in range(args.repeats + 1)]
     with ExtraMemory(args.device) as memory:
-        times = [seconds_of(lambda recipe=recipe: merge_all(merger, recipe, resident)) for recipe in recipes]
+        n_linear = max(2, len(recipes[0].models))
+        times, cpu, linear_cpu = [], [], []
+        for number, recipe in enumerate(recipes):
+            linear = make_recipe("linear", references[: 1 + n_linear], args.n_layers, DENSITY, 10 + number)
+            clock = time.process_time()
+            merge_all(merger, linear, resident)
+            linear_cpu.append(time.process_time() - clock)
+            times.append(seconds_of(lambda recipe=recipe: merge_all(merger, recipe, resident)))
+            cpu.append(time.process_time() - clock - linear_cpu[-1])
         kept = make_recipe(method, references, args.n_layers, DENSITY - 0.001 * args.repeats, -1)
         kept_s = seconds_of(lambda: merge_all(merger, kept, resident))
     seconds = statistics.median(times[1:])
-    n_read = len(recipes[0].references) - (method == "linear")  # which does not read its base
+    of_linear = statistics.median(cpu[1:]) / statistics.median(linear_cpu[1:])
+    n_read = len(recipes[0].models) + (METHODS[method].base == "required")
     speed = 2 * (n_read + 1) * n_elements / seconds  # kept float32 matrices count as the sources they stand for
     has_peer = args.mergekit and METHODS[method].in_mergekit
     theirs = seconds_of(lambda: run_mergekit(recipes[0])) if has_peer else float("nan")
     print(
-        f"{method:18}{times[0]:9.2f}{seconds:9.2f}{kept_s:9.2f}{speed / 1e9:7.1f}{speed / bandwidth:9.0%}"
-        f"{theirs:12.2f}{theirs / seconds:7.1f}{memory.peak_mib:7.0f}",
+        f"{method:18}{times[0]:9.2f}{seconds:9.2f}{kept_s:9.2f}{of_linear:8.1f}{speed / 1e9:7.1f}"
+        f"{speed / bandwidth:9.0%}{theirs:12.2f}{theirs / seconds:7.1f}{memory.peak_mib:7.0f}",
         flush=True,
     )
     assert memory.peak_mib <= EXTRA_MIB, f"{method}: {memory.peak_mib:.0f} MiB beyond model and files"
@@ -160,13 +173,19 @@ def write_models(folder: Path, n_layers: int) -> list[Path]:
 def make_recipe(method: str, references: list[str], n_layers: int, density: float, number: int) -> Recipe:
     """The merge of one trial. Each ``number`` has other weights, because equal merges are not written again."""
     declared = METHODS[method]
-    base = None if declared.base == "none" else references[0]
-    values = {"weight": (0.37 + 0.001 * number, 0.91, 0.22), "density": (density,) * N_SOURCES}
-    per_model = {p.name: values[p.name] for p in declared.parameters if p.per_model and p.name in values}
-    varied = {"lambda": 1 + 0.001 * number, "epsilon": 1e-3 * (1 + 0.001 * number)} if "weight" not in per_model else {}
-    shared = {p.name: varied[p.name] for p in declared.parameters if not p.per_model and p.name in varied}
+    base = references[0] if declared.base in ("required", "unused") else None
+    most = declared.n_models_for(base is not None)[1]
+    sources = references[1:][:most]
+    values = {"weight": (0.37 + 0.001 * number, 0.91, 0.22)[: len(sources)], "density": (density,) * len(sources)}
+    applied = declared.parameters_for(base is not None)
+    per_model = {p.name: values[p.name] for p in applied if p.per_model and p.name in values}
+    change = 1 + 0.001 * number
+    varied = {"lambda": change, "epsilon": 1e-3 * change, "t": 0.4 * change, "select_topk": 0.5 * change}
+    varied |= {"tol": 1e-5 * change}
+    varied = {} if "weight" in per_model else varied
+    shared = {p.name: varied[p.name] for p in applied if not p.per_model and p.name in varied}
     group = GroupRecipe("all", (0, n_layers), ("embedding", "head"), (ParameterSet(None, shared, per_model),))
-    return Recipe(method, tuple(references[1:]), base, n_layers, (group,), dtype="bfloat16")
+    return Recipe(method, tuple(sources), base, n_layers, (group,), dtype="bfloat16")
 
 
 def seconds_of(action: Callable[[], None]) -> float:

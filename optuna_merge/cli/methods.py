@@ -25,6 +25,8 @@ def methods(as_json: options.Json = False) -> None:
 
     Example: optuna-merge methods
 
+    How long a merge takes was measured on one CPU core, for some methods. On a GPU it differs.
+
     A parameter with a range is searched. A parameter without one keeps its default, unless the study file gives it a
     range under search. A smooth parameter has an exact derivative, which a search can follow; the others choose what
     is kept or dropped.
@@ -45,10 +47,16 @@ def _lines(method: MergeMethod) -> list[str]:
     return [
         f"{method.name}: {method.summary} ({method.reference})",
         f"  {models} models, {_BASES[method.base]}" + (", random masks" if method.is_random else ""),
+        *([f"  {_cost(method.cost)}"] if method.cost is not None else []),
         *([f"  keeps {method.keeps}, see check"] if method.keeps != "nothing" else []),
         *(_parameter_line(parameter) for parameter in method.parameters),
         *(f"  {switch}: default {'true' if default else 'false'}" for switch, default in method.switches),
     ]
+
+
+def _cost(cost: float) -> str:
+    times = "" if cost == 1 else f"about {cost:g} times "
+    return f"a merge takes {times}as long as by linear"
 
 
 def _parameter_line(parameter: MethodParameter) -> str:

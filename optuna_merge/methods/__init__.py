@@ -69,6 +69,8 @@ class MergeMethod:
             same model.
         keeps: What it makes once of each matrix of the models and keeps for all merges: nothing, one float32 matrix
             from all models, or one for each of them.
+        cost: Time of a merge in a search, relative to a linear merge of as many models, on one CPU core; what is made
+            once is not in it. From docs/benchmarks.md, rounded; None: not measured on an idle machine.
     """
 
     name: str
@@ -83,6 +85,7 @@ class MergeMethod:
     is_random: bool = False
     in_mergekit: bool = True
     keeps: Literal["nothing", "a matrix", "a matrix for each model"] = "nothing"
+    cost: float | None = None
 
     def parameters_for(self, has_base: bool) -> tuple[MethodParameter, ...]:
         """The parameters that apply with, or without, a base."""
@@ -129,6 +132,7 @@ METHODS: dict[str, MergeMethod] = {
             parameters=(WEIGHT,),
             base="unused",
             switches=(("normalize", True),),
+            cost=1.0,
         ),
         MergeMethod(
             name="task_arithmetic",
@@ -138,6 +142,7 @@ METHODS: dict[str, MergeMethod] = {
             parameters=(WEIGHT, LAMBDA),
             base="required",
             switches=(("normalize", False),),
+            cost=1.1,
         ),
         MergeMethod(
             name="ties",
@@ -147,6 +152,7 @@ METHODS: dict[str, MergeMethod] = {
             parameters=(WEIGHT, DENSITY, LAMBDA),
             base="required",
             switches=(("normalize", True), ("rescale", False)),
+            cost=15.0,
         ),
         MergeMethod(
             name="dare_linear",
@@ -167,6 +173,7 @@ METHODS: dict[str, MergeMethod] = {
             base="required",
             switches=(("normalize", False), ("rescale", True)),
             is_random=True,
+            cost=5.0,
         ),
         MergeMethod(
             name="consensus_ta",
@@ -198,6 +205,7 @@ METHODS: dict[str, MergeMethod] = {
             parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA),
             base="required",
             switches=(("normalize", False), ("rescale", False)),
+            cost=11.0,
         ),
         MergeMethod(
             name="breadcrumbs_ties",
@@ -217,6 +225,7 @@ METHODS: dict[str, MergeMethod] = {
             base="required",
             switches=(("normalize", True), ("rescale", True)),
             is_random=True,
+            cost=17.0,
         ),
         MergeMethod(
             name="della_linear",
