@@ -47,6 +47,7 @@ def examine_with_senses(model_type: str, folder: Path) -> Outcome:
             name = type(seeing).__name__
             speaking = [loaded(path, AutoModelForCausalLM) for path in paths]
             by_lm_eval(whole, requests()[:1], seeing)
+            assert all(language_of(model) for model in (seeing, *speaking))
     except Exception as exc:
         return Outcome(model_type, name, "not built", said(exc))
     try:

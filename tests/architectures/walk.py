@@ -76,11 +76,13 @@ them. Tensors of a vision tower then have the weights of the head, or of the emb
 - Sequence classifiers and reward models are not scored. That would take an engine that reads class scores, eval \
 tasks that ask for them, and a rule for output heads of other shapes, which fine-tunes do not share.
 
-transformers {version} has {n_all} architectures under `AutoModelForImageTextToText`. **{n_works} work, {n_refused} \
-are refused, and {n_not_built} could not be tried** as tiny models. Of each, two language models of the type of its \
-language part are merged into it by `linear`. The decoder and the output head that transformers loads from the \
-export must be the weighted sum of theirs, all other tensors the whole model's, and log-likelihoods and texts those \
-of lm-eval's `HFLM` on the model that transformers loads.
+transformers {version} has {n_types} architectures under `AutoModelForImageTextToText`. {n_all} of them are in the \
+table: **{n_works} work, {n_refused} are refused, and {n_not_built} could not be tried**, for want of a tiny model \
+or of a causal model of the type of their language part.
+
+Of each, two such language models are merged into it by `linear`. The decoder and the output head that transformers \
+loads from the export must be the weighted sum of theirs, all other tensors the whole model's, and log-likelihoods \
+and texts those of lm-eval's `HFLM` on the model that transformers loads.
 
 | architecture | class | result | |
 |---|---|---|---|
@@ -143,6 +145,7 @@ def table(outcomes: Sequence[Outcome], text: str) -> str:
     head = text.format(
         version=transformers.__version__,
         n_all=len(outcomes),
+        n_types=len(VISION_TYPES),
         n_works=counts["works"],
         n_refused=counts["refused"],
         n_not_built=counts["not built"],

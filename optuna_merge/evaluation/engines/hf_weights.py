@@ -83,15 +83,21 @@ class ResidentModel:
             options["attn_implementation"] = attention
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            self.model = _build(config, options, torch.device("meta"))
+            factory = factory_of(config)
+            self.model = _build(factory, config, options, torch.device("meta"))
             self._map()
+            if _may_see(config) and any(self._place(name) is None for name in stored):
+                # of some configurations the causal model is only the language part
+                factory = AutoModelForImageTextToText
+                self.model = _build(factory, config, options, torch.device("meta"))
+                self._map()
             if self._stores_both_sides_of_a_tie(stored):
                 # transformers unties a model whose checkpoint holds both tensors, if they differ; merged ones may
                 config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
                 config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-                self.model = _build(config, options, torch.device("meta"))
+                self.model = _build(factory, config, options, torch.device("meta"))
             if device.type != "meta":
-                self.model = _build(config, options, device)
+                self.model = _build(factory, config, options, device)
             self._map()
             if (path / "generation_config.json").is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(path)
@@ -298,13 +304,16 @@ class _FiniteCheck:
 def factory_of(config: Any) -> Any:
     """The auto class of transformers that builds the model of a configuration, with its output head."""
     is_causal = type(config) in AutoModelForCausalLM._model_mapping or "auto_map" in config.to_dict()
-    sees = not is_causal and type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return AutoModelForImageTextToText if _may_see(config) and not is_causal else AutoModelForCausalLM
 
 
-def _build(config: Any, options: dict[str, Any], device: torch.device) -> transformers.PreTrainedModel:
+def _may_see(config: Any) -> bool:
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def _build(factory: Any, config: Any, options: dict[str, Any], device: torch.device) -> transformers.PreTrainedModel:
     with torch.device(device), no_init_weights():
-        model = factory_of(config).from_config(copy.deepcopy(config), **options)
+        model = factory.from_config(copy.deepcopy(config), **options)
     model.tie_weights()
     model.requires_grad_(False)
     return cast("transformers.PreTrainedModel", model.eval())
