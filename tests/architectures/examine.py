@@ -262,8 +262,8 @@ def said(exc: BaseException) -> str:
     """One line about an exception, and where it came from."""
     frames = traceback.extract_tb(exc.__traceback__)
     where = "" if isinstance(exc, WrongResultError) else f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-    said = " ".join(str(exc).split()).split(" Model type should be one of")[0]  # a list of all of them
-    return f"{type(exc).__name__}: {said[:300]}{where}"
+    text = " ".join(str(exc).split()).split(" Model type should be one of")[0]  # a list of all of them
+    return f"{type(exc).__name__}: {text[:300]}{where}"
 
 
 @contextlib.contextmanager
