@@ -82,7 +82,7 @@ def compare(file: Path, seed: int, folder: Path) -> Comparison:
     """Run both ascents for one seed."""
     settings = {"study.seed": seed, "storage_path": str(folder / "sources"), "search.start": "ascent"}
     with closing(MergeObjective.from_file(file, settings)) as objective:
-        if objective.config.genome.merge_method != "task_arithmetic" or not objective.scorer.has_holdout:
+        if objective.config.genome.merge_method != "task_arithmetic" or not objective.scorer.holdout:
             raise SystemExit(f"{file}: must have merge_method task_arithmetic and a holdout; set them")
         bounds = objective.space.bounds["weight"]
         uniform = [one for one in objective.space.baselines if one.kind == "uniform"]
@@ -115,7 +115,8 @@ def climb(file: Path, settings: dict[str, Any]) -> Scores:
 
 def scores_of(objective: MergeObjective, recipe: Recipe) -> Scores:
     objective.load(recipe)
-    return Scores(objective.scorer.score_all().value, objective.scorer.score_holdout().value)
+    assert objective.scorer.holdout is not None
+    return Scores(objective.scorer.score_all().value, objective.scorer.holdout.score().value)
 
 
 def write_control(objective: MergeObjective, start: Recipe, seed: int, folder: Path) -> list[Path]:

@@ -438,7 +438,7 @@ class SyntheticScorer:
     holdout = None
     judge = None
 
-    def has_gradient(self) -> bool:
+    def has_gradient(self, *, by_another_engine: bool = False) -> bool:
         return False
 
     def __init__(self, model: SyntheticModel, tasks: Sequence[str]) -> None:
