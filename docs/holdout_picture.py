@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="the SVG file to write")
     parser.add_argument("title", help="what the study is called")
     arguments = parser.parse_args()
-    rows = [row for row in json.load(sys.stdin)["rows"] if row["holdout"] and row["kind"] != "runner-up"]
+    others = ("runner-up", "ascent")
+    rows = [row for row in json.load(sys.stdin)["rows"] if row["holdout"] and row["kind"] not in others]
     height = 56 + ROW * len(rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',

@@ -1,6 +1,7 @@
 """Draw what a command printed as a picture of a terminal.
 
-    optuna-merge report FILE | python docs/terminal_picture.py docs/terminal.svg "optuna-merge quickstart"
+    optuna-merge report FILE | sed '/step of the ascent/,$d' \\
+        | python docs/terminal_picture.py docs/terminal.svg "optuna-merge quickstart"
 
 The second argument is the command line that the picture shows above its output.
 """
