@@ -1,9 +1,8 @@
 """Draw what a command printed as a picture of a terminal.
 
-    optuna-merge report FILE | sed '/step of the ascent/,$d' \\
-        | python docs/terminal_picture.py docs/terminal.svg "optuna-merge quickstart"
+    optuna-merge report FILE | sed '/step of the ascent/,$d' | python docs/terminal_picture.py docs/terminal.svg COMMAND
 
-The second argument is the command line that the picture shows above its output.
+COMMAND is the command line that the picture shows above its output.
 """
 
 from __future__ import annotations
