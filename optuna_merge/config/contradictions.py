@@ -114,7 +114,7 @@ def _holdout(config: StudyConfig) -> Iterator[Problem]:
 def _task_folders(config: StudyConfig) -> Iterator[Problem]:
     for index, folder in enumerate(config.task_search_path):
         if not folder.is_dir():
-            fix = "paths are relative to the study file"
+            fix = "in the study file, paths are relative to it"
             yield Problem(f"task_search_path[{index}]", "be a folder", str(folder), fix)
 
 

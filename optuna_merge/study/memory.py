@@ -58,6 +58,7 @@ class MemoryPlan:
         sources: Sources that are kept on the card.
         n_cards: Number of cards that share weights and cache.
         takes_turns: Whether merging and scoring use the same memory, one after the other.
+        itemsize: Bytes of a weight.
     """
 
     card: int
@@ -72,6 +73,7 @@ class MemoryPlan:
     sources: int = 0
     n_cards: int = 1
     takes_turns: bool = False
+    itemsize: int = 4
 
     @property
     def working(self) -> int:
@@ -111,9 +113,10 @@ class MemoryPlan:
         if self.takes_turns:
             ways = "a smaller engine.batch_size, or engine.backend: vllm with quantization"
             ways = f"search.start: uniform, {ways}" if self.working == self.gradient else ways
+        narrower = "engine.dtype: bfloat16, " if self.itemsize > 2 else ""
         raise EngineError(
             f"engine: the study must fit into the card's {gib(self.card)}, needs {gib(self.used + lacking)}:"
-            f" {self.parts(lacking)}; use a larger card, engine.dtype: bfloat16, {ways}"
+            f" {self.parts(lacking)}; use a larger card, {narrower}{ways}"
         )
 
     def parts(self, lacking: int = 0) -> str:
@@ -183,6 +186,7 @@ def plan_hf(
         scoring=int(max(layer, head)) + n_cached * elements_of_a_token(config) * itemsize,
         runtime=RUNTIME if card else 0,
         takes_turns=True,
+        itemsize=itemsize,
     )
     if not any(gradient):
         return plan
@@ -223,6 +227,7 @@ def plan_vllm(
         kv_token=elements_of_a_token(config) * itemsize // n_cards,
         runtime=RUNTIME if card else 0,
         n_cards=n_cards,
+        itemsize=itemsize,
     )
     if "kv_cache_memory_bytes" in given:
         cache = int(given["kv_cache_memory_bytes"])
