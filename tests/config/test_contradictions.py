@@ -145,7 +145,8 @@ def test_an_ascent_needs_a_parameter_with_a_derivative(problems: Any) -> None:
 
 def test_a_missing_task_folder(problems: Any, tmp_path: Path) -> None:
     assert problems(STUDY + "task_search_path: [., nowhere]\n") == [
-        "my_study.yaml:7: task_search_path[1] must be a folder, got nowhere; in the study file, paths are relative to it"
+        "my_study.yaml:7: task_search_path[1] must be a folder, got nowhere; in the study file, paths are relative to"
+        " it"
     ]
 
 

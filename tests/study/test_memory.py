@@ -141,6 +141,8 @@ def test_the_transformers_engine() -> None:
     assert answers.scoring - plan.scoring == 8192 * 2 * 32 * 4096 * 2
     with pytest.raises(EngineError, match=r"37.25 GiB sources .*; use a larger card, a smaller engine.batch_size"):
         replace(plan, sources=40 * GB).check()
+    with pytest.raises(EngineError, match=r"use a larger card, engine.dtype: bfloat16, a smaller"):
+        replace(plan, sources=40 * GB, itemsize=4).check()
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(256, 896), (512, 512)])
