@@ -13,8 +13,9 @@ repeat has other weights and another density, like the trials of a search. "kept
 density as the merge before. "linear" is the processor time relative to a linear merge of as many models, at least two;
 the two are merged by turns. Methods that take fewer models than three merge the first of them.
 
-"MiB" is the memory used beyond the resident model and the mapped files; the run fails above 512. On the CPU it counts
-anonymous pages, sampled every 5 ms (on Linux only), because the kernel's own peak counts pages of mapped files too.
+"MiB" is the memory used beyond the resident model and the mapped files. The run fails above 512, but for methods that
+decompose matrices: `check` says what those need. On the CPU it counts anonymous pages, sampled every 5 ms (on Linux
+only), because the kernel's own peak counts pages of mapped files too.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def measure(
         f"{speed / bandwidth:9.0%}{theirs:12.2f}{theirs / seconds:7.1f}{memory.peak_mib:7.0f}",
         flush=True,
     )
-    assert memory.peak_mib <= EXTRA_MIB, f"{method}: {memory.peak_mib:.0f} MiB beyond model and files"
+    decomposes = method in METHODS_THAT_DECOMPOSE.split(",")
+    assert decomposes or memory.peak_mib <= EXTRA_MIB, f"{method}: {memory.peak_mib:.0f} MiB beyond model and files"
 
 
 def write_models(folder: Path, n_layers: int) -> list[Path]:
