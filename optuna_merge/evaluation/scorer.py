@@ -147,9 +147,7 @@ class Scorer:
         else:
             hold_out_tasks(terms, holdout_terms)
         leaves = leaves_of([*terms, *holdout_terms])
-        beginnings_cost = engine.expect(
-            [instance for leaf in leaves for number in leaf.instances for instance in leaf.instances[number]]
-        )
+        beginnings_cost = _expect(engine, leaves)
         chunks = cut(engine, terms, n_chunks, min_chunk_requests, seed)
         return cls(
             engine,
@@ -318,9 +316,7 @@ class Scorer:
 
     def on(self, engine: Engine) -> Scorer:
         """The same documents in the same chunks, prepared for another engine with the same tokenizer."""
-        leaves = leaves_of([*self._terms, *self._holdout_terms])
-        expected = [instance for leaf in leaves for number in leaf.instances for instance in leaf.instances[number]]
-        beginnings_cost = engine.expect(expected)
+        beginnings_cost = _expect(engine, leaves_of([*self._terms, *self._holdout_terms]))
         return Scorer(
             engine,
             self._terms,
@@ -393,6 +389,11 @@ def _refuse_options(
         raise TaskError("tasks must name at least one eval task, got none; add one")
     if limit is not None and limit <= 0:
         raise TaskError(f"limit must be above 0, got {limit}: no documents would be left; raise it or leave it out")
+
+
+def _expect(engine: Engine, leaves: Sequence[Leaf]) -> float:
+    """Announce all requests to an engine; returns what their common beginnings cost it."""
+    return engine.expect([one for leaf in leaves for instances in leaf.instances.values() for one in instances])
 
 
 def _connect(leaf: Leaf, judge: Judge | None) -> None:

@@ -206,12 +206,10 @@ class _Batch:
         return True
 
     def _with_room(self, part: Row) -> int | None:
-        length = self._length
-        return next((i for i, row in enumerate(self.rows) if _fits_behind(row, part, length)), None)
-
-
-def _fits_behind(row: Row, part: Row, length: int) -> bool:
-    return row.beginning == part.beginning and len(row) + len(part) <= length
+        room = self._length - len(part)
+        return next(
+            (i for i, row in enumerate(self.rows) if row.beginning == part.beginning and len(row) <= room), None
+        )
 
 
 def _join_short(rows: Sequence[Row], longest_shared: int | None) -> list[Row]:
